@@ -1,0 +1,9 @@
+//! A tower middleware that keeps requests supplied with OAuth 2.0 bearer tokens, with at most one token request
+//! in flight.
+//!
+//! [`BearerAuthLayer`] wraps any `tower::Service<http::Request<B>>` of a client and attaches
+//! `Authorization: Bearer ..` to each request. The token comes from an authorization server by the
+//! client-credentials grant, is replaced in the background before it expires, and is shared by all: a
+//! thousand requests that find no token cause one token request.
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
