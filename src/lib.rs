@@ -7,3 +7,12 @@
 //! thousand requests that find no token cause one token request.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod challenge;
+mod error;
+mod origin;
+mod replay;
+
+pub use crate::{
+    error::{BoxError, ConfigError, TokenError},
+    replay::{CloneBody, EmptyBody, Never, Replay},
+};

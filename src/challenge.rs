@@ -1,0 +1,605 @@
+//! Whether an answer is about our token: `WWW-Authenticate` (RFC 9110 section 11.6.1) to a [`Verdict`].
+//!
+//! The parser reads the whole grammar of RFC 9110 sections 11.2 and 11.3, since the challenge that matters
+//! may stand behind others of any form. `http-auth` 0.1.10 is no substitute: it rejects token68, so that a
+//! `Negotiate` continuation hides the Bearer challenge after it.
+//!
+//! A syntax error costs the rest of its header value and nothing else: what was read before it stands, and
+//! so do the other values. Three things are read that the grammar does not allow but servers send: tabs for
+//! spaces, parameters after a token68, and parameter names that occur twice (the first one counts).
+
+use std::{borrow::Cow, iter};
+
+use http::{
+    HeaderMap, StatusCode,
+    header::{HeaderName, WWW_AUTHENTICATE},
+};
+
+/// What an answer says about the token that was sent with its request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// The token is invalid, in so many words.
+    InvalidToken,
+    /// The request was not authenticated and the server does not say why.
+    Unexplained,
+    /// The answer is about something that another token would not change.
+    NotOurs,
+}
+
+/// Judges an answer by its status and headers.
+///
+/// This runs on every response: all that most of them cost is a look at the status and one into the header map.
+pub(crate) fn judge(status: StatusCode, headers: &HeaderMap) -> Verdict {
+    if status == StatusCode::UNAUTHORIZED {
+        judge_unauthorized(headers)
+    } else if is_grpc_unauthenticated(headers) {
+        Verdict::Unexplained
+    } else {
+        Verdict::NotOurs
+    }
+}
+
+fn judge_unauthorized(headers: &HeaderMap) -> Verdict {
+    match challenges(headers).map(Claim::of).max() {
+        Some(Claim::InvalidToken) => Verdict::InvalidToken,
+        Some(Claim::Unexplained) | None => Verdict::Unexplained,
+        Some(Claim::OtherFault | Claim::OtherScheme) => Verdict::NotOurs,
+    }
+}
+
+/// A gRPC reply without a message carries its status among the headers ("Trailers-Only").
+fn is_grpc_unauthenticated(headers: &HeaderMap) -> bool {
+    headers
+        .get(&GRPC_STATUS)
+        .is_some_and(|status| status == GRPC_UNAUTHENTICATED)
+}
+
+/// What one challenge claims. Of several the greatest counts: a server that names a fault has explained
+/// itself, whatever it asks for besides.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+enum Claim {
+    OtherScheme,
+    /// A Bearer challenge without an `error`, or with one that RFC 6750 does not know.
+    Unexplained,
+    /// The request is at fault, or the token is good and grants too little.
+    OtherFault,
+    InvalidToken,
+}
+
+impl Claim {
+    fn of(challenge: Challenge<'_>) -> Self {
+        if !challenge.scheme.eq_ignore_ascii_case(b"Bearer") {
+            return Self::OtherScheme;
+        }
+        match challenge.param("error").as_deref() {
+            Some(b"invalid_token") => Self::InvalidToken,
+            Some(b"insufficient_scope" | b"invalid_request") => Self::OtherFault,
+            _ => Self::Unexplained,
+        }
+    }
+}
+
+/// The challenges of all `WWW-Authenticate` values, in their order.
+fn challenges(headers: &HeaderMap) -> impl Iterator<Item = Challenge<'_>> {
+    headers
+        .get_all(WWW_AUTHENTICATE)
+        .iter()
+        .flat_map(|value| Challenges::new(value.as_bytes()))
+}
+
+/// `challenge = auth-scheme [ 1*SP ( token68 / #auth-param ) ]`, less the token68, which nobody asks for.
+#[derive(Clone, Copy, Debug)]
+struct Challenge<'a> {
+    scheme: &'a [u8],
+    params: Params<'a>,
+}
+
+impl<'a> Challenge<'a> {
+    /// The value of the first parameter of this name.
+    fn param(mut self, name: &str) -> Option<Cow<'a, [u8]>> {
+        self.params
+            .find(|param| param.name.eq_ignore_ascii_case(name.as_bytes()))
+            .map(|param| param.value())
+    }
+}
+
+/// `auth-param = token BWS "=" BWS ( token / quoted-string )`
+#[derive(Clone, Copy, Debug)]
+struct Param<'a> {
+    name: &'a [u8],
+    /// The token, or what stands between the quotes, escapes and all.
+    raw: &'a [u8],
+}
+
+impl<'a> Param<'a> {
+    fn value(&self) -> Cow<'a, [u8]> {
+        // A token holds no backslash, so there is no need to know which of the two forms this one has.
+        if !self.raw.contains(&b'\\') {
+            return Cow::Borrowed(self.raw);
+        }
+        let mut bytes = self.raw.iter();
+        let unescape = || match bytes.next() {
+            Some(b'\\') => bytes.next().copied(),
+            byte => byte.copied(),
+        };
+        Cow::Owned(iter::from_fn(unescape).collect())
+    }
+}
+
+/// The challenges of one header value.
+#[derive(Debug)]
+struct Challenges<'a>(Cursor<'a>);
+
+impl<'a> Challenges<'a> {
+    fn new(value: &'a [u8]) -> Self {
+        let mut cursor = Cursor { rest: value };
+        cursor.skip_empty_elements();
+        Self(cursor)
+    }
+}
+
+impl<'a> Iterator for Challenges<'a> {
+    type Item = Challenge<'a>;
+
+    fn next(&mut self) -> Option<Challenge<'a>> {
+        let scheme = self.0.scheme()?;
+        self.0.skip_token68();
+        let challenge = Challenge {
+            scheme,
+            params: Params(self.0),
+        };
+        // Only a Bearer challenge is ever asked for its parameters: the others are read this once.
+        while self.0.param().is_some() {}
+        Some(challenge)
+    }
+}
+
+/// The parameters of one challenge: those that come before the next scheme.
+#[derive(Clone, Copy, Debug)]
+struct Params<'a>(Cursor<'a>);
+
+impl<'a> Iterator for Params<'a> {
+    type Item = Param<'a>;
+
+    fn next(&mut self) -> Option<Param<'a>> {
+        self.0.param()
+    }
+}
+
+/// What is left of a header value.
+///
+/// Between two calls it is empty or begins with an element of the list. A syntax error ends the iterations
+/// above because it is emptied, or stays before an element that is neither parameter nor scheme.
+#[derive(Clone, Copy, Debug)]
+struct Cursor<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Cursor<'a> {
+    /// Reads an auth-scheme and the space behind it.
+    fn scheme(&mut self) -> Option<&'a [u8]> {
+        let mut ahead = *self;
+        let scheme = ahead.token()?;
+        let spaced = ahead.skip_blanks();
+        // `realm = "x"` begins like a scheme too, but is a parameter that has lost its challenge.
+        if ahead.rest.starts_with(b"=") || !(spaced || ahead.at_end_of_element()) {
+            return None;
+        }
+        *self = ahead;
+        Some(scheme)
+    }
+
+    /// Moves from behind a scheme to the first element that may be a parameter of it.
+    fn skip_token68(&mut self) {
+        let mut ahead = *self;
+        ahead.take_while(is_token68_char);
+        ahead.take_while(|byte| byte == b'=');
+        ahead.skip_blanks();
+        if ahead.at_end_of_element() {
+            ahead.end_element();
+            *self = ahead;
+        } else if !self.at_param() {
+            self.rest = &[];
+        }
+    }
+
+    fn at_param(mut self) -> bool {
+        self.param_name().is_some()
+    }
+
+    /// Reads a parameter.
+    ///
+    /// Does not move if the next element is none. One whose value is wrong does not pass for a scheme either.
+    fn param(&mut self) -> Option<Param<'a>> {
+        let mut ahead = *self;
+        let name = ahead.param_name()?;
+        let raw = if ahead.skip(b'"') {
+            ahead.quoted_string()?
+        } else {
+            ahead.token()?
+        };
+        ahead.end_element();
+        *self = ahead;
+        Some(Param { name, raw })
+    }
+
+    /// Reads `token BWS "=" BWS`.
+    fn param_name(&mut self) -> Option<&'a [u8]> {
+        let name = self.token()?;
+        self.skip_blanks();
+        if !self.skip(b'=') {
+            return None;
+        }
+        self.skip_blanks();
+        Some(name)
+    }
+
+    fn token(&mut self) -> Option<&'a [u8]> {
+        let token = self.take_while(is_token_char);
+        (!token.is_empty()).then_some(token)
+    }
+
+    /// Reads from behind the opening quote to behind the closing one.
+    ///
+    /// The bytes between are not looked at: a `HeaderValue` admits no more of them than the grammar does.
+    fn quoted_string(&mut self) -> Option<&'a [u8]> {
+        let mut escaped = false;
+        let raw = self.take_while(|byte| {
+            let inside = escaped || byte != b'"';
+            escaped = !escaped && byte == b'\\';
+            inside
+        });
+        self.skip(b'"').then_some(raw)
+    }
+
+    /// Moves from the end of an element to the next one.
+    fn end_element(&mut self) {
+        self.skip_blanks();
+        if !self.at_end_of_element() {
+            self.rest = &[];
+        }
+        self.skip_empty_elements();
+    }
+
+    fn at_end_of_element(&self) -> bool {
+        matches!(self.rest.first(), None | Some(b','))
+    }
+
+    fn skip_empty_elements(&mut self) {
+        self.take_while(|byte| is_blank(byte) || byte == b',');
+    }
+
+    fn skip_blanks(&mut self) -> bool {
+        !self.take_while(is_blank).is_empty()
+    }
+
+    fn skip(&mut self, byte: u8) -> bool {
+        let Some(rest) = self.rest.strip_prefix(&[byte]) else {
+            return false;
+        };
+        self.rest = rest;
+        true
+    }
+
+    fn take_while(&mut self, mut belongs: impl FnMut(u8) -> bool) -> &'a [u8] {
+        let end = self.rest.iter().position(|&byte| !belongs(byte));
+        let (taken, rest) = self.rest.split_at(end.unwrap_or(self.rest.len()));
+        self.rest = rest;
+        taken
+    }
+}
+
+fn is_blank(byte: u8) -> bool {
+    matches!(byte, b' ' | b'\t')
+}
+
+fn is_token_char(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
+}
+
+fn is_token68_char(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"-._~+/".contains(&byte)
+}
+
+static GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+
+/// The code `UNAUTHENTICATED`.
+const GRPC_UNAUTHENTICATED: &str = "16";
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+    use proptest::{collection::vec, prelude::*};
+
+    use super::*;
+
+    fn headers<V: AsRef<[u8]>>(values: &[V]) -> HeaderMap {
+        values
+            .iter()
+            .map(|value| HeaderValue::from_bytes(value.as_ref()).unwrap())
+            .map(|value| (WWW_AUTHENTICATE, value))
+            .collect()
+    }
+
+    /// Judges 401 answers, each given as its `WWW-Authenticate` values.
+    fn assert_all(expected: Verdict, answers: &[&[&str]]) {
+        for values in answers {
+            let verdict = judge(StatusCode::UNAUTHORIZED, &headers(values));
+            assert_eq!(verdict, expected, "{values:?}");
+        }
+    }
+
+    // Law 8: a 401 counts against the token that was sent, and this is what decides whether it does.
+    #[test]
+    fn invalid_token_is_found_wherever_it_stands() {
+        let answers: &[&[&str]] = &[
+            // In any spelling.
+            &[r#"Bearer realm="a", error="invalid_token", error_description="expired""#],
+            &[r#"BEARER ERROR="invalid_token""#],
+            &["bearer error=invalid_token"],
+            &["Bearer error = \t\"invalid_token\"\t"],
+            &["\tBearer\terror=invalid_token"],
+            &[r#"Bearer error="invalid\_to\ken""#],
+            &[r#",, Bearer ,,error="invalid_token" ,, ,"#],
+            // Behind challenges of every form.
+            &[r#"Basic realm="a", Bearer error="invalid_token""#],
+            &[r#"Basic realm="\"a\", b", Bearer error="invalid_token""#],
+            &["Negotiate, Bearer error=invalid_token"],
+            &["Negotiate oRQwEqAD+/Az==, Bearer error=invalid_token"],
+            &["Negotiate", "Bearer error=invalid_token", "Basic"],
+            // A token68 first, which is what `realm=` is by the grammar.
+            &["Bearer abc==, error=invalid_token"],
+            &["Bearer realm=, error=invalid_token"],
+            // Among other Bearer challenges.
+            &["Bearer realm=a, Bearer realm=b, error=invalid_token"],
+            &["Bearer error=insufficient_scope, Bearer error=invalid_token"],
+            &["Bearer error=invalid_token", "Bearer error=invalid_request"],
+            // As the first of several errors of one challenge.
+            &["Bearer error=invalid_token, error=invalid_request"],
+        ];
+        assert_all(Verdict::InvalidToken, answers);
+    }
+
+    #[test]
+    fn a_401_without_a_known_reason_is_unexplained() {
+        let answers: &[&[&str]] = &[
+            &["Bearer"],
+            &[r#"Bearer realm="a", Basic realm="b""#],
+            &["Basic", "Bearer"],
+            &["Bearer error=insufficient_claims, claims=e30"],
+            &["Bearer error='invalid_token'"],
+            &[r#"Bearer error="""#],
+            &[r#"Bearer error_description="invalid_token""#],
+            // No challenge at all, or nothing that could be one.
+            &[],
+            &[""],
+            &[" , ,"],
+            &["error=invalid_request"],
+            &[r#"error = "invalid_request""#],
+            &[r#""Basic" realm=a"#],
+            &["Basic: realm=a"],
+            &["{}", "<html>"],
+        ];
+        assert_all(Verdict::Unexplained, answers);
+    }
+
+    #[test]
+    fn other_schemes_and_other_faults_are_not_ours() {
+        let answers: &[&[&str]] = &[
+            &[r#"Basic realm="a", charset="UTF-8""#],
+            &["Negotiate", "NTLM"],
+            &["Negotiate YII="],
+            &[r#"DPoP error="invalid_token""#],
+            &["Bearer2 error=invalid_token"],
+            &[r#"Bearer error="insufficient_scope", scope="a b""#],
+            &["Bearer error=invalid_request"],
+            &["Bearer error=invalid_request, error=invalid_token"],
+            &["Bearer", "Bearer error=insufficient_scope"],
+            // The word is quoted, not said.
+            &[r#"Basic realm="a, Bearer error=\"invalid_token\"""#],
+            &[r#"Basic realm=", Bearer error=invalid_token""#],
+            &[r#"Basic realm="\\\", Bearer error=invalid_token""#],
+        ];
+        assert_all(Verdict::NotOurs, answers);
+    }
+
+    #[test]
+    fn a_syntax_error_costs_the_rest_of_its_value_only() {
+        let unharmed: &[&[&str]] = &[
+            &[r#"Bearer error="invalid_token", realm="open"#],
+            &[r#"Bearer error="invalid_token" realm="a""#],
+            &[r#"Basic realm="open"#, "Bearer error=invalid_token"],
+        ];
+        assert_all(Verdict::InvalidToken, unharmed);
+
+        let word_lost: &[&[&str]] = &[
+            &[r#"Bearer realm="open, error="invalid_token""#],
+            &[r#"Bearer error="invalid_token"#],
+            &["Bearer realm=a, title=, error=invalid_token"],
+            &["Bearer realm=a error=invalid_token"],
+            &["Bearer @ error=invalid_token"],
+            &["Bearer realm error=invalid_token"],
+        ];
+        assert_all(Verdict::Unexplained, word_lost);
+
+        let challenge_lost: &[&[&str]] = &[
+            &[r#"Basic realm="open, Bearer error=invalid_token"#],
+            &["Basic Bearer error=invalid_token"],
+            &["Negotiate YII== x, Bearer error=invalid_token"],
+        ];
+        assert_all(Verdict::NotOurs, challenge_lost);
+    }
+
+    #[test]
+    fn bytes_beyond_ascii_may_stand_in_a_quoted_string() {
+        let quoted: &[u8] = b"Bearer realm=\"caf\xe9 \\\xff\", error=\"invalid_token\"";
+        let bare: &[u8] = b"Bearer realm=caf\xe9, error=\"invalid_token\"";
+        let judge = |value| judge(StatusCode::UNAUTHORIZED, &headers(&[value]));
+        assert_eq!(judge(quoted), Verdict::InvalidToken);
+        assert_eq!(judge(bare), Verdict::Unexplained);
+    }
+
+    #[test]
+    fn other_statuses_are_not_ours_whatever_they_say() {
+        let headers = headers(&["Bearer error=invalid_token"]);
+        for status in [200, 400, 403, 407, 429, 500, 503] {
+            let status = StatusCode::from_u16(status).unwrap();
+            assert_eq!(judge(status, &headers), Verdict::NotOurs, "{status}");
+        }
+    }
+
+    #[test]
+    fn grpc_status_16_among_the_headers_is_a_401_without_a_reason() {
+        let table = [
+            (200, "16", Verdict::Unexplained),
+            (403, "16", Verdict::Unexplained),
+            (200, "0", Verdict::NotOurs),
+            (200, "7", Verdict::NotOurs),
+            (200, "160", Verdict::NotOurs),
+        ];
+        for (status, grpc_status, verdict) in table {
+            let status = StatusCode::from_u16(status).unwrap();
+            let mut headers = HeaderMap::new();
+            headers.insert(&GRPC_STATUS, HeaderValue::from_static(grpc_status));
+            assert_eq!(judge(status, &headers), verdict, "{status} {grpc_status}");
+        }
+    }
+
+    #[test]
+    fn only_an_escaped_value_is_copied() {
+        let plain = Param {
+            name: b"realm",
+            raw: b"a b",
+        };
+        assert!(matches!(plain.value(), Cow::Borrowed(b"a b")));
+        let escaped = Param {
+            name: b"realm",
+            raw: br#"a\"b\\"#,
+        };
+        assert_eq!(*escaped.value(), *br#"a"b\"#);
+    }
+
+    type Parsed = (String, Vec<(String, Vec<u8>)>);
+
+    fn parse(headers: &HeaderMap) -> Vec<Parsed> {
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+        let param = |param: Param<'_>| (text(param.name), param.value().into_owned());
+        challenges(headers)
+            .map(|challenge| {
+                (
+                    text(challenge.scheme),
+                    challenge.params.map(param).collect(),
+                )
+            })
+            .collect()
+    }
+
+    const TOKEN: &str = "[!#$%&'*+.^_`|~0-9A-Za-z-]{1,8}";
+    const BLANKS: &str = "[ \t]{0,2}";
+    const COMMAS: &str = "[ \t]{0,2},[ \t,]{0,3}";
+
+    fn quote(value: &[u8], escape_all: bool) -> Vec<u8> {
+        let mut quoted = vec![b'"'];
+        for &byte in value {
+            if escape_all || matches!(byte, b'"' | b'\\') {
+                quoted.push(b'\\');
+            }
+            quoted.push(byte);
+        }
+        quoted.push(b'"');
+        quoted
+    }
+
+    /// A value and its text.
+    fn value() -> impl Strategy<Value = (Vec<u8>, Vec<u8>)> {
+        let field_char = prop_oneof![
+            4 => 0x20..=0x7e_u8,
+            1 => Just(b'\t'),
+            2 => prop::sample::select(b"\"\\,= ".to_vec()),
+            1 => 0x80..=0xff_u8,
+        ];
+        prop_oneof![
+            TOKEN.prop_map(|token| (token.clone().into_bytes(), token.into_bytes())),
+            (vec(field_char, 0..12), any::<bool>()).prop_map(|(value, escape_all)| {
+                let quoted = quote(&value, escape_all);
+                (value, quoted)
+            }),
+        ]
+    }
+
+    /// A parameter and its text.
+    fn param() -> impl Strategy<Value = ((String, Vec<u8>), Vec<u8>)> {
+        (TOKEN, BLANKS, BLANKS, value()).prop_map(|(name, before, after, (value, text))| {
+            let mut rendered = format!("{name}{before}={after}").into_bytes();
+            rendered.extend(text);
+            ((name, value), rendered)
+        })
+    }
+
+    /// A challenge and its text.
+    fn challenge() -> impl Strategy<Value = (Parsed, Vec<u8>)> {
+        let token68 = prop::option::of("[A-Za-z0-9._~+/-]{1,8}={0,2}");
+        let params = vec((COMMAS, param()), 0..4);
+        (TOKEN, "[ \t]{1,2}", token68, params).prop_map(|(scheme, space, token68, params)| {
+            let mut rendered = scheme.clone();
+            // The first parameter follows its scheme without a comma, unless a token68 comes between.
+            let mut space = Some(space);
+            if let Some(token68) = token68 {
+                rendered.extend(space.take());
+                rendered.push_str(&token68);
+            }
+            let mut rendered = rendered.into_bytes();
+            let mut parsed = Vec::new();
+            for (commas, (param, text)) in params {
+                rendered.extend(space.take().unwrap_or(commas).into_bytes());
+                rendered.extend(text);
+                parsed.push(param);
+            }
+            ((scheme, parsed), rendered)
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn well_formed_challenges_are_read_back(
+            challenges in vec((any::<bool>(), COMMAS, challenge()), 0..5),
+        ) {
+            let mut values = vec![Vec::new()];
+            let mut expected = Vec::new();
+            for (in_new_header, commas, (challenge, text)) in challenges {
+                match values.last_mut() {
+                    Some(value) if !in_new_header => {
+                        value.extend(commas.into_bytes());
+                        value.extend(text);
+                    }
+                    _ => values.push(text),
+                }
+                expected.push(challenge);
+            }
+            prop_assert_eq!(parse(&headers(&values)), expected, "{:?}", values);
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic(value in vec(any::<u8>(), 0..200)) {
+            read_to_the_end(&value);
+        }
+
+        // Bytes at random hardly ever get past the first token.
+        #[test]
+        fn no_near_miss_makes_it_panic(
+            value in r#"(Bearer|Basic|error|invalid_token|[a-z="\\, \t\u{80}]|"[^"]*"){0,40}"#,
+        ) {
+            read_to_the_end(value.as_bytes());
+        }
+    }
+
+    fn read_to_the_end(value: &[u8]) {
+        for challenge in Challenges::new(value) {
+            assert!(!challenge.scheme.is_empty());
+            for param in challenge.params {
+                assert!(!param.name.is_empty());
+                assert!(param.value().len() <= param.raw.len());
+            }
+        }
+    }
+}

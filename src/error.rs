@@ -1,0 +1,262 @@
+//! What can go wrong: [`TokenError`] while a token is fetched, [`ConfigError`] while the crate is set up.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use http::StatusCode;
+
+/// The error type of tower: any error, boxed.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// The reason why there is no token for a request.
+///
+/// All callers that waited for one token request share its error, so cloning is cheap. The predicates, not
+/// the text, are the interface. No error holds a token, a secret, or the body of an answer.
+///
+/// The layer's service returns [`BoxError`]; a token failure is found in it by a downcast:
+///
+/// ```
+/// use tower_bearer::{BoxError, TokenError};
+///
+/// fn worth_another_try(error: &BoxError) -> bool {
+///     error
+///         .downcast_ref::<TokenError>()
+///         .is_some_and(TokenError::is_transient)
+/// }
+/// # assert!(worth_another_try(&TokenError::transient("down").into()));
+/// # assert!(!worth_another_try(&TokenError::terminal("refused").into()));
+/// ```
+#[derive(Clone)]
+pub struct TokenError(Arc<Inner>);
+
+struct Inner {
+    kind: Kind,
+    transient: bool,
+    status: Option<StatusCode>,
+    oauth_error: Option<Box<str>>,
+    retry_after: Option<Duration>,
+    source: Option<BoxError>,
+}
+
+/// What happened, in the order in which a token request can fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// The request's URI may not carry a token.
+    Insecure,
+    /// There is no tokio runtime to run the token request on.
+    NoRuntime,
+    /// The limit of waiting requests is reached.
+    Overloaded,
+    /// The token endpoint could not be reached, or the connection broke.
+    Transport,
+    /// An attempt, or all of them together, took too long.
+    Timeout,
+    /// The authorization server answered with an RFC 6749 section 5.2 error.
+    Rejected,
+    /// Some HTTP status that speaks of the endpoint rather than of the request: a redirect, 408, 425, 429,
+    /// 5xx, or any without an RFC 6749 error.
+    Unavailable,
+    /// The answer claims success and is no token response.
+    Malformed,
+    /// The source panicked.
+    Panicked,
+    /// The token request ended with the runtime that ran it.
+    Abandoned,
+    /// A custom source said so.
+    Custom,
+}
+
+impl TokenError {
+    /// Creates an error that may heal by itself, for use in a custom [`TokenSource`](crate::TokenSource).
+    ///
+    /// The cache tries again with backoff.
+    pub fn transient(source: impl Into<BoxError>) -> Self {
+        Self::new(Kind::Custom, true).with_source(source)
+    }
+
+    /// Creates an error that another try will not mend, for use in a custom
+    /// [`TokenSource`](crate::TokenSource).
+    ///
+    /// The cache remembers it for 5 s, doubling to 60 s while it recurs, and then tries again: secrets
+    /// get rotated and servers get mended.
+    pub fn terminal(source: impl Into<BoxError>) -> Self {
+        Self::new(Kind::Custom, false).with_source(source)
+    }
+
+    /// Sets how long the server asked to be left alone.
+    ///
+    /// The cache sends no further token request for that long, up to 300 s.
+    #[must_use]
+    pub fn with_retry_after(self, retry_after: Duration) -> Self {
+        self.map(|inner| inner.retry_after = Some(retry_after))
+    }
+
+    pub(crate) fn new(kind: Kind, transient: bool) -> Self {
+        Self(Arc::new(Inner {
+            kind,
+            transient,
+            status: None,
+            oauth_error: None,
+            retry_after: None,
+            source: None,
+        }))
+    }
+
+    pub(crate) fn with_source(self, source: impl Into<BoxError>) -> Self {
+        self.map(|inner| inner.source = Some(source.into()))
+    }
+
+    pub(crate) fn with_status(self, status: StatusCode) -> Self {
+        self.map(|inner| inner.status = Some(status))
+    }
+
+    pub(crate) fn with_oauth_error(self, code: &str) -> Self {
+        self.map(|inner| inner.oauth_error = Some(code.into()))
+    }
+
+    /// Returns `true` if the same request may succeed later without anybody's doing.
+    ///
+    /// True of transport failures, timeouts, the statuses 408, 425, 429 and 5xx, `temporarily_unavailable`,
+    /// and of any answer that did not come from an OAuth server, such as a firewall's page.
+    pub fn is_transient(&self) -> bool {
+        self.0.transient
+    }
+
+    /// Returns `true` if the authorization server refused with an error of RFC 6749 section 5.2.
+    pub fn is_rejected(&self) -> bool {
+        self.0.kind == Kind::Rejected
+    }
+
+    /// Returns `true` if the token endpoint could not be reached or the connection broke.
+    pub fn is_transport(&self) -> bool {
+        self.0.kind == Kind::Transport
+    }
+
+    /// Returns `true` if the token request, or the wait for it, took too long.
+    pub fn is_timeout(&self) -> bool {
+        self.0.kind == Kind::Timeout
+    }
+
+    /// Returns `true` if the answer claimed success and was not a usable token response (RFC 6749 section
+    /// 5.1).
+    pub fn is_malformed_response(&self) -> bool {
+        self.0.kind == Kind::Malformed
+    }
+
+    /// Returns `true` if the token request died with its task: the source panicked or the runtime that
+    /// ran it is gone or no longer driven.
+    pub fn is_interrupted(&self) -> bool {
+        matches!(self.0.kind, Kind::Panicked | Kind::Abandoned)
+    }
+
+    /// Returns `true` if the request was not sent because its URI may not carry a token.
+    pub fn is_insecure_uri(&self) -> bool {
+        self.0.kind == Kind::Insecure
+    }
+
+    /// Returns `true` if as many callers as allowed were waiting for a token already.
+    pub fn is_overloaded(&self) -> bool {
+        self.0.kind == Kind::Overloaded
+    }
+
+    /// Returns `true` if a token had to be fetched outside of a tokio runtime.
+    pub fn is_no_runtime(&self) -> bool {
+        self.0.kind == Kind::NoRuntime
+    }
+
+    /// Returns the HTTP status of the token endpoint's answer, if there was one.
+    pub fn status(&self) -> Option<StatusCode> {
+        self.0.status
+    }
+
+    /// Returns the `error` code of the token endpoint's answer (RFC 6749 section 5.2), such as
+    /// `invalid_client`.
+    ///
+    /// Codes are made of at most 40 lower-case letters and underscores, as all registered ones are; what is
+    /// not comes from no OAuth server, and may echo a secret.
+    pub fn oauth_error(&self) -> Option<&str> {
+        self.0.oauth_error.as_deref()
+    }
+
+    /// Returns how long the server asked to be left alone (`Retry-After`, RFC 9110 section 10.2.3),
+    /// counted from its answer.
+    pub fn retry_after(&self) -> Option<Duration> {
+        self.0.retry_after
+    }
+
+    pub(crate) fn kind(&self) -> Kind {
+        self.0.kind
+    }
+
+    fn map(mut self, change: impl FnOnce(&mut Inner)) -> Self {
+        // Errors are shaped before they are shared; a shared one has been handed out and keeps its shape.
+        if let Some(inner) = Arc::get_mut(&mut self.0) {
+            change(inner);
+        }
+        self
+    }
+}
+
+impl fmt::Debug for TokenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TokenError")
+            .field("kind", &self.0.kind)
+            .field("transient", &self.0.transient)
+            .field("status", &self.0.status)
+            .field("oauth_error", &self.0.oauth_error)
+            .field("retry_after", &self.0.retry_after)
+            .field("source", &self.0.source)
+            .finish()
+    }
+}
+
+impl fmt::Display for TokenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.0.kind {
+            Kind::Insecure => "the request's URI may not carry a token",
+            Kind::NoRuntime => "no tokio runtime to fetch a token on",
+            Kind::Overloaded => "too many requests are waiting for a token",
+            Kind::Transport => "the token endpoint could not be reached",
+            Kind::Timeout => "the token request timed out",
+            Kind::Rejected => "the authorization server refused the token request",
+            Kind::Unavailable => "the token endpoint did not answer the token request",
+            Kind::Malformed => "the token endpoint's answer is not a token response",
+            Kind::Panicked => "the token source panicked",
+            Kind::Abandoned => "the token request ended with the runtime that ran it",
+            Kind::Custom => "the token source failed",
+        })?;
+        match (self.0.status, &self.0.oauth_error) {
+            (Some(status), Some(code)) => write!(f, " ({code}, status {})", status.as_u16()),
+            (Some(status), None) => write!(f, " (status {})", status.as_u16()),
+            (None, Some(code)) => write!(f, " ({code})"),
+            (None, None) => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for TokenError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.0.source.as_ref().map(|source| &**source as _)
+    }
+}
+
+/// A setting that cannot work, reported where it enters.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct ConfigError {
+    message: String,
+    source: Option<BoxError>,
+}
+
+impl ConfigError {
+    pub(crate) fn new(message: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            source: None,
+        }
+    }
+
+    pub(crate) fn with_source(mut self, source: impl Into<BoxError>) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+}

@@ -1,0 +1,446 @@
+//! Which URIs may carry the token.
+//!
+//! A token that leaves over plain http, or to a host it was not meant for, is a token given away (RFC 6750
+//! section 5.3). So this is decided from the request's own URI, for each request, and before a token is
+//! asked for.
+
+use std::{
+    net::{Ipv4Addr, Ipv6Addr},
+    sync::Arc,
+};
+
+use http::{
+    Uri,
+    uri::{Authority, Scheme},
+};
+
+use crate::error::{ConfigError, Kind, TokenError};
+
+/// The rule that a layer applies to the URIs of its requests.
+///
+/// By default every https and every loopback origin carries the token.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Origins {
+    pinned: Option<Arc<[Origin]>>,
+    plain_http: bool,
+}
+
+/// How a request may go out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Passage {
+    /// With the token.
+    Carry,
+    /// Without it: the origin is none of the pinned ones.
+    Bare,
+    /// Not at all: the token would be readable on its way.
+    Refuse,
+}
+
+impl Origins {
+    /// Lets only these origins carry the token, each written as `https://api.example.com`.
+    pub(crate) fn pin<I>(self, origins: I) -> Result<Self, ConfigError>
+    where
+        I: IntoIterator<Item: AsRef<str>>,
+    {
+        let pinned = (1..)
+            .zip(origins)
+            .map(|(position, origin)| {
+                // The text is not shown: it may hold a password.
+                Origin::parse(origin.as_ref())
+                    .map_err(|fault| ConfigError::new(format!("origin {position} {fault}")))
+            })
+            .collect::<Result<Arc<[_]>, _>>()?;
+        if pinned.is_empty() {
+            return Err(ConfigError::new(
+                "no origin is pinned, so that no request would carry the token",
+            ));
+        }
+        Ok(Self {
+            pinned: Some(pinned),
+            ..self
+        })
+    }
+
+    /// Lets the token travel over plain http to any host that may carry it otherwise.
+    pub(crate) fn plain_http(self, plain_http: bool) -> Self {
+        Self { plain_http, ..self }
+    }
+
+    /// Judges a request by its URI. This runs on every request, before anything is asked of the cache.
+    pub(crate) fn judge(&self, uri: &Uri) -> Passage {
+        // Such a request cannot leave the one host that the service below is bound to.
+        let Some(authority) = uri.authority() else {
+            return Passage::Carry;
+        };
+        if !self.admits(uri, authority) {
+            Passage::Bare
+        } else if self.is_safe(uri, authority) {
+            Passage::Carry
+        } else {
+            Passage::Refuse
+        }
+    }
+
+    fn admits(&self, uri: &Uri, authority: &Authority) -> bool {
+        match &self.pinned {
+            Some(pinned) => pinned.iter().any(|origin| origin.matches(uri, authority)),
+            None => true,
+        }
+    }
+
+    fn is_safe(&self, uri: &Uri, authority: &Authority) -> bool {
+        // `Uri` parses a scheme of any case to these two. One built from the part "HTTPS" equals neither, and
+        // a connector that compares in the same way may send it in the clear.
+        if uri.scheme() == Some(&Scheme::HTTPS) {
+            return true;
+        }
+        uri.scheme() == Some(&Scheme::HTTP) && (self.plain_http || is_loopback(authority.host()))
+    }
+}
+
+/// The error of a request whose [`Passage`] is [`Refuse`](Passage::Refuse).
+pub(crate) fn refusal(uri: &Uri) -> TokenError {
+    // Only what the rule looked at is told: userinfo, path and query may be secrets.
+    let scheme = uri.scheme_str().unwrap_or("(no scheme)");
+    let host = uri.host().unwrap_or_default();
+    TokenError::new(Kind::Insecure, false).with_source(format!(
+        "{scheme}://{host} is neither https nor loopback; \
+         the setting `dangerous_plain_http` lets plain http carry tokens"
+    ))
+}
+
+/// Tells whether a URI's host is this machine, so that nobody can listen on the way.
+///
+/// Names are not resolved, and none but `localhost` is trusted: whoever runs the resolver could make any
+/// other a loopback name today and not tomorrow.
+pub(crate) fn is_loopback(host: &str) -> bool {
+    if let Some(address) = ipv6(host) {
+        // Canonical, since `[::ffff:127.0.0.1]` is 127.0.0.1 to the operating system.
+        return address.to_canonical().is_loopback();
+    }
+    match host.parse::<Ipv4Addr>() {
+        Ok(address) => address.is_loopback(),
+        Err(_) => host.eq_ignore_ascii_case("localhost"),
+    }
+}
+
+/// A scheme, a host and a port (RFC 6454 section 4), the port spelt out.
+#[derive(Clone, Debug)]
+struct Origin {
+    scheme: Scheme,
+    host: Box<str>,
+    port: u16,
+}
+
+impl Origin {
+    /// Parses an entry of the pinned list, or says what is wrong with it.
+    fn parse(text: &str) -> Result<Self, &'static str> {
+        let uri: Uri = text
+            .parse()
+            .map_err(|_| "is not a URI with a scheme and a host")?;
+        let authority = uri.authority().ok_or("has no host")?;
+        let scheme = uri.scheme().ok_or("has no scheme")?;
+        let default_port = default_port(scheme).ok_or("is neither https nor http")?;
+        let host = authority.host();
+        if authority.as_str().contains('@') {
+            return Err("has userinfo");
+        }
+        if host.is_empty() {
+            return Err("has no host");
+        }
+        if host.contains('*') {
+            return Err("has a wildcard, and there are none");
+        }
+        // `Uri` drops a fragment without a word.
+        if !matches!(uri.path(), "" | "/") || uri.query().is_some() || text.contains('#') {
+            return Err("has a path, a query or a fragment");
+        }
+        let port = port(authority, default_port).ok_or("has no valid port after its host")?;
+        Ok(Self {
+            scheme: scheme.clone(),
+            host: host.into(),
+            port,
+        })
+    }
+
+    fn matches(&self, uri: &Uri, authority: &Authority) -> bool {
+        uri.scheme() == Some(&self.scheme)
+            && is_same_host(&self.host, authority.host())
+            && default_port(&self.scheme).and_then(|default| port(authority, default))
+                == Some(self.port)
+    }
+}
+
+fn is_same_host(a: &str, b: &str) -> bool {
+    // An IPv6 address has many spellings.
+    a.eq_ignore_ascii_case(b) || ipv6(a).is_some_and(|a| ipv6(b) == Some(a))
+}
+
+/// Reads an IPv6 literal as it stands in a URI, in brackets.
+fn ipv6(host: &str) -> Option<Ipv6Addr> {
+    host.strip_prefix('[')?.strip_suffix(']')?.parse().ok()
+}
+
+fn default_port(scheme: &Scheme) -> Option<u16> {
+    if *scheme == Scheme::HTTPS {
+        Some(443)
+    } else if *scheme == Scheme::HTTP {
+        Some(80)
+    } else {
+        None
+    }
+}
+
+/// The port of an authority, or `None` if what follows the host is none.
+fn port(authority: &Authority, default: u16) -> Option<u16> {
+    // `port_u16` does not tell a port that is absent from one that is out of range, and what a connector
+    // makes of the latter is anybody's guess.
+    let host_and_port = authority.as_str().rsplit('@').next();
+    if host_and_port == Some(authority.host()) {
+        Some(default)
+    } else {
+        authority.port_u16()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error;
+
+    use proptest::prelude::*;
+
+    use super::{Passage::*, *};
+
+    fn pin(origins: &[&str]) -> Origins {
+        Origins::default().pin(origins).unwrap()
+    }
+
+    fn assert_all(origins: &Origins, table: &[(&str, Passage)]) {
+        for (uri, passage) in table {
+            let parsed: Uri = uri.parse().unwrap();
+            assert_eq!(origins.judge(&parsed), *passage, "{uri} by {origins:?}");
+        }
+    }
+
+    // Law 9: never elsewhere. The token goes only to allowed origins, over https, loopback excepted.
+    #[test]
+    fn https_loopback_and_bound_services_carry_the_token() {
+        let table = [
+            ("https://api.example.com/a?b=c", Carry),
+            ("HTTPS://API.EXAMPLE.COM/", Carry),
+            ("https://api.example.com:8443/", Carry),
+            ("https://user:password@api.example.com/", Carry),
+            ("https://[2001:db8::1]/", Carry),
+            ("/a?b=c", Carry),
+            ("*", Carry),
+            ("//evil.example/a", Carry), // A path, to `Uri`.
+            ("http://localhost/", Carry),
+            ("http://LocalHost:8080/", Carry),
+            ("HTTP://localhost/", Carry),
+            ("http://127.0.0.1/", Carry),
+            ("http://127.255.255.254:1/", Carry),
+            ("http://[::1]:80/", Carry),
+            ("http://[0:0:0:0:0:0:0:1]/", Carry),
+            ("http://[::ffff:127.0.0.1]/", Carry),
+            ("http://[::FFFF:7f00:1]/", Carry),
+            ("http://user@[::1]/", Carry),
+        ];
+        assert_all(&Origins::default(), &table);
+    }
+
+    #[test]
+    fn everything_else_is_refused() {
+        let table = [
+            ("http://api.example.com/", Refuse),
+            ("http://api.example.com:443/", Refuse),
+            ("http://10.0.0.1/", Refuse),
+            ("http://0.0.0.0/", Refuse),
+            ("http://[::]/", Refuse),
+            ("http://[::ffff:10.0.0.1]/", Refuse),
+            // Not what it looks like.
+            ("http://localhost@evil.example/", Refuse),
+            ("http://localhost:80@evil.example/", Refuse),
+            ("http://[::1]@evil.example/", Refuse),
+            ("http://a@localhost@evil.example/", Refuse),
+            ("http://localhost.evil.example/", Refuse),
+            ("http://evil.example.localhost.", Refuse),
+            ("http://notlocalhost/", Refuse),
+            ("http://127.0.0.1.evil.example/", Refuse),
+            ("http://127.evil.example/", Refuse),
+            // What some resolver may call this machine.
+            ("http://localhost./", Refuse),
+            ("http://127.0.0.1./", Refuse),
+            ("http://127.1/", Refuse),
+            ("http://2130706433/", Refuse),
+            ("http://0177.0.0.1/", Refuse),
+            ("http://[127.0.0.1]/", Refuse),
+            ("http://[::1%25lo]/", Refuse),
+            // Other schemes, or none.
+            ("ws://localhost/", Refuse),
+            ("wss://api.example.com/", Refuse),
+            ("ftp://localhost/", Refuse),
+            ("api.example.com:443", Refuse),
+        ];
+        assert_all(&Origins::default(), &table);
+    }
+
+    #[test]
+    fn a_scheme_that_only_looks_like_https_is_refused() {
+        let uri = Uri::builder()
+            .scheme("HTTPS")
+            .authority("api.example.com")
+            .path_and_query("/")
+            .build()
+            .unwrap();
+        assert_eq!(Origins::default().judge(&uri), Refuse);
+        assert_eq!(pin(&["https://api.example.com"]).judge(&uri), Bare);
+    }
+
+    #[test]
+    fn plain_http_opens_http_and_nothing_else() {
+        let table = [
+            ("http://api.example.com/", Carry),
+            ("http://localhost@evil.example/", Carry),
+            ("ws://api.example.com/", Refuse),
+            ("api.example.com:80", Refuse),
+        ];
+        assert_all(&Origins::default().plain_http(true), &table);
+        let shut_again = Origins::default().plain_http(true).plain_http(false);
+        assert_all(&shut_again, &[("http://api.example.com/", Refuse)]);
+    }
+
+    #[test]
+    fn other_than_pinned_origins_pass_bare() {
+        let origins = pin(&[
+            "https://api.example.com",
+            "HTTPS://Upper.Example:8443/",
+            "https://[2001:DB8::1]:444",
+            "http://localhost:8080",
+        ]);
+        let table = [
+            ("https://api.example.com/a?b", Carry),
+            ("https://API.example.COM:443/", Carry),
+            ("https://api.example.com:0443/", Carry),
+            ("https://user@api.example.com/", Carry),
+            ("https://upper.example:8443/", Carry),
+            ("https://[2001:db8:0::1]:444/", Carry),
+            ("http://localhost:8080/", Carry),
+            ("/a", Carry),
+            ("http://api.example.com/", Bare),
+            ("http://api.example.com:443/", Bare),
+            ("https://api.example.com:444/", Bare),
+            ("https://api.example.com./", Bare),
+            ("https://api.example.com.evil.example/", Bare),
+            ("https://api.example.com@evil.example/", Bare),
+            ("https://api.example.com:443@evil.example/", Bare),
+            ("https://a.api.example.com/", Bare),
+            ("https://upper.example/", Bare),
+            ("https://[2001:db8::1]/", Bare),
+            ("https://[2001:db8::2]:444/", Bare),
+            ("http://localhost/", Bare),
+            ("https://localhost:8080/", Bare),
+            ("http://evil.example/", Bare),
+            ("wss://api.example.com/", Bare),
+            ("api.example.com:443", Bare),
+            // Ports that are none.
+            ("https://api.example.com:/", Bare),
+            ("https://api.example.com:65979/", Bare),
+            ("https://api.example.com:x/", Bare),
+        ];
+        assert_all(&origins, &table);
+    }
+
+    #[test]
+    fn a_pinned_origin_is_no_safer_for_it() {
+        let table = [("http://api.example.com/", Refuse), ("http://b/", Bare)];
+        let origins = pin(&["http://api.example.com"]);
+        assert_all(&origins, &table);
+        let table = [("http://api.example.com/", Carry), ("http://b/", Bare)];
+        assert_all(&origins.plain_http(true), &table);
+    }
+
+    #[test]
+    fn entries_that_name_no_origin_are_config_errors() {
+        let table = [
+            ("", "is not a URI"),
+            ("api.example.com/path", "is not a URI"),
+            ("https:///path", "is not a URI"),
+            ("https://user@", "is not a URI"),
+            ("https://b\u{fc}cher.example", "is not a URI"),
+            ("api.example.com", "has no scheme"),
+            ("api.example.com:443", "has no scheme"),
+            ("/path", "has no host"),
+            ("https://:443", "has no host"),
+            ("wss://api.example.com", "is neither https nor http"),
+            ("https://user:hunter2@api.example.com", "has userinfo"),
+            ("https://*.example.com", "has a wildcard"),
+            ("https://api.example.com/v1", "has a path"),
+            ("https://api.example.com?hunter2", "has a path"),
+            ("https://api.example.com#a", "has a path"),
+            ("https://api.example.com:65979", "has no valid port"),
+            ("https://api.example.com:", "has no valid port"),
+        ];
+        for (entry, fault) in table {
+            let error = Origins::default()
+                .pin(["https://good.example", entry])
+                .unwrap_err()
+                .to_string();
+            assert!(
+                error.starts_with(&format!("origin 2 {fault}")),
+                "{entry}: {error}"
+            );
+            assert!(!error.contains("hunter2"), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_empty_list_is_a_config_error() {
+        assert!(Origins::default().pin([] as [&str; 0]).is_err());
+    }
+
+    #[test]
+    fn a_refusal_names_the_setting_and_no_secret() {
+        let uri = "http://user:hunter2@api.example.com/hunter2?token=hunter2";
+        let error = refusal(&uri.parse().unwrap());
+        assert!(error.is_insecure_uri());
+        assert!(!error.is_transient());
+        let source = error.source().unwrap().to_string();
+        assert!(source.contains("`dangerous_plain_http`"), "{source}");
+        assert!(source.contains("http://api.example.com is"), "{source}");
+        assert!(!format!("{error} {error:?} {source}").contains("hunter2"));
+    }
+
+    proptest! {
+        #[test]
+        fn what_carries_is_safe(
+            text in r"((https?|wss?)://)?([a-z:@\[\].]|localhost|127\.0\.0\.1|\[::1\]){0,8}(:[0-9]{0,6})?(/[a-z]?)?",
+        ) {
+            let Ok(uri) = text.parse::<Uri>() else {
+                return Ok(());
+            };
+            // The same rule by another road: the address that a connector would dial.
+            let is_this_machine = |host: &str| {
+                host == "localhost" || matches!(host, "127.0.0.1" | "[::1]")
+            };
+            let safe = uri.host().is_none_or(|host| {
+                uri.scheme_str() == Some("https")
+                    || (uri.scheme_str() == Some("http") && is_this_machine(host))
+            });
+            let carries = Origins::default().judge(&uri) == Carry;
+            prop_assert_eq!(carries, safe);
+
+            let pinned = pin(&["https://localhost", "http://127.0.0.1:1"]).judge(&uri);
+            prop_assert!(pinned != Carry || carries);
+            refusal(&uri);
+        }
+
+        #[test]
+        fn no_uri_makes_it_panic(text in ".{0,40}") {
+            let _ = Origins::default().pin([&text]);
+            is_loopback(&text);
+            if let Ok(uri) = text.parse() {
+                Origins::default().judge(&uri);
+            }
+        }
+    }
+}

@@ -1,0 +1,351 @@
+//! May a request be sent twice: [`Never`], [`CloneBody`], [`EmptyBody`].
+//!
+//! A 401 about the token can be mended by sending the request once more with another token, but only a
+//! request of which a copy was kept can be sent again. Which copies are kept, and at what cost, is the
+//! user's choice, made with [`BearerAuthLayer::replay`](crate::BearerAuthLayer::replay).
+
+use std::convert::Infallible;
+
+use http::Request;
+use http_body::Body;
+
+/// Decides which requests with a body of type `B` may be sent a second time.
+///
+/// The implementations are [`Never`], the default, [`CloneBody`] and [`EmptyBody`]. The trait is sealed: an
+/// implementation that copied half a body would corrupt requests, and only on the day a token is rejected.
+///
+/// A request is sent again at most once, only after a 401 (or its gRPC counterpart) that is about its token,
+/// and only with a different token. That is safe for a `POST` as well: a 401 says that the request was not
+/// applied (RFC 9110 section 15.5.2), whatever its method.
+///
+/// A request that may not be sent again, such as one with a streaming body, loses nothing else: its 401 comes
+/// back to the caller, and the token is replaced all the same.
+pub trait Replay<B>: sealed::Sealed + Clone {
+    /// What a response future stores of a `T` that it needs for the second sending.
+    ///
+    /// `T` itself or, where there never is a second sending, a type without values: an `Option` of it takes
+    /// no room.
+    #[doc(hidden)]
+    type Kept<T>;
+
+    /// Copies the request, if it may be sent again, and keeps what `complete` makes of the copy.
+    ///
+    /// `complete` is not called without a copy, so that all else that a second sending needs, such as a
+    /// clone of the inner service, costs nothing either.
+    #[doc(hidden)]
+    fn keep<T>(
+        &self,
+        request: &Request<B>,
+        complete: impl FnOnce(Request<B>) -> T,
+    ) -> Option<Self::Kept<T>>;
+
+    /// Takes out what was kept.
+    #[doc(hidden)]
+    fn release<T>(kept: Self::Kept<T>) -> T;
+}
+
+/// Sends every request once: the default.
+///
+/// It works with every body and costs nothing. A 401 comes back to the caller; the token is replaced all the
+/// same, so the caller's own retry finds a new one.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Never;
+
+/// Sends a request again with a clone of its body.
+///
+/// For bodies whose clone is the whole body and cheap, such as `Full<Bytes>` or `String`s of moderate size.
+/// Do not use it with a body that shares a stream among its clones.
+///
+/// Every request pays for the copy, whether it is needed or not: its headers, URI and extensions are cloned,
+/// its body and the inner service too, and held until the answer is there.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CloneBody;
+
+/// Sends a request again if its body is empty.
+///
+/// For bodies that cannot be cloned, such as boxed and streaming ones: most `GET`s and `DELETE`s are covered.
+/// A body counts as empty if [`Body::is_end_stream`] says so before it is sent, and the second request then
+/// gets `B::default()`. All others are sent once.
+///
+/// Every request with an empty body pays for the copy, whether it is needed or not: its headers, URI and
+/// extensions are cloned, and the inner service too, and held until the answer is there.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct EmptyBody;
+
+impl<B> Replay<B> for Never {
+    type Kept<T> = Infallible;
+
+    fn keep<T>(&self, _: &Request<B>, _: impl FnOnce(Request<B>) -> T) -> Option<Self::Kept<T>> {
+        None
+    }
+
+    fn release<T>(kept: Self::Kept<T>) -> T {
+        match kept {}
+    }
+}
+
+impl<B: Clone> Replay<B> for CloneBody {
+    type Kept<T> = T;
+
+    fn keep<T>(
+        &self,
+        request: &Request<B>,
+        complete: impl FnOnce(Request<B>) -> T,
+    ) -> Option<Self::Kept<T>> {
+        Some(complete(request.clone()))
+    }
+
+    fn release<T>(kept: Self::Kept<T>) -> T {
+        kept
+    }
+}
+
+impl<B: Body + Default> Replay<B> for EmptyBody {
+    type Kept<T> = T;
+
+    fn keep<T>(
+        &self,
+        request: &Request<B>,
+        complete: impl FnOnce(Request<B>) -> T,
+    ) -> Option<Self::Kept<T>> {
+        if !request.body().is_end_stream() {
+            return None;
+        }
+        let body = B::default();
+        // Nothing obliges a default to be empty.
+        body.is_end_stream()
+            .then(|| complete(with_body(request, body)))
+    }
+
+    fn release<T>(kept: Self::Kept<T>) -> T {
+        kept
+    }
+}
+
+/// Copies everything but the body.
+fn with_body<B>(request: &Request<B>, body: B) -> Request<B> {
+    let mut copy = Request::new(body);
+    *copy.method_mut() = request.method().clone();
+    *copy.uri_mut() = request.uri().clone();
+    *copy.version_mut() = request.version();
+    *copy.headers_mut() = request.headers().clone();
+    *copy.extensions_mut() = request.extensions().clone();
+    copy
+}
+
+mod sealed {
+    #[expect(
+        unnameable_types,
+        reason = "this is what keeps others from implementing `Replay`"
+    )]
+    pub trait Sealed {}
+
+    impl Sealed for super::Never {}
+    impl Sealed for super::CloneBody {}
+    impl Sealed for super::EmptyBody {}
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        cell::Cell,
+        pin::Pin,
+        rc::Rc,
+        task::{Context, Poll},
+    };
+
+    use bytes::Bytes;
+    use http::{Method, Version};
+    use http_body::Frame;
+    use http_body_util::Full;
+
+    use super::*;
+
+    /// A body that can be sent once: no `Clone`.
+    #[derive(Debug, Default)]
+    struct Streaming {
+        chunks: usize,
+    }
+
+    impl Body for Streaming {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            let frame = self.chunks.checked_sub(1).map(|left| {
+                self.chunks = left;
+                Ok(Frame::data(Bytes::from_static(b"chunk")))
+            });
+            Poll::Ready(frame)
+        }
+
+        fn is_end_stream(&self) -> bool {
+            self.chunks == 0
+        }
+    }
+
+    /// A body whose default is not empty.
+    struct Greeting(&'static str);
+
+    impl Default for Greeting {
+        fn default() -> Self {
+            Self("hello")
+        }
+    }
+
+    impl Body for Greeting {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            Poll::Ready(None)
+        }
+
+        fn is_end_stream(&self) -> bool {
+            self.0.is_empty()
+        }
+    }
+
+    #[derive(Clone, Debug, PartialEq)]
+    struct Deadline(u64);
+
+    fn request<B>(body: B) -> Request<B> {
+        Request::builder()
+            .method(Method::DELETE)
+            .uri("https://api.example.com/things/1?force=true")
+            .version(Version::HTTP_2)
+            .header("accept", "text/plain")
+            .header("accept", "text/html")
+            .extension(Deadline(7))
+            .body(body)
+            .unwrap()
+    }
+
+    fn copy<R: Replay<B>, B>(replay: R, request: &Request<B>) -> Option<Request<B>> {
+        replay.keep(request, |copy| copy).map(R::release)
+    }
+
+    fn assert_same_head<B>(copy: &Request<B>, original: &Request<B>) {
+        assert_eq!(copy.method(), original.method());
+        assert_eq!(copy.uri(), original.uri());
+        assert_eq!(copy.version(), original.version());
+        assert_eq!(copy.headers(), original.headers());
+        assert_eq!(
+            copy.extensions().get::<Deadline>(),
+            original.extensions().get::<Deadline>()
+        );
+    }
+
+    #[test]
+    fn never_keeps_nothing_of_any_request() {
+        assert!(copy(Never, &request(Streaming::default())).is_none());
+        assert!(copy(Never, &request(String::new())).is_none());
+        // Not even a body is needed.
+        struct Opaque;
+        let kept = Never.keep(&request(Opaque), |_| unreachable!("nothing is copied"));
+        assert!(kept.map(<Never as Replay<Opaque>>::release::<()>).is_none());
+    }
+
+    #[test]
+    fn what_never_keeps_takes_no_room() {
+        type Kept<R> = Option<<R as Replay<String>>::Kept<[u64; 32]>>;
+        assert_eq!(size_of::<Kept<Never>>(), 0);
+        assert!(size_of::<Kept<CloneBody>>() >= 256);
+    }
+
+    #[test]
+    fn clone_body_copies_the_whole_request() {
+        let original = request(Full::new(Bytes::from_static(b"body")));
+        let copy = copy(CloneBody, &original).unwrap();
+        assert_same_head(&copy, &original);
+        assert_eq!(
+            format!("{:?}", copy.body()),
+            format!("{:?}", original.body())
+        );
+    }
+
+    #[test]
+    fn empty_body_copies_a_request_without_a_body() {
+        let original = request(Streaming::default());
+        let copy = copy(EmptyBody, &original).unwrap();
+        assert_same_head(&copy, &original);
+        assert!(copy.body().is_end_stream());
+    }
+
+    #[test]
+    fn empty_body_sends_a_streaming_body_once() {
+        assert!(copy(EmptyBody, &request(Streaming { chunks: 1 })).is_none());
+    }
+
+    #[test]
+    fn empty_body_makes_up_no_body() {
+        assert!(copy(EmptyBody, &request(Greeting(""))).is_none());
+    }
+
+    /// The way a response future uses this: a request in flight, and what its second sending takes.
+    struct Sending<S, R: Replay<B>, B> {
+        second: Option<R::Kept<(Request<B>, S)>>,
+    }
+
+    impl<S: Clone, R: Replay<B>, B> Sending<S, R, B> {
+        fn new(replay: &R, request: &Request<B>, inner: &S) -> Self {
+            let second = replay.keep(request, |copy| (copy, inner.clone()));
+            Self { second }
+        }
+
+        fn second(&mut self) -> Option<(Request<B>, S)> {
+            self.second.take().map(R::release)
+        }
+    }
+
+    #[derive(Debug, Default)]
+    struct Inner {
+        clones: Rc<Cell<usize>>,
+    }
+
+    impl Clone for Inner {
+        fn clone(&self) -> Self {
+            self.clones.set(self.clones.get() + 1);
+            Self {
+                clones: Rc::clone(&self.clones),
+            }
+        }
+    }
+
+    #[test]
+    fn the_inner_service_is_cloned_only_for_a_copy() {
+        let inner = Inner::default();
+        let streaming = request(Streaming { chunks: 1 });
+        assert!(Sending::new(&Never, &streaming, &inner).second().is_none());
+        assert!(
+            Sending::new(&EmptyBody, &streaming, &inner)
+                .second()
+                .is_none()
+        );
+        assert_eq!(inner.clones.get(), 0);
+
+        let mut sending = Sending::new(&CloneBody, &request("body"), &inner);
+        let (copy, _) = sending.second().unwrap();
+        assert_eq!(*copy.body(), "body");
+        assert_eq!(inner.clones.get(), 1);
+        assert!(
+            sending.second().is_none(),
+            "a request is sent at most twice"
+        );
+
+        assert_eq!(size_of::<Sending<Inner, Never, Streaming>>(), 0);
+    }
+
+    #[test]
+    fn a_future_that_keeps_nothing_is_send_whatever_the_service() {
+        fn assert_send<T: Send>() {}
+        assert_send::<Sending<Inner, Never, Streaming>>();
+        assert_send::<Sending<(), CloneBody, String>>();
+    }
+}
