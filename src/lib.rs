@@ -10,9 +10,20 @@
 mod challenge;
 mod error;
 mod origin;
+mod policy;
 mod replay;
+mod source;
+mod telemetry;
+mod time;
+mod token;
 
 pub use crate::{
     error::{BoxError, ConfigError, TokenError},
+    policy::RefreshPolicy,
     replay::{CloneBody, EmptyBody, Never, Replay},
+    source::{
+        AuthMethod, ClientCredentials, ClientCredentialsBuilder, Fetch, RefreshToken, SourceFn,
+        TokenResponse, TokenSource, source_fn,
+    },
+    token::AccessToken,
 };

@@ -1,0 +1,416 @@
+//! [`RefreshPolicy`]: when to ask for a token, how often and for how long. Plain arithmetic.
+
+use std::time::Duration;
+
+use fastrand::Rng;
+
+use crate::{error::TokenError, source::TokenResponse};
+
+/// When a token is refreshed, and what a token request may take.
+///
+/// Every window is in proportion to the lifetime that the server grants, so that the defaults fit a token of
+/// a minute as well as one of a day. With them, a token of 300 s is refreshed between 195 s and 225 s after it
+/// was asked for, and is no longer attached after 290 s.
+///
+/// ```
+/// use std::time::Duration;
+/// use tower_bearer::{RefreshPolicy, TokenCache, TokenResponse, source_fn};
+///
+/// let policy = RefreshPolicy::new()
+///     .refresh_window(Duration::from_secs(60))
+///     .attempt_timeout(Duration::from_secs(2));
+/// let source = source_fn(|_| async { TokenResponse::new("token") });
+/// let cache = TokenCache::with_policy(source, policy);
+/// # let _ = cache;
+/// ```
+#[derive(Clone, Debug)]
+pub struct RefreshPolicy {
+    expiry_margin: Duration,
+    refresh_window: Duration,
+    default_lifetime: Duration,
+    attempt_timeout: Duration,
+    flight_timeout: Duration,
+    attempts: u32,
+    max_waiters: Option<usize>,
+    keep_warm: bool,
+}
+
+impl RefreshPolicy {
+    /// Creates the default policy.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            expiry_margin: Duration::from_secs(10),
+            refresh_window: Duration::from_secs(300),
+            default_lifetime: Duration::from_secs(300),
+            attempt_timeout: Duration::from_secs(10),
+            flight_timeout: Duration::from_secs(30),
+            attempts: 3,
+            max_waiters: None,
+            keep_warm: false,
+        }
+    }
+
+    /// Sets how long before its expiry a token is no longer attached: default 10 s.
+    ///
+    /// Never more than a tenth of the lifetime: a token of 60 s is attached for 54 s.
+    #[must_use]
+    pub const fn expiry_margin(mut self, margin: Duration) -> Self {
+        self.expiry_margin = margin;
+        self
+    }
+
+    /// Sets how long before its expiry a token is refreshed in the background: default 5 min.
+    ///
+    /// Never more than a quarter of the lifetime, and up to a tenth of the lifetime earlier by chance, drawn
+    /// once per token: with a window of 60 s, a token of 600 s is refreshed after 480 s to 540 s. The first
+    /// token of a cache is refreshed after 0.35 to 0.75 of its lifetime, so that processes that start
+    /// together fall out of step.
+    #[must_use]
+    pub const fn refresh_window(mut self, window: Duration) -> Self {
+        self.refresh_window = window;
+        self
+    }
+
+    /// Sets the lifetime of a token whose server does not name one: default 300 s.
+    #[must_use]
+    pub const fn default_lifetime(mut self, lifetime: Duration) -> Self {
+        self.default_lifetime = lifetime;
+        self
+    }
+
+    /// Sets how long one attempt to fetch a token may take: default 10 s.
+    #[must_use]
+    pub const fn attempt_timeout(mut self, timeout: Duration) -> Self {
+        self.attempt_timeout = timeout;
+        self
+    }
+
+    /// Sets how long all attempts to fetch a token together may take: default 30 s.
+    ///
+    /// No caller waits longer than this for one token request.
+    #[must_use]
+    pub const fn flight_timeout(mut self, timeout: Duration) -> Self {
+        self.flight_timeout = timeout;
+        self
+    }
+
+    /// Sets how many attempts are made before waiting callers see an error: default 3, at least 1.
+    ///
+    /// Only transient errors are tried again, after a pause of up to 200 ms and then up to 400 ms. After a
+    /// failure that callers have seen there is one attempt at a time until one succeeds.
+    #[must_use]
+    pub const fn attempts(mut self, attempts: u32) -> Self {
+        self.attempts = if attempts == 0 { 1 } else { attempts };
+        self
+    }
+
+    /// Sets how many callers may wait for one token request: default no limit.
+    ///
+    /// Further ones get an error of [`TokenError::is_overloaded`].
+    #[must_use]
+    pub const fn max_waiters(mut self, limit: usize) -> Self {
+        self.max_waiters = Some(limit);
+        self
+    }
+
+    /// Sets whether a token is refreshed without a request that asks for it: default `false`.
+    ///
+    /// An idle service costs no token requests by default, and the first request after a quiet time waits
+    /// for one. A warm cache starts with its first token and ends with its last handle.
+    #[must_use]
+    pub const fn keep_warm(mut self, keep_warm: bool) -> Self {
+        self.keep_warm = keep_warm;
+        self
+    }
+
+    /// When the token of `response` is due and when it dies, counted from when it was asked for.
+    ///
+    /// `first` tells whether it is the first one of this cache. One sample of chance per token.
+    pub(crate) fn schedule(
+        &self,
+        response: &TokenResponse,
+        first: bool,
+        rng: &mut Rng,
+    ) -> Schedule {
+        let lifetime = response
+            .expires_in
+            .unwrap_or(self.default_lifetime)
+            .min(MAX_LIFETIME);
+        let chance = rng.f64();
+        let refresh_after = match response.refresh_in {
+            Some(after) => {
+                after.clamp(lifetime.mul_f64(0.5), lifetime.mul_f64(0.9))
+                    - lifetime.mul_f64(0.1 * chance)
+            }
+            None if first => lifetime.mul_f64(0.35 + 0.4 * chance),
+            None => {
+                let window = self.refresh_window.min(lifetime.mul_f64(0.25));
+                lifetime - window - lifetime.mul_f64(0.1 * chance)
+            }
+        };
+        Schedule {
+            refresh_after: refresh_after.max(FLOOR),
+            expires_after: lifetime - self.expiry_margin.min(lifetime.mul_f64(0.1)),
+        }
+    }
+
+    /// How long the gate stays shut after `failures` failed flights in a row, of which the last `terminal`
+    /// were terminal errors, the last one being `error`.
+    pub(crate) fn gate(
+        &self,
+        failures: u32,
+        terminal: u32,
+        error: &TokenError,
+        rng: &mut Rng,
+    ) -> GateTimes {
+        let half_to_whole = 0.5 + 0.5 * rng.f64();
+        let up_to_a_tenth = 1.0 + 0.1 * rng.f64();
+        let backoff = doubled(BACKOFF, failures, BACKOFF_CAP).mul_f64(half_to_whole);
+        let terminal = match terminal {
+            0 => Duration::ZERO,
+            n => doubled(TERMINAL, n, TERMINAL_CAP).mul_f64(half_to_whole),
+        };
+        let retry_after = error.retry_after().unwrap_or_default().min(RETRY_AFTER_CAP);
+        let strict = terminal.max(retry_after).mul_f64(up_to_a_tenth);
+        GateTimes {
+            opens_after: backoff.mul_f64(up_to_a_tenth).max(strict),
+            strict_until: strict,
+        }
+    }
+
+    /// How long to pause after the `attempt`th attempt of a flight.
+    pub(crate) fn pause(&self, attempt: u32, rng: &mut Rng) -> Duration {
+        doubled(PAUSE, attempt, PAUSE_CAP).mul_f64(rng.f64())
+    }
+
+    /// How many attempts a flight has after `failures` failed ones in a row.
+    pub(crate) fn attempts_after(&self, failures: u32) -> u32 {
+        if failures == 0 { self.attempts } else { 1 }
+    }
+
+    pub(crate) fn assumed_lifetime(&self) -> Duration {
+        self.default_lifetime
+    }
+
+    pub(crate) fn attempt_limit(&self) -> Duration {
+        self.attempt_timeout
+    }
+
+    pub(crate) fn flight_limit(&self) -> Duration {
+        self.flight_timeout.min(MAX_LIFETIME)
+    }
+
+    pub(crate) fn waiter_limit(&self) -> usize {
+        self.max_waiters.unwrap_or(usize::MAX)
+    }
+
+    pub(crate) fn stays_warm(&self) -> bool {
+        self.keep_warm
+    }
+}
+
+impl Default for RefreshPolicy {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A token's two moments, counted from when it was asked for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Schedule {
+    /// From here on the token is to be replaced; never sooner than [`FLOOR`].
+    pub(crate) refresh_after: Duration,
+    /// From here on the token is not attached any more.
+    pub(crate) expires_after: Duration,
+}
+
+/// How long a gate stays shut.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GateTimes {
+    pub(crate) opens_after: Duration,
+    /// The part that even a token at hard expiry has to wait for: a `Retry-After` or a terminal error.
+    pub(crate) strict_until: Duration,
+}
+
+/// The cooldown after the forced refresh that follows one with cooldown `previous`, if that one's was not
+/// over by three times its length.
+pub(crate) fn cooldown(previous: Option<Duration>) -> Duration {
+    match previous {
+        Some(previous) => previous.saturating_mul(2).min(COOLDOWN_CAP),
+        None => COOLDOWN,
+    }
+}
+
+/// `first · 2^(n-1)`, at most `cap`, for any `n` from 1.
+fn doubled(first: Duration, n: u32, cap: Duration) -> Duration {
+    let factor = 1_u32.checked_shl(n.saturating_sub(1)).unwrap_or(u32::MAX);
+    first.saturating_mul(factor).min(cap)
+}
+
+/// No unforced token request is sent sooner than this after the last successful one was.
+pub(crate) const FLOOR: Duration = Duration::from_secs(1);
+/// How long a request waits for the replacement of a token that the API refused before it uses that one.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
+/// How much longer than a flight may take its waiters' own timers run: the flight's timer speaks first.
+pub(crate) const GRACE: Duration = Duration::from_millis(500);
+/// A recurrence of forced refreshes within so many cooldowns doubles the next cooldown.
+pub(crate) const RECURRENCE: u32 = 3;
+
+const MAX_LIFETIME: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+const BACKOFF: Duration = Duration::from_millis(500);
+const BACKOFF_CAP: Duration = Duration::from_secs(10);
+const TERMINAL: Duration = Duration::from_secs(5);
+const TERMINAL_CAP: Duration = Duration::from_secs(60);
+const RETRY_AFTER_CAP: Duration = Duration::from_secs(300);
+const PAUSE: Duration = Duration::from_millis(200);
+const PAUSE_CAP: Duration = Duration::from_secs(5);
+const COOLDOWN: Duration = Duration::from_secs(5);
+const COOLDOWN_CAP: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::{any, prop_assert, prop_oneof, proptest};
+
+    use super::*;
+
+    fn response(expires_in: Option<u64>) -> TokenResponse {
+        let response = TokenResponse::new("token").unwrap();
+        match expires_in {
+            Some(seconds) => response.expires_in(Duration::from_secs(seconds)),
+            None => response,
+        }
+    }
+
+    fn schedule(expires_in: Option<u64>, first: bool, seed: u64) -> Schedule {
+        RefreshPolicy::new().schedule(&response(expires_in), first, &mut Rng::with_seed(seed))
+    }
+
+    #[test]
+    fn windows_follow_the_lifetime() {
+        // (lifetime, refresh from, refresh to, dead at), in milliseconds
+        let rows = [
+            (Some(0), 1_000, 1_000, 0),
+            (Some(1), 1_000, 1_000, 900),
+            (Some(2), 1_300, 1_500, 1_800),
+            (Some(60), 39_000, 45_000, 54_000),
+            (Some(300), 195_000, 225_000, 290_000),
+            (None, 195_000, 225_000, 290_000),
+            (Some(3_600), 2_940_000, 3_300_000, 3_590_000),
+            (Some(86_400), 77_460_000, 86_100_000, 86_390_000),
+        ];
+        for (lifetime, from, to, dead) in rows {
+            for seed in 0..200 {
+                let schedule = schedule(lifetime, false, seed);
+                let after = schedule.refresh_after.as_millis();
+                assert!((from..=to).contains(&after), "{lifetime:?}: {after} ms");
+                assert_eq!(schedule.expires_after.as_millis(), dead, "{lifetime:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn first_tokens_are_spread_over_two_fifths_of_the_lifetime() {
+        let after = |seed| schedule(Some(1_000), true, seed).refresh_after.as_secs();
+        let all: Vec<_> = (0..500).map(after).collect();
+        assert!(all.iter().all(|after| (350..=750).contains(after)));
+        assert!(all.iter().any(|after| *after < 400) && all.iter().any(|after| *after > 700));
+    }
+
+    #[test]
+    fn refresh_in_is_kept_within_the_lifetime() {
+        for (refresh_in, from, to) in [
+            (0, 400, 500),
+            (500, 400, 500),
+            (700, 600, 700),
+            (5_000, 800, 900),
+        ] {
+            let response = response(Some(1_000)).refresh_in(Duration::from_secs(refresh_in));
+            for seed in 0..200 {
+                let rng = &mut Rng::with_seed(seed);
+                let after = RefreshPolicy::new().schedule(&response, seed % 2 == 0, rng);
+                let after = after.refresh_after.as_secs();
+                assert!((from..=to).contains(&after), "{refresh_in}: {after}");
+            }
+        }
+    }
+
+    #[test]
+    fn backoff_doubles_to_ten_seconds_and_saturates() {
+        let rows = [
+            (1, 500),
+            (2, 1_000),
+            (3, 2_000),
+            (5, 8_000),
+            (6, 10_000),
+            (58, 10_000),
+            (u32::MAX, 10_000),
+        ];
+        for (failures, whole) in rows {
+            for seed in 0..200 {
+                let rng = &mut Rng::with_seed(seed);
+                let gate =
+                    RefreshPolicy::new().gate(failures, 0, &TokenError::transient("down"), rng);
+                let shut = gate.opens_after.as_millis();
+                assert!(
+                    (whole / 2..=whole * 11 / 10).contains(&shut),
+                    "{failures}: {shut}"
+                );
+                assert_eq!(gate.strict_until, Duration::ZERO);
+            }
+        }
+    }
+
+    #[test]
+    fn terminal_errors_double_to_a_minute() {
+        for (terminal, whole) in [(1, 5), (2, 10), (4, 40), (5, 60), (u32::MAX, 60)] {
+            for seed in 0..200 {
+                let rng = &mut Rng::with_seed(seed);
+                let gate = RefreshPolicy::new().gate(
+                    u32::MAX,
+                    terminal,
+                    &TokenError::terminal("refused"),
+                    rng,
+                );
+                let shut = gate.opens_after.as_secs_f64();
+                assert!(shut >= f64::from(whole) * 0.5 && shut <= f64::from(whole.max(10)) * 1.1);
+                assert!(gate.strict_until.as_secs_f64() >= f64::from(whole) * 0.5);
+            }
+        }
+    }
+
+    #[test]
+    fn retry_after_is_obeyed_up_to_five_minutes() {
+        for (asked, least) in [(0, 0), (7, 7), (300, 300), (86_400, 300)] {
+            let error = TokenError::transient("busy").with_retry_after(Duration::from_secs(asked));
+            for seed in 0..200 {
+                let rng = &mut Rng::with_seed(seed);
+                let gate = RefreshPolicy::new().gate(1, 0, &error, rng);
+                assert!(gate.opens_after >= Duration::from_secs(least));
+                assert!(gate.opens_after <= Duration::from_secs(least + 1).mul_f64(1.1));
+            }
+        }
+    }
+
+    #[test]
+    fn cooldowns_double_to_a_minute() {
+        let mut all = vec![cooldown(None)];
+        for _ in 0..5 {
+            all.push(cooldown(all.last().copied()));
+        }
+        let seconds: Vec<_> = all.iter().map(Duration::as_secs).collect();
+        assert_eq!(seconds, [5, 10, 20, 40, 60, 60]);
+    }
+
+    proptest! {
+        /// Law 7: no lifetime that a server can name breaks the arithmetic.
+        #[test]
+        fn any_lifetime_has_a_schedule(seconds in prop_oneof![0_u64..100_000, any::<u64>()], first: bool, seed: u64) {
+            let schedule = schedule(Some(seconds), first, seed);
+            prop_assert!(schedule.refresh_after >= FLOOR);
+            prop_assert!(schedule.expires_after <= MAX_LIFETIME);
+            // A token that lives for two seconds or more is due before it dies.
+            prop_assert!(seconds < 2 || schedule.refresh_after < schedule.expires_after);
+        }
+    }
+}

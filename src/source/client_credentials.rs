@@ -1,0 +1,407 @@
+//! The client-credentials grant (RFC 6749 section 4.4), with the refresh token first if there is one.
+
+use std::{fmt, sync::Arc};
+
+use oauth2::{
+    Client, ClientId, EndpointSet, EndpointState, ErrorResponse, RevocableToken,
+    TokenIntrospectionResponse, TokenUrl, basic::BasicClient,
+};
+
+use super::{
+    Fetch, RefreshToken, TokenResponse, TokenSource,
+    builder::{ClientCredentialsBuilder, names},
+    grant::{Asked, Grant},
+    transport::Transport,
+};
+use crate::{
+    error::{ConfigError, TokenError},
+    telemetry,
+};
+
+/// Fetches tokens by the OAuth 2.0 client-credentials grant (RFC 6749 section 4.4).
+///
+/// One attempt is one token request, or two: a refresh token that came with the last token is tried first
+/// (RFC 6749 section 6), and if it brings nothing, for whatever reason, the client's own credentials are sent
+/// at once. A refresh token is sent at most once, since some servers end the session when they see it again.
+///
+/// Answers that differ from the standard are understood where that is safe: lifetimes as text or fractions,
+/// other statuses than 200, any `Content-Type`. At most 1 MiB of an answer is read. Redirects are not
+/// followed, for they would carry the secret along.
+///
+/// Clones are cheap and share everything.
+///
+/// # Examples
+///
+/// ```
+/// # #[cfg(feature = "rustls")]
+/// # mod example {
+/// use tower_bearer::{ClientCredentials, ConfigError};
+///
+/// fn source(client_secret: String) -> Result<ClientCredentials, ConfigError> {
+///     ClientCredentials::builder("https://as.example/token", "client-id")
+///         .client_secret(client_secret)
+///         .scope("profile")
+///         .param("audience", "https://api.example.com")
+///         .build()
+/// }
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct ClientCredentials {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    client: Box<dyn Grant>,
+    asked: Asked,
+    transport: Transport,
+}
+
+impl ClientCredentials {
+    /// Starts a source for the client `client_id` at the token endpoint `token_url`.
+    ///
+    /// Without [`client_secret`](ClientCredentialsBuilder::client_secret) the client's id is sent in the body.
+    pub fn builder(
+        token_url: impl Into<String>,
+        client_id: impl Into<String>,
+    ) -> ClientCredentialsBuilder {
+        let client_id = ClientId::new(client_id.into());
+        match TokenUrl::new(token_url.into()) {
+            Ok(token_url) => {
+                Self::from_oauth2(BasicClient::new(client_id).set_token_uri(token_url))
+            }
+            Err(error) => {
+                let error = ConfigError::new("the token URL cannot be parsed").with_source(error);
+                ClientCredentialsBuilder::new(Err(error))
+            }
+        }
+    }
+
+    /// Starts a source from a client of the `oauth2` crate that has a token URL.
+    ///
+    /// The client builds the requests, with its id, its secret and its way to authenticate. Its types for
+    /// answers are not used: most servers that differ from the standard would fail to fit them.
+    ///
+    /// ```
+    /// # #[cfg(feature = "rustls")]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use oauth2::{ClientId, ClientSecret, TokenUrl, basic::BasicClient};
+    /// use tower_bearer::ClientCredentials;
+    ///
+    /// let client = BasicClient::new(ClientId::new("client-id".to_owned()))
+    ///     .set_client_secret(ClientSecret::new("secret".to_owned()))
+    ///     .set_token_uri(TokenUrl::new("http://localhost:8080/token".to_owned())?);
+    /// let source = ClientCredentials::from_oauth2(client).scope("profile").build()?;
+    /// # let _ = source;
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "rustls"))]
+    /// # fn main() {}
+    /// ```
+    pub fn from_oauth2<TE, TR, TIR, RT, TRE, Auth, DeviceAuth, Introspection, Revocation>(
+        client: Client<
+            TE,
+            TR,
+            TIR,
+            RT,
+            TRE,
+            Auth,
+            DeviceAuth,
+            Introspection,
+            Revocation,
+            EndpointSet,
+        >,
+    ) -> ClientCredentialsBuilder
+    where
+        TE: ErrorResponse + Send + Sync + 'static,
+        TR: oauth2::TokenResponse + Send + Sync + 'static,
+        TIR: TokenIntrospectionResponse + Send + Sync + 'static,
+        RT: RevocableToken + Send + Sync + 'static,
+        TRE: ErrorResponse + Send + Sync + 'static,
+        Auth: EndpointState + Send + Sync + 'static,
+        DeviceAuth: EndpointState + Send + Sync + 'static,
+        Introspection: EndpointState + Send + Sync + 'static,
+        Revocation: EndpointState + Send + Sync + 'static,
+    {
+        ClientCredentialsBuilder::new(Ok(Box::new(client)))
+    }
+
+    pub(super) fn new(client: Box<dyn Grant>, asked: Asked, transport: Transport) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                client,
+                asked,
+                transport,
+            }),
+        }
+    }
+
+    async fn refresh(&self, sent: &RefreshToken) -> Result<TokenResponse, TokenError> {
+        let Inner {
+            client,
+            asked,
+            transport,
+        } = &*self.inner;
+        let answer = client.refresh_token(sent, asked, transport).await?;
+        let mut response = answer.into_token()?;
+        // A server that does not rotate refresh tokens may send the one it got. It has been sent, so it is
+        // not handed out again.
+        response
+            .refresh_token
+            .take_if(|token| token.expose_secret() == sent.expose_secret());
+        Ok(response)
+    }
+
+    async fn grant(&self) -> Result<TokenResponse, TokenError> {
+        let Inner {
+            client,
+            asked,
+            transport,
+        } = &*self.inner;
+        client
+            .client_credentials(asked, transport)
+            .await?
+            .into_token()
+    }
+}
+
+impl TokenSource for ClientCredentials {
+    async fn fetch(&self, fetch: Fetch) -> Result<TokenResponse, TokenError> {
+        if let Some(token) = fetch.refresh_token {
+            match self.refresh(&token).await {
+                Ok(response) => return Ok(response),
+                Err(error) => telemetry::refresh_token_failed(&error),
+            }
+        }
+        self.grant().await
+    }
+}
+
+impl fmt::Debug for ClientCredentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Inner { client, asked, .. } = &*self.inner;
+        // Without its query, where some servers want a key.
+        let mut token_url = client.token_url().clone();
+        token_url.set_query(None);
+        f.debug_struct("ClientCredentials")
+            .field("token_url", &token_url.as_str())
+            .field("client_id", &client.client_id())
+            .field("scopes", &asked.scopes)
+            .field("params", &names(&asked.params))
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::VecDeque, convert::Infallible, sync::Mutex, time::Duration};
+
+    use bytes::Bytes;
+    use http::{Request, Response, header::AUTHORIZATION};
+    use http_body_util::{BodyExt, Full};
+    use secrecy::ExposeSecret;
+
+    use super::*;
+    use crate::AuthMethod;
+
+    const TOKEN: &str = r#"{"access_token":"from-credentials","token_type":"Bearer"}"#;
+
+    /// A token endpoint that answers with what it was given, in order, and remembers what it was asked.
+    #[derive(Clone, Default)]
+    struct Endpoint {
+        seen: Arc<Mutex<Vec<Seen>>>,
+    }
+
+    struct Seen {
+        authorization: Option<String>,
+        body: String,
+    }
+
+    impl Endpoint {
+        fn source(
+            &self,
+            builder: ClientCredentialsBuilder,
+            answers: &[(u16, &'static str)],
+        ) -> ClientCredentials {
+            let seen = self.seen.clone();
+            let answers = Arc::new(Mutex::new(VecDeque::from(answers.to_vec())));
+            let service = tower::service_fn(move |request: Request<Full<Bytes>>| {
+                let (seen, answers) = (seen.clone(), answers.clone());
+                async move {
+                    let authorization = request.headers().get(AUTHORIZATION);
+                    let authorization = authorization.map(|v| v.to_str().unwrap().to_owned());
+                    let body = request.into_body().collect().await.unwrap().to_bytes();
+                    let body = String::from_utf8(body.to_vec()).unwrap();
+                    seen.lock().unwrap().push(Seen {
+                        authorization,
+                        body,
+                    });
+                    let (status, body) =
+                        answers.lock().unwrap().pop_front().expect("another answer");
+                    let response = Response::builder().status(status);
+                    Ok::<_, Infallible>(response.body(Full::new(Bytes::from(body))).unwrap())
+                }
+            });
+            builder.build_with(service).unwrap()
+        }
+
+        fn bodies(&self) -> Vec<String> {
+            let seen = self.seen.lock().unwrap();
+            seen.iter().map(|seen| seen.body.clone()).collect()
+        }
+
+        fn authorization(&self) -> Option<String> {
+            self.seen.lock().unwrap()[0].authorization.clone()
+        }
+    }
+
+    fn builder(client_id: &str) -> ClientCredentialsBuilder {
+        ClientCredentials::builder("https://as.example/token", client_id)
+    }
+
+    fn with_refresh_token(text: &str) -> Fetch {
+        Fetch {
+            refresh_token: Some(RefreshToken::new(text)),
+            ..Fetch::new()
+        }
+    }
+
+    #[tokio::test]
+    async fn basic_credentials_are_form_encoded_before_base64() {
+        for (id, secret, expected) in [
+            // base64 of "id:secret"
+            ("id", "secret", "Basic aWQ6c2VjcmV0"),
+            // base64 of "a%3Ab:c%3Ad"
+            ("a:b", "c:d", "Basic YSUzQWI6YyUzQWQ="),
+            // base64 of "i%25d:s%2B+%C3%A9"
+            ("i%d", "s+ é", "Basic aSUyNWQ6cyUyQislQzMlQTk="),
+        ] {
+            let endpoint = Endpoint::default();
+            let source = endpoint.source(builder(id).client_secret(secret), &[(200, TOKEN)]);
+            source.fetch(Fetch::new()).await.unwrap();
+            assert_eq!(endpoint.authorization().as_deref(), Some(expected));
+            assert_eq!(endpoint.bodies(), ["grant_type=client_credentials"]);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_sends_its_credentials_in_one_place_only() {
+        let endpoint = Endpoint::default();
+        let post = builder("id")
+            .client_secret("s e")
+            .auth_method(AuthMethod::ClientSecretPost);
+        let source = endpoint.source(post, &[(200, TOKEN)]);
+        source.fetch(Fetch::new()).await.unwrap();
+        assert_eq!(endpoint.authorization(), None);
+        let expected = "grant_type=client_credentials&client_id=id&client_secret=s+e";
+        assert_eq!(endpoint.bodies(), [expected]);
+    }
+
+    #[tokio::test]
+    async fn a_client_without_secret_sends_its_id_in_the_body() {
+        let endpoint = Endpoint::default();
+        let source = endpoint.source(builder("id"), &[(200, TOKEN)]);
+        source.fetch(Fetch::new()).await.unwrap();
+        assert_eq!(endpoint.authorization(), None);
+        let expected = "grant_type=client_credentials&client_id=id";
+        assert_eq!(endpoint.bodies(), [expected]);
+    }
+
+    #[tokio::test]
+    async fn scopes_and_parameters_go_with_both_grants() {
+        let endpoint = Endpoint::default();
+        let builder = builder("id")
+            .client_secret("s")
+            .scope("a b")
+            .scopes(["c"])
+            .param("resource", "urn:1")
+            .param("resource", "urn:2");
+        let source = endpoint.source(builder, &[(500, ""), (200, TOKEN)]);
+        source.fetch(with_refresh_token("r1")).await.unwrap();
+        let shared = "scope=a+b+c&resource=urn%3A1&resource=urn%3A2";
+        assert_eq!(
+            endpoint.bodies(),
+            [
+                format!("grant_type=refresh_token&refresh_token=r1&{shared}"),
+                format!("grant_type=client_credentials&{shared}"),
+            ]
+        );
+    }
+
+    #[tokio::test]
+    async fn a_refresh_token_that_works_spares_the_credentials() {
+        let endpoint = Endpoint::default();
+        let refreshed = r#"{"access_token":"refreshed","token_type":"Bearer","expires_in":300,
+            "refresh_token":"r2","refresh_expires_in":1800}"#;
+        let source = endpoint.source(builder("id").client_secret("s"), &[(200, refreshed)]);
+        let response = source.fetch(with_refresh_token("r1")).await.unwrap();
+        assert_eq!(response.access_token.expose_secret(), "refreshed");
+        assert_eq!(response.expires_in, Some(Duration::from_secs(300)));
+        assert_eq!(response.refresh_token.unwrap().expose_secret(), "r2");
+        let expected = "grant_type=refresh_token&refresh_token=r1";
+        assert_eq!(endpoint.bodies(), [expected]);
+        assert_eq!(endpoint.authorization().as_deref(), Some("Basic aWQ6cw=="));
+    }
+
+    /// Law 7: no failure of a refresh token stands between the client and its own credentials.
+    #[tokio::test]
+    async fn any_failure_of_a_refresh_token_goes_on_to_the_credentials() {
+        for failure in [
+            (400, r#"{"error":"invalid_grant"}"#),
+            (401, r#"{"error":"invalid_client"}"#),
+            (429, ""),
+            (503, ""),
+            (307, ""),
+            (200, "<html>"),
+        ] {
+            let endpoint = Endpoint::default();
+            let source = endpoint.source(builder("id"), &[failure, (200, TOKEN)]);
+            let response = source.fetch(with_refresh_token("r1")).await.unwrap();
+            assert_eq!(response.access_token.expose_secret(), "from-credentials");
+            assert_eq!(endpoint.bodies().len(), 2, "{failure:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_error_of_an_attempt_is_that_of_its_last_request() {
+        let endpoint = Endpoint::default();
+        let answers = [
+            (400, r#"{"error":"invalid_grant"}"#),
+            (401, r#"{"error":"invalid_client"}"#),
+        ];
+        let source = endpoint.source(builder("id"), &answers);
+        let error = source.fetch(with_refresh_token("r1")).await.unwrap_err();
+        assert_eq!(error.oauth_error(), Some("invalid_client"));
+    }
+
+    /// Law 2: the formula grants one request per refused refresh token, so none may come back.
+    #[tokio::test]
+    async fn a_refresh_token_that_comes_back_unchanged_is_dropped() {
+        let endpoint = Endpoint::default();
+        let same = r#"{"access_token":"a","token_type":"Bearer","refresh_token":"r1"}"#;
+        let source = endpoint.source(builder("id"), &[(200, same)]);
+        let response = source.fetch(with_refresh_token("r1")).await.unwrap();
+        assert!(response.refresh_token.is_none());
+    }
+
+    #[tokio::test]
+    async fn lifetimes_count_from_just_before_the_request_that_succeeded() {
+        let endpoint = Endpoint::default();
+        let source = endpoint.source(builder("id"), &[(200, TOKEN)]);
+        let before = crate::time::Now::read();
+        let response = source.fetch(Fetch::new()).await.unwrap();
+        let sent = response.sent.unwrap();
+        assert!(before.monotonic <= sent.monotonic);
+        assert!(sent.monotonic <= crate::time::Now::read().monotonic);
+    }
+
+    #[tokio::test]
+    async fn a_fetch_can_be_spawned_and_dropped() {
+        let endpoint = Endpoint::default();
+        let source = endpoint.source(builder("id"), &[(200, TOKEN)]);
+        drop(source.fetch(Fetch::new()));
+        let task = tokio::spawn(async move { source.fetch(Fetch::new()).await });
+        assert!(task.await.unwrap().is_ok());
+        assert_eq!(endpoint.bodies().len(), 1);
+    }
+}

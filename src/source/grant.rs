@@ -1,0 +1,125 @@
+//! `oauth2` clients of any type state, as one object that builds and sends token requests.
+
+use std::pin::Pin;
+
+use oauth2::{
+    AuthType, Client, ClientSecret, EndpointSet, EndpointState, ErrorResponse, RequestTokenError,
+    RevocableToken, Scope, TokenIntrospectionResponse, TokenResponse, url::Url,
+};
+
+use super::{
+    RefreshToken,
+    response::Answer,
+    transport::{Answered, Transport},
+};
+use crate::error::{Kind, TokenError};
+
+/// An `oauth2::Client` with a token URL, its ten type parameters erased.
+pub(super) trait Grant: Send + Sync {
+    fn with_client_secret(self: Box<Self>, secret: ClientSecret) -> Box<dyn Grant>;
+
+    fn with_auth_type(self: Box<Self>, auth_type: AuthType) -> Box<dyn Grant>;
+
+    fn client_id(&self) -> &str;
+
+    fn token_url(&self) -> &Url;
+
+    /// Sends the request of RFC 6749 section 4.4.2.
+    fn client_credentials<'a>(
+        &'a self,
+        asked: &'a Asked,
+        transport: &'a Transport,
+    ) -> AnswerFuture<'a>;
+
+    /// Sends the request of RFC 6749 section 6.
+    fn refresh_token<'a>(
+        &'a self,
+        token: &'a RefreshToken,
+        asked: &'a Asked,
+        transport: &'a Transport,
+    ) -> AnswerFuture<'a>;
+}
+
+pub(super) type AnswerFuture<'a> =
+    Pin<Box<dyn Future<Output = Result<Answer, TokenError>> + Send + 'a>>;
+
+/// What both grants ask for.
+pub(super) struct Asked {
+    pub(super) scopes: Vec<Scope>,
+    pub(super) params: Vec<(String, String)>,
+}
+
+impl<TE, TR, TIR, RT, TRE, Auth, DeviceAuth, Introspection, Revocation> Grant
+    for Client<TE, TR, TIR, RT, TRE, Auth, DeviceAuth, Introspection, Revocation, EndpointSet>
+where
+    TE: ErrorResponse + Send + Sync + 'static,
+    TR: TokenResponse + Send + Sync + 'static,
+    TIR: TokenIntrospectionResponse + Send + Sync + 'static,
+    RT: RevocableToken + Send + Sync + 'static,
+    TRE: ErrorResponse + Send + Sync + 'static,
+    Auth: EndpointState + Send + Sync + 'static,
+    DeviceAuth: EndpointState + Send + Sync + 'static,
+    Introspection: EndpointState + Send + Sync + 'static,
+    Revocation: EndpointState + Send + Sync + 'static,
+{
+    fn with_client_secret(self: Box<Self>, secret: ClientSecret) -> Box<dyn Grant> {
+        Box::new(self.set_client_secret(secret))
+    }
+
+    fn with_auth_type(self: Box<Self>, auth_type: AuthType) -> Box<dyn Grant> {
+        Box::new(self.set_auth_type(auth_type))
+    }
+
+    fn client_id(&self) -> &str {
+        Self::client_id(self)
+    }
+
+    fn token_url(&self) -> &Url {
+        self.token_uri().url()
+    }
+
+    fn client_credentials<'a>(
+        &'a self,
+        asked: &'a Asked,
+        transport: &'a Transport,
+    ) -> AnswerFuture<'a> {
+        let mut request = self
+            .exchange_client_credentials()
+            .add_scopes(asked.scopes.iter().cloned());
+        for (name, value) in &asked.params {
+            request = request.add_extra_param(name, value);
+        }
+        Box::pin(async move { answer(request.request_async(transport).await) })
+    }
+
+    fn refresh_token<'a>(
+        &'a self,
+        token: &'a RefreshToken,
+        asked: &'a Asked,
+        transport: &'a Transport,
+    ) -> AnswerFuture<'a> {
+        Box::pin(async move {
+            let token = oauth2::RefreshToken::new(token.expose_secret().to_owned());
+            let mut request = self
+                .exchange_refresh_token(&token)
+                .add_scopes(asked.scopes.iter().cloned());
+            for (name, value) in &asked.params {
+                request = request.add_extra_param(name, value);
+            }
+            answer(request.request_async(transport).await)
+        })
+    }
+}
+
+/// Takes the answer out of the error as which it passed through `oauth2`.
+fn answer<T, TE: ErrorResponse + 'static>(
+    outcome: Result<T, RequestTokenError<Answered, TE>>,
+) -> Result<Answer, TokenError> {
+    match outcome {
+        Err(RequestTokenError::Request(Answered(answer))) => answer,
+        // The transport succeeds at nothing, so all that is left is a request that could not be built. The
+        // error is not passed on: its other variants hold bodies.
+        _ => Err(TokenError::new(Kind::Custom, false)
+            .with_source("the token request could not be built")),
+    }
+}

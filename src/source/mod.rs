@@ -1,0 +1,254 @@
+//! Where tokens come from: the [`TokenSource`] trait and its implementations.
+
+mod builder;
+mod client_credentials;
+mod grant;
+#[cfg(feature = "rustls")]
+mod https;
+mod response;
+mod transport;
+
+use std::{fmt, future::Future, sync::Arc, time::Duration};
+
+use secrecy::{ExposeSecret, SecretString};
+
+pub use self::{
+    builder::{AuthMethod, ClientCredentialsBuilder},
+    client_credentials::ClientCredentials,
+};
+use crate::{error::TokenError, time::Now};
+
+/// Fetches tokens, one attempt at a time.
+///
+/// A source only asks: when to ask, how often to try again, for how long to wait and who shares the answer
+/// is the business of the [`TokenCache`](crate::TokenCache) that owns it. The cache drives every fetch in a
+/// task of its own, drops it when an attempt takes longer than
+/// [`RefreshPolicy::attempt_timeout`](crate::RefreshPolicy::attempt_timeout), and never runs two at once
+/// unless one was given up for lost.
+///
+/// [`source_fn`] makes a source of a closure, and an `Arc` of a source is a source too.
+pub trait TokenSource: Send + Sync + 'static {
+    /// Makes one attempt to get a token.
+    ///
+    /// # Errors
+    ///
+    /// Whatever kept the source from getting one. [`TokenError::is_transient`] tells the cache whether it
+    /// is worth another attempt right away.
+    fn fetch(&self, fetch: Fetch)
+    -> impl Future<Output = Result<TokenResponse, TokenError>> + Send;
+}
+
+impl<T: TokenSource> TokenSource for Arc<T> {
+    fn fetch(
+        &self,
+        fetch: Fetch,
+    ) -> impl Future<Output = Result<TokenResponse, TokenError>> + Send {
+        T::fetch(self, fetch)
+    }
+}
+
+/// What one attempt to fetch a token is about.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Fetch {
+    /// The number of this attempt within its flight, from 1.
+    pub attempt: u32,
+    /// The refresh token that came with the last answer, handed out once: the cache forgets it here.
+    ///
+    /// Absent when there was none, when it has expired, and after the API refused the access token, since
+    /// a session that was revoked takes its refresh token along.
+    pub refresh_token: Option<RefreshToken>,
+}
+
+impl Fetch {
+    /// Creates a first attempt without a refresh token, as tests of a source need it.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            attempt: 1,
+            refresh_token: None,
+        }
+    }
+}
+
+impl Default for Fetch {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A token as its source got it: the successful answer of RFC 6749 section 5.1.
+///
+/// ```
+/// use std::time::Duration;
+/// use tower_bearer::TokenResponse;
+///
+/// # fn main() -> Result<(), tower_bearer::TokenError> {
+/// let response = TokenResponse::new("2YotnFZFEjr1zCsicMWpAA")?.expires_in(Duration::from_secs(300));
+/// # let _ = response;
+/// # Ok(())
+/// # }
+/// ```
+pub struct TokenResponse {
+    pub(crate) access_token: SecretString,
+    pub(crate) expires_in: Option<Duration>,
+    pub(crate) refresh_in: Option<Duration>,
+    pub(crate) refresh_token: Option<RefreshToken>,
+    pub(crate) scope: Option<String>,
+    /// When the request left, if the source knows better than the one who called it.
+    pub(crate) sent: Option<Now>,
+}
+
+impl TokenResponse {
+    /// Creates a response around an access token of type Bearer.
+    ///
+    /// # Errors
+    ///
+    /// [`TokenError::is_malformed_response`] if the token is empty or has a byte outside of visible ASCII,
+    /// which could not be put into a header (RFC 6750 section 2.1).
+    pub fn new(access_token: impl Into<String>) -> Result<Self, TokenError> {
+        let access_token = SecretString::from(access_token.into());
+        let text = access_token.expose_secret();
+        if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(TokenError::new(crate::error::Kind::Malformed, true)
+                .with_source("the access token has bytes that no header can carry"));
+        }
+        Ok(Self {
+            access_token,
+            expires_in: None,
+            refresh_in: None,
+            refresh_token: None,
+            scope: None,
+            sent: None,
+        })
+    }
+
+    /// Sets the lifetime, counted from when the request was sent.
+    ///
+    /// Without it the cache assumes
+    /// [`RefreshPolicy::default_lifetime`](crate::RefreshPolicy::default_lifetime), 300 s.
+    #[must_use]
+    pub fn expires_in(mut self, lifetime: Duration) -> Self {
+        self.expires_in = Some(lifetime);
+        self
+    }
+
+    /// Sets after how long the server wants the token to be refreshed.
+    ///
+    /// Kept within half and nine tenths of the lifetime. Without it the cache chooses.
+    #[must_use]
+    pub fn refresh_in(mut self, after: Duration) -> Self {
+        self.refresh_in = Some(after);
+        self
+    }
+
+    /// Sets the refresh token, which the next [`Fetch`] carries.
+    #[must_use]
+    pub fn refresh_token(mut self, refresh_token: RefreshToken) -> Self {
+        self.refresh_token = Some(refresh_token);
+        self
+    }
+
+    /// Sets the scope that was granted (RFC 6749 section 3.3).
+    #[must_use]
+    pub fn scope(mut self, scope: impl Into<String>) -> Self {
+        self.scope = Some(scope.into());
+        self
+    }
+}
+
+impl fmt::Debug for TokenResponse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TokenResponse")
+            .field("expires_in", &self.expires_in)
+            .field("refresh_in", &self.refresh_in)
+            .field("refresh_token", &self.refresh_token)
+            .field("scope", &self.scope)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A refresh token (RFC 6749 section 1.5), with the lifetime that its server gave it.
+///
+/// The text is wiped from memory on drop and never printed.
+pub struct RefreshToken {
+    text: SecretString,
+    pub(crate) expires_in: Option<Duration>,
+}
+
+impl RefreshToken {
+    /// Creates a refresh token that is good until it is refused.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self {
+            text: SecretString::from(text.into()),
+            expires_in: None,
+        }
+    }
+
+    /// Sets the lifetime, counted from when the request was sent (`refresh_expires_in` at Keycloak).
+    #[must_use]
+    pub fn expires_in(mut self, lifetime: Duration) -> Self {
+        self.expires_in = Some(lifetime);
+        self
+    }
+
+    /// Returns the text, to be sent to the token endpoint and nowhere else.
+    pub fn expose_secret(&self) -> &str {
+        self.text.expose_secret()
+    }
+}
+
+impl fmt::Debug for RefreshToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RefreshToken")
+            .field("expires_in", &self.expires_in)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Makes a [`TokenSource`] of an async closure.
+///
+/// ```
+/// use tower_bearer::{TokenCache, TokenResponse, source_fn};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), tower_bearer::TokenError> {
+/// let cache = TokenCache::new(source_fn(|_fetch| async { TokenResponse::new("from-the-vault") }));
+/// assert_eq!(cache.get().await?.expose_secret(), "from-the-vault");
+/// # Ok(())
+/// # }
+/// ```
+pub fn source_fn<F, Fut>(f: F) -> SourceFn<F>
+where
+    F: Fn(Fetch) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = Result<TokenResponse, TokenError>> + Send,
+{
+    SourceFn { f }
+}
+
+/// A [`TokenSource`] made of a closure by [`source_fn`].
+#[derive(Clone)]
+pub struct SourceFn<F> {
+    f: F,
+}
+
+impl<F, Fut> TokenSource for SourceFn<F>
+where
+    F: Fn(Fetch) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = Result<TokenResponse, TokenError>> + Send,
+{
+    fn fetch(
+        &self,
+        fetch: Fetch,
+    ) -> impl Future<Output = Result<TokenResponse, TokenError>> + Send {
+        (self.f)(fetch)
+    }
+}
+
+impl<F> fmt::Debug for SourceFn<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SourceFn")
+            .field("f", &format_args!("{}", std::any::type_name::<F>()))
+            .finish()
+    }
+}

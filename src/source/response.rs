@@ -1,0 +1,579 @@
+//! The token endpoint's answer: lenient in, strict out.
+//!
+//! Servers differ in what they send, so whatever can be understood is taken: lifetimes as text or as
+//! fractions, 201 for 200, a byte order mark, any `Content-Type`. What comes out is a token that fits into a
+//! header, or an error that tells whether another try is worth it. Everything here is a function of the
+//! answer and of the clock readings that came with it.
+//!
+//! An answer may hold a token, and that of a hostile server may echo our secret. So no error made here keeps
+//! a byte of the body, except an error code of letters and underscores. That rules out the `Display` of
+//! serde's errors, which quotes the value it stumbled over.
+
+use std::{
+    fmt,
+    time::{Duration, SystemTime},
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, Response, StatusCode, header::RETRY_AFTER};
+use secrecy::{ExposeSecret, SecretString};
+use serde::{
+    Deserialize, Deserializer,
+    de::{IgnoredAny, MapAccess, SeqAccess, Visitor},
+};
+use serde_json::{Value, error::Category};
+
+use super::{RefreshToken, TokenResponse};
+use crate::{
+    error::{Kind, TokenError},
+    time::Now,
+};
+
+/// What the token endpoint answered, and when.
+pub(super) struct Answer {
+    pub(super) response: Response<Bytes>,
+    /// Just before the request left: lifetimes count from here, since the server's clock starts later.
+    pub(super) sent: Now,
+    /// When the answer was complete: `Retry-After` counts from here.
+    pub(super) received: Now,
+}
+
+impl Answer {
+    /// Judges the answer by RFC 6749 sections 5.1 and 5.2.
+    pub(super) fn into_token(self) -> Result<TokenResponse, TokenError> {
+        let status = self.response.status();
+        let document = Document::parse(self.response.body());
+        let judged = match error_code(document.as_ref().ok()) {
+            // Some servers report an error with status 200; RFC 6749 section 5.2 has the `error` member
+            // mean the same wherever it stands.
+            Some(code) => Err(refused(status, code)),
+            None if status.is_success() => document.and_then(Document::into_token),
+            None => Err(unavailable(status)),
+        };
+        match judged {
+            Ok(token) => Ok(TokenResponse {
+                sent: Some(self.sent),
+                ..token
+            }),
+            Err(error) => Err(self.describe(error)),
+        }
+    }
+
+    /// Adds what every error has from the head of its answer.
+    fn describe(&self, error: TokenError) -> TokenError {
+        let error = error.with_status(self.response.status());
+        match retry_after(self.response.headers(), self.received.wall) {
+            Some(after) => error.with_retry_after(after),
+            None => error,
+        }
+    }
+}
+
+impl fmt::Debug for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Neither body nor headers: both may hold secrets.
+        f.debug_struct("Answer")
+            .field("status", &self.response.status())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The members that are read of any answer; others are ignored (RFC 6749 section 5.1).
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Document {
+    access_token: Text,
+    token_type: Text,
+    expires_in: Value,
+    refresh_token: Text,
+    refresh_expires_in: Value,
+    refresh_in: Value,
+    scope: Text,
+    error: Text,
+}
+
+impl Document {
+    fn parse(body: &[u8]) -> Result<Self, TokenError> {
+        let body = body.strip_prefix(BYTE_ORDER_MARK).unwrap_or(body);
+        // serde would fill a struct from an array as well.
+        if !body.trim_ascii_start().starts_with(b"{") {
+            return Err(malformed("the answer is not a JSON object"));
+        }
+        serde_json::from_slice(body).map_err(|error| malformed(describe_json_error(&error)))
+    }
+
+    fn into_token(self) -> Result<TokenResponse, TokenError> {
+        let Some(access_token) = self.access_token.get() else {
+            return Err(malformed("the answer has no access_token"));
+        };
+        // RFC 6749 section 7.1: a token of a type that is not understood must not be used.
+        if !is_bearer(self.token_type.get()) {
+            return Err(malformed("the answer's token_type is not Bearer"));
+        }
+        Ok(TokenResponse {
+            expires_in: seconds(&self.expires_in),
+            refresh_in: seconds(&self.refresh_in),
+            refresh_token: refresh_token(&self.refresh_token, &self.refresh_expires_in),
+            scope: self.scope.get().map(str::to_owned),
+            ..TokenResponse::new(access_token)?
+        })
+    }
+}
+
+/// Non-empty text, or nothing for any other JSON value. Wiped on drop, for it may be a token.
+#[derive(Default)]
+struct Text(Option<SecretString>);
+
+impl Text {
+    fn get(&self) -> Option<&str> {
+        self.0.as_ref().map(ExposeSecret::expose_secret)
+    }
+}
+
+impl<'de> Deserialize<'de> for Text {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(TextVisitor)
+    }
+}
+
+struct TextVisitor;
+
+impl<'de> Visitor<'de> for TextVisitor {
+    type Value = Text;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("any JSON value")
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Text, E> {
+        Ok(Text((!text.is_empty()).then(|| SecretString::from(text))))
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<Text, E> {
+        Ok(Text(None))
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<Text, E> {
+        Ok(Text(None))
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<Text, E> {
+        Ok(Text(None))
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<Text, E> {
+        Ok(Text(None))
+    }
+
+    fn visit_unit<E>(self) -> Result<Text, E> {
+        Ok(Text(None))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Text, A::Error> {
+        IgnoredAny.visit_seq(seq).map(|_| Text(None))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Text, A::Error> {
+        IgnoredAny.visit_map(map).map(|_| Text(None))
+    }
+}
+
+/// The text of the `error` member, of any form.
+fn error_code(document: Option<&Document>) -> Option<&str> {
+    document.and_then(|document| document.error.get())
+}
+
+fn is_bearer(token_type: Option<&str>) -> bool {
+    token_type.is_some_and(|token_type| token_type.eq_ignore_ascii_case("bearer"))
+}
+
+fn refresh_token(text: &Text, expires_in: &Value) -> Option<RefreshToken> {
+    let token = RefreshToken::new(text.get()?);
+    // Keycloak says 0 for a token that does not expire.
+    match seconds(expires_in).filter(|lifetime| !lifetime.is_zero()) {
+        Some(lifetime) => Some(token.expires_in(lifetime)),
+        None => Some(token),
+    }
+}
+
+/// Reads a lifetime in seconds: a number or the text of one, and nothing if it makes no sense.
+///
+/// A `Value` is read rather than a number by a visitor of our own, because its shape depends on serde_json's
+/// `arbitrary_precision`, which any crate of a build can switch on.
+fn seconds(value: &Value) -> Option<Duration> {
+    let seconds = match value {
+        Value::Number(number) => number.as_f64()?,
+        Value::String(text) => text.trim().parse().ok()?,
+        _ => return None,
+    };
+    // Also false of NaN.
+    if seconds >= 0.0 && seconds.is_finite() {
+        Some(Duration::from_secs_f64(seconds.min(LONGEST_SECONDS)))
+    } else {
+        None
+    }
+}
+
+/// The error for an answer with an `error` member.
+fn refused(status: StatusCode, code: &str) -> TokenError {
+    // Many a framework and proxy writes `{"error": "Not Found"}`, which is no word of an OAuth server.
+    if !is_error_code(code) {
+        return unavailable(status);
+    }
+    // Such a status tells of the server's state, and outweighs the body.
+    let error = if status.is_redirection() || is_busy(status) {
+        unavailable(status)
+    } else {
+        TokenError::new(Kind::Rejected, TRANSIENT_CODES.contains(&code))
+    };
+    error.with_oauth_error(code)
+}
+
+/// The error for a status that is not about our credentials, as far as one can tell.
+///
+/// A 4xx without an RFC 6749 body does not come from an authorization server: firewalls answer with pages.
+/// So it may heal by itself.
+fn unavailable(status: StatusCode) -> TokenError {
+    let error = TokenError::new(Kind::Unavailable, true);
+    if status.is_redirection() {
+        // RFC 9700 section 4.12: a redirect would carry the secret to wherever it points. Not even its
+        // target is told, which may be as secret.
+        error.with_source("redirects of a token request are not followed")
+    } else {
+        error
+    }
+}
+
+/// A page that claims success may be a captive portal's, so it may heal by itself.
+fn malformed(reason: impl Into<String>) -> TokenError {
+    TokenError::new(Kind::Malformed, true).with_source(reason.into())
+}
+
+fn is_busy(status: StatusCode) -> bool {
+    status.is_server_error()
+        || matches!(
+            status,
+            StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY | StatusCode::TOO_MANY_REQUESTS
+        )
+}
+
+/// All registered codes are of this form; anything else is told to nobody, as it may echo a secret.
+fn is_error_code(code: &str) -> bool {
+    (1..=40).contains(&code.len())
+        && code
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte == b'_')
+}
+
+fn describe_json_error(error: &serde_json::Error) -> String {
+    let problem = match error.classify() {
+        Category::Eof => "ends early",
+        Category::Syntax => "is not JSON",
+        Category::Data | Category::Io => "has an unexpected form",
+    };
+    format!(
+        "the answer {problem} (line {}, column {})",
+        error.line(),
+        error.column()
+    )
+}
+
+/// Reads `Retry-After` in both forms of RFC 9110 section 10.2.3.
+///
+/// Zero and a moment that has passed ask for nothing.
+fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    let value = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+    let after = if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) {
+        // Only a number that is too large does not parse now.
+        Duration::from_secs(value.parse().unwrap_or(u64::MAX))
+    } else {
+        let date = httpdate::parse_http_date(value).ok()?;
+        date.duration_since(now).ok()?
+    };
+    (!after.is_zero()).then_some(after)
+}
+
+const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
+
+/// Two years, which keeps sums in range; the cache has a lower limit of its own.
+const LONGEST_SECONDS: f64 = 2.0 * 365.0 * 24.0 * 60.0 * 60.0;
+
+/// The codes that tell of the server's state: RFC 6749 section 4.1.2.1, where the token endpoint borrows
+/// the first two from, and RFC 8628 section 3.5.
+const TRANSIENT_CODES: [&str; 3] = ["temporarily_unavailable", "server_error", "slow_down"];
+
+#[cfg(test)]
+mod tests {
+    use std::time::UNIX_EPOCH;
+
+    use super::*;
+
+    fn answer(status: u16, headers: &[(&'static str, &str)], body: impl Into<Bytes>) -> Answer {
+        let mut response = Response::builder().status(status);
+        for (name, value) in headers {
+            response = response.header(*name, *value);
+        }
+        let now = Now {
+            wall: UNIX_EPOCH + Duration::from_secs(784_111_777),
+            ..Now::read()
+        };
+        Answer {
+            response: response.body(body.into()).unwrap(),
+            sent: now,
+            received: now,
+        }
+    }
+
+    fn read(status: u16, body: &str) -> Result<TokenResponse, TokenError> {
+        answer(status, &[], body.to_owned()).into_token()
+    }
+
+    fn with_member(member: &str) -> Result<TokenResponse, TokenError> {
+        read(
+            200,
+            &format!(r#"{{"access_token":"abc","token_type":"Bearer",{member}}}"#),
+        )
+    }
+
+    #[test]
+    fn any_2xx_with_a_bearer_token_is_success() {
+        let body = r#" {"access_token":"abc","token_type":"bEaReR","unknown":[{"a":null}]}"#;
+        for (status, body) in [
+            (200, body.to_owned()),
+            (201, body.to_owned()),
+            (203, body.to_owned()),
+            (200, format!("\u{feff}{body}")),
+        ] {
+            let answer = answer(status, &[("content-type", "text/html")], body);
+            let sent = answer.sent;
+            let token = answer.into_token().unwrap();
+            assert_eq!(token.access_token.expose_secret(), "abc");
+            assert_eq!(token.sent, Some(sent));
+            assert!(token.expires_in.is_none() && token.refresh_token.is_none());
+        }
+    }
+
+    #[test]
+    fn a_success_that_is_no_token_is_malformed_and_may_heal() {
+        let deep = format!(r#"{{"x":{}"#, "[".repeat(200_000));
+        let deep_known = format!(r#"{{"access_token":{}"#, "[".repeat(200_000));
+        for body in [
+            "",
+            "{",
+            "null",
+            "<html>log in</html>",
+            r#"["abc","Bearer"]"#,
+            r#"{"token_type":"Bearer"}"#,
+            r#"{"access_token":"abc"}"#,
+            r#"{"access_token":"abc","token_type":null}"#,
+            r#"{"access_token":"abc","token_type":"DPoP"}"#,
+            r#"{"access_token":"abc","token_type":"N_A"}"#,
+            r#"{"access_token":"","token_type":"Bearer"}"#,
+            r#"{"access_token":7,"token_type":"Bearer"}"#,
+            r#"{"access_token":{"a":1},"token_type":"Bearer"}"#,
+            r#"{"access_token":"a\r\nb: c","token_type":"Bearer"}"#,
+            r#"{"access_token":"a b","token_type":"Bearer"}"#,
+            r#"{"access_token":"tök","token_type":"Bearer"}"#,
+            r#"{"access_token":"a","access_token":"b","token_type":"Bearer"}"#,
+            r#"{"access_token":"abc","token_type":"Bearer"} trailing"#,
+            r#"{"access_token":"abc","token_type":"Bearer","expires_in":NaN}"#,
+            &deep,
+            &deep_known,
+        ] {
+            let error = read(200, body).unwrap_err();
+            let shown: String = body.chars().take(70).collect();
+            assert!(error.is_malformed_response(), "{shown}: {error:?}");
+            assert!(error.is_transient(), "{shown}");
+            assert_eq!(error.status(), Some(StatusCode::OK), "{shown}");
+        }
+        assert!(
+            answer(200, &[], &b"{\"access_token\":\"\xff\""[..])
+                .into_token()
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn lifetimes_are_read_in_every_form_and_dropped_when_they_make_no_sense() {
+        let longest = Duration::from_secs(2 * 365 * 24 * 60 * 60);
+        for (text, expected) in [
+            ("300", Some(Duration::from_secs(300))),
+            (r#""300""#, Some(Duration::from_secs(300))),
+            (r#"" 300 ""#, Some(Duration::from_secs(300))),
+            (r#""3.6e3""#, Some(Duration::from_secs(3600))),
+            ("299.5", Some(Duration::from_millis(299_500))),
+            ("0", Some(Duration::ZERO)),
+            ("-0.0", Some(Duration::ZERO)),
+            ("9223372036854775808", Some(longest)),
+            ("18446744073709551616", Some(longest)),
+            ("1e300", Some(longest)),
+            (r#""1e300""#, Some(longest)),
+            ("-1", None),
+            (r#""-1""#, None),
+            (r#""NaN""#, None),
+            (r#""inf""#, None),
+            (r#""1e999""#, None),
+            (r#""""#, None),
+            (r#""soon""#, None),
+            ("null", None),
+            ("true", None),
+            ("[300]", None),
+            (r#"{"seconds":300}"#, None),
+        ] {
+            let token = with_member(&format!(r#""expires_in":{text},"refresh_in":{text}"#))
+                .unwrap_or_else(|error| panic!("{text}: {error:?}"));
+            assert_eq!(token.expires_in, expected, "{text}");
+            assert_eq!(token.refresh_in, expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_refresh_token_without_limit_is_one_with_no_or_zero_lifetime() {
+        for (member, lifetime) in [
+            (r#""refresh_token":"r""#, None),
+            (r#""refresh_token":"r","refresh_expires_in":0"#, None),
+            (r#""refresh_token":"r","refresh_expires_in":"0""#, None),
+            (r#""refresh_token":"r","refresh_expires_in":-1"#, None),
+            (
+                r#""refresh_token":"r","refresh_expires_in":1800"#,
+                Some(Duration::from_secs(1800)),
+            ),
+        ] {
+            let token = with_member(member).unwrap().refresh_token.unwrap();
+            assert_eq!(token.expose_secret(), "r");
+            assert_eq!(token.expires_in, lifetime, "{member}");
+        }
+        for member in [
+            r#""refresh_token":"""#,
+            r#""refresh_token":null"#,
+            r#""refresh_token":false"#,
+            r#""refresh_token":["r"]"#,
+            r#""refresh_expires_in":0"#,
+        ] {
+            assert!(
+                with_member(member).unwrap().refresh_token.is_none(),
+                "{member}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_granted_scope_is_kept_if_it_is_text() {
+        let scope = |member| with_member(member).unwrap().scope;
+        assert_eq!(scope(r#""scope":"a b""#).as_deref(), Some("a b"));
+        assert_eq!(scope(r#""scope":["a"]"#), None);
+        assert_eq!(scope(r#""scope":1.5"#), None);
+        assert_eq!(scope(r#""scope":-1"#), None);
+    }
+
+    #[test]
+    fn the_status_and_an_rfc_6749_body_decide_whether_to_try_again() {
+        #[rustfmt::skip]
+        let table = [
+            // status, body, rejected, transient, code
+            (400, r#"{"error":"invalid_scope"}"#, true, false, Some("invalid_scope")),
+            (401, r#"{"error":"invalid_client","error_description":"no"}"#, true, false, Some("invalid_client")),
+            (401, "\u{feff}{\"error\":\"invalid_client\"}", true, false, Some("invalid_client")),
+            (403, r#"{"error":"unauthorized_client"}"#, true, false, Some("unauthorized_client")),
+            (404, r#"{"error":"Not Found"}"#, false, true, None),
+            (400, r#"{"error":"temporarily_unavailable"}"#, true, true, Some("temporarily_unavailable")),
+            (400, r#"{"error":"server_error"}"#, true, true, Some("server_error")),
+            (400, r#"{"error":"slow_down"}"#, true, true, Some("slow_down")),
+            (200, r#"{"error":"invalid_client"}"#, true, false, Some("invalid_client")),
+            (200, r#"{"error":"server_error","access_token":"a","token_type":"bearer"}"#, true, true, Some("server_error")),
+            (408, r#"{"error":"invalid_client"}"#, false, true, Some("invalid_client")),
+            (425, "", false, true, None),
+            (429, r#"{"error":"slow_down"}"#, false, true, Some("slow_down")),
+            (500, r#"{"error":"Internal Server Error"}"#, false, true, None),
+            (503, "<html>", false, true, None),
+            (400, "", false, true, None),
+            (401, "", false, true, None),
+            (403, "<html>blocked</html>", false, true, None),
+            (400, r#"{"error":""}"#, false, true, None),
+            (400, r#"{"error":{"code":7}}"#, false, true, None),
+            (400, r#"["invalid_client"]"#, false, true, None),
+            (304, "", false, true, None),
+            (307, r#"{"error":"invalid_client"}"#, false, true, Some("invalid_client")),
+        ];
+        for (status, body, rejected, transient, code) in table {
+            let error = read(status, body).unwrap_err();
+            assert_eq!(error.is_rejected(), rejected, "{status} {body}");
+            assert_eq!(error.is_transient(), transient, "{status} {body}");
+            assert_eq!(error.oauth_error(), code, "{status} {body}");
+            assert_eq!(error.status().unwrap().as_u16(), status);
+        }
+    }
+
+    #[test]
+    fn a_code_of_another_form_than_the_registered_ones_is_no_word_of_an_oauth_server() {
+        let long = "a".repeat(41);
+        for code in ["Invalid_client", "s3cr3t", "a b", "é", &long] {
+            let error = read(401, &format!(r#"{{"error":"{code}"}}"#)).unwrap_err();
+            assert!(!error.is_rejected() && error.is_transient());
+            assert_eq!(error.oauth_error(), None, "{code}");
+        }
+    }
+
+    #[test]
+    fn retry_after_is_read_in_both_forms() {
+        // The clock of the answers stands at "Sun, 06 Nov 1994 08:49:37 GMT".
+        for (value, expected) in [
+            ("7", Some(Duration::from_secs(7))),
+            (" 7 ", Some(Duration::from_secs(7))),
+            (
+                "Sun, 06 Nov 1994 08:50:07 GMT",
+                Some(Duration::from_secs(30)),
+            ),
+            (
+                "Sunday, 06-Nov-94 08:50:07 GMT",
+                Some(Duration::from_secs(30)),
+            ),
+            (
+                "99999999999999999999999",
+                Some(Duration::from_secs(u64::MAX)),
+            ),
+            ("0", None),
+            ("Sun, 06 Nov 1994 08:49:37 GMT", None),
+            ("Sat, 05 Nov 1994 08:49:37 GMT", None),
+            ("-7", None),
+            ("1.5", None),
+            ("", None),
+            ("soon", None),
+        ] {
+            for (status, body) in [(503, ""), (429, "{}"), (400, r#"{"error":"slow_down"}"#)] {
+                let error = answer(status, &[("retry-after", value)], body)
+                    .into_token()
+                    .unwrap_err();
+                assert_eq!(error.retry_after(), expected, "{status} {value:?}");
+            }
+        }
+    }
+
+    /// Law 9: the answer's bytes end here.
+    #[test]
+    fn no_error_shows_a_byte_of_the_body() {
+        for (status, body) in [
+            (
+                200,
+                r#"{"access_token":"CANARY","token_type":"CANARY","expires_in":"CANARY"}"#,
+            ),
+            (200, r#"{"access_token":"CANARY\n","token_type":"bearer"}"#),
+            (200, r#"{"access_token":"CANARY"#),
+            (200, r#"{"access_token":"CANARY" CANARY"#),
+            (200, r#"{"CANARY":1,"scope":"CANARY","scope":"CANARY"}"#),
+            (400, r#"{"error":"CANARY","error_description":"CANARY"}"#),
+            (307, "CANARY"),
+            (500, "CANARY"),
+        ] {
+            let answer = answer(status, &[("location", "https://CANARY.example/")], body);
+            let mut text = format!("{answer:?}");
+            let error = answer.into_token().unwrap_err();
+            let mut next: Option<&dyn std::error::Error> = Some(&error);
+            while let Some(error) = next {
+                text.push_str(&format!("{error} {error:?}"));
+                next = error.source();
+            }
+            assert!(!text.contains("CANARY"), "{body}: {text}");
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! [`AccessToken`]: the token as requests use it.
+
+use std::{fmt, sync::Arc, time::SystemTime};
+
+use bytes::Bytes;
+use http::HeaderValue;
+use secrecy::{ExposeSecret, SecretString};
+use zeroize::Zeroizing;
+
+use crate::{
+    policy::Schedule,
+    time::{Deadline, Now},
+};
+
+/// An access token (RFC 6749 section 1.4) of type Bearer, ready to be sent.
+///
+/// Clones are cheap and share one header value, which is marked sensitive: hyper keeps it out of
+/// compression tables and nothing prints it. Its text is wiped from memory with the last clone.
+#[derive(Clone)]
+pub struct AccessToken(pub(crate) Arc<Inner>);
+
+pub(crate) struct Inner {
+    header: HeaderValue,
+    scope: Option<Box<str>>,
+    due: Deadline,
+    expiry: Deadline,
+    stillborn: bool,
+}
+
+impl AccessToken {
+    /// Makes the token that was asked for at `sent` and arrived at `now`.
+    ///
+    /// `text` has been checked: it is visible ASCII.
+    pub(crate) fn new(
+        text: &SecretString,
+        scope: Option<String>,
+        schedule: Schedule,
+        sent: Now,
+        now: Now,
+    ) -> Self {
+        let expiry = sent.after(schedule.expires_after);
+        Self(Arc::new(Inner {
+            header: header_value(text.expose_secret()),
+            scope: scope.map(String::into_boxed_str),
+            due: sent.after(schedule.refresh_after),
+            expiry,
+            stillborn: expiry.has_come(now),
+        }))
+    }
+
+    /// Returns the value for an `Authorization` header, `Bearer` and all (RFC 6750 section 2.1).
+    ///
+    /// It is marked [sensitive](HeaderValue::is_sensitive).
+    pub fn header_value(&self) -> &HeaderValue {
+        &self.0.header
+    }
+
+    /// Returns the token's text, for protocols that carry it elsewhere than in a header.
+    pub fn expose_secret(&self) -> &str {
+        // A header of ours is the scheme and visible ASCII.
+        let header = self.0.header.to_str().unwrap_or_default();
+        header.strip_prefix(SCHEME).unwrap_or_default()
+    }
+
+    /// Returns the scope that was granted, if the server named one (RFC 6749 section 3.3).
+    pub fn scope(&self) -> Option<&str> {
+        self.0.scope.as_deref()
+    }
+
+    /// Returns when the cache stops handing the token out: its expiry less a margin of at most 10 s.
+    ///
+    /// By the wall clock; `None` if that lies past the clock's range.
+    pub fn usable_until(&self) -> Option<SystemTime> {
+        self.0.expiry.wall()
+    }
+
+    pub(crate) fn is_alive(&self, now: Now) -> bool {
+        self.0.is_alive(now)
+    }
+
+    pub(crate) fn is_due(&self, now: Now) -> bool {
+        self.0.due.has_come(now)
+    }
+
+    pub(crate) fn due(&self) -> Deadline {
+        self.0.due
+    }
+
+    #[cfg(test)]
+    pub(crate) fn expiry(&self) -> Deadline {
+        self.0.expiry
+    }
+
+    /// Whether the token has died since it arrived.
+    ///
+    /// One that was past its margin on arrival never does: those who waited for it use it all the same.
+    pub(crate) fn has_died(&self, now: Now) -> bool {
+        !self.is_alive(now) && !self.0.stillborn
+    }
+
+    /// Whether both would look the same to the API: servers hand out one token twice.
+    pub(crate) fn same_text(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0) || self.0.header == other.0.header
+    }
+}
+
+impl Inner {
+    fn is_alive(&self, now: Now) -> bool {
+        !self.expiry.has_come(now)
+    }
+
+    /// Whether a request may take the token and think no further.
+    pub(crate) fn is_fresh(&self, now: Now) -> bool {
+        self.is_alive(now) && !self.due.has_come(now)
+    }
+}
+
+impl fmt::Debug for AccessToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AccessToken")
+            .field("scope", &self.0.scope)
+            .field("usable_until", &self.usable_until())
+            .finish_non_exhaustive()
+    }
+}
+
+fn header_value(text: &str) -> HeaderValue {
+    let mut value = Zeroizing::new(Vec::with_capacity(SCHEME.len() + text.len()));
+    value.extend_from_slice(SCHEME.as_bytes());
+    value.extend_from_slice(text.as_bytes());
+    // `Bytes` with an owner wipes the text when the last clone of the header goes.
+    let mut header = HeaderValue::from_maybe_shared(Bytes::from_owner(value))
+        .expect("visible ASCII makes a header value");
+    header.set_sensitive(true);
+    header
+}
+
+const SCHEME: &str = "Bearer ";

@@ -1,0 +1,3 @@
+//! The behaviour of the crate, one module for each, through the public API only.
+
+mod token_endpoint;
