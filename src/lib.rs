@@ -7,17 +7,20 @@
 //! thousand requests that find no token cause one token request.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod cache;
 mod challenge;
 mod error;
 mod origin;
 mod policy;
 mod replay;
 mod source;
+mod sync;
 mod telemetry;
 mod time;
 mod token;
 
 pub use crate::{
+    cache::TokenCache,
     error::{BoxError, ConfigError, TokenError},
     policy::RefreshPolicy,
     replay::{CloneBody, EmptyBody, Never, Replay},

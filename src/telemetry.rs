@@ -4,12 +4,38 @@
 //! line and never its sources, which may come from a user's transport; no event carries a token or a secret.
 //! Events are emitted with no lock held, since a subscriber is foreign code.
 
+use std::time::Duration;
+
 use tracing::{Level, event};
 
-use crate::error::TokenError;
+use crate::{cache::End, error::TokenError};
 
 /// The target of all events.
 const TARGET: &str = "tower_bearer";
+
+/// A token request is under way, to be sent in `delay`; `forced` if a 401 did it.
+pub(crate) fn flight_started(forced: bool, delay: Duration) {
+    event!(
+        name: "flight_started",
+        target: TARGET,
+        Level::DEBUG,
+        forced,
+        ?delay,
+        "token request started",
+    );
+}
+
+/// One attempt failed and the flight goes on with another one.
+pub(crate) fn attempt_failed(attempt: u32, error: &TokenError) {
+    event!(
+        name: "attempt_failed",
+        target: TARGET,
+        Level::DEBUG,
+        attempt,
+        %error,
+        "an attempt to get a token failed, another one follows",
+    );
+}
 
 /// A refresh token brought no access token, and the attempt goes on with the client's own credentials.
 ///
@@ -21,5 +47,48 @@ pub(crate) fn refresh_token_failed(error: &TokenError) {
         Level::INFO,
         %error,
         "the refresh token brought no access token, asking with client credentials",
+    );
+}
+
+/// The server named no lifetime that can be read, and this one is assumed.
+pub(crate) fn lifetime_assumed(lifetime: Duration) {
+    event!(
+        name: "lifetime_assumed",
+        target: TARGET,
+        Level::WARN,
+        ?lifetime,
+        "the token response has no usable expires_in",
+    );
+}
+
+/// A token request has ended; after a failure no other one is sent for `retry_in`.
+pub(crate) fn flight_ended(end: &End, retry_in: Option<Duration>) {
+    match end {
+        End::Done(token) => event!(
+            name: "token_received",
+            target: TARGET,
+            Level::DEBUG,
+            usable_until = ?token.usable_until(),
+            "token received",
+        ),
+        End::Failed(error) => event!(
+            name: "flight_failed",
+            target: TARGET,
+            Level::WARN,
+            %error,
+            ?retry_in,
+            "token request failed",
+        ),
+        End::Abandoned => flight_lost(),
+    }
+}
+
+/// A token request ended with its runtime, or is overdue on one that nobody drives.
+pub(crate) fn flight_lost() {
+    event!(
+        name: "flight_lost",
+        target: TARGET,
+        Level::WARN,
+        "token request lost with the runtime that ran it",
     );
 }

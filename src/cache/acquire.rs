@@ -1,0 +1,118 @@
+//! A caller's wait for a token.
+
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use pin_project_lite::pin_project;
+use tokio::{runtime::Handle, time::Instant};
+
+use super::{
+    Entry, Found,
+    flight::{End, Flight, Waiter},
+};
+use crate::{
+    error::{Kind, TokenError},
+    policy,
+    token::AccessToken,
+};
+
+pin_project! {
+    /// Waits for a token: for the flight that it finds or starts, or for one that it has joined.
+    ///
+    /// A flight that was lost with its runtime is no answer, so a caller looks for the next one, once.
+    #[derive(Debug)]
+    pub(crate) struct Acquire {
+        entry: Arc<Entry>,
+        // A flight that was found and is not yet waited for.
+        found: Option<(Arc<Flight>, Option<AccessToken>)>,
+        // What to use when the wait has lasted long enough, or was in vain.
+        fallback: Option<AccessToken>,
+        #[pin]
+        waiter: Option<Waiter>,
+        // How many more flights may be looked for.
+        looks: u8,
+    }
+}
+
+impl Acquire {
+    pub(super) fn new(entry: Arc<Entry>) -> Self {
+        Self {
+            entry,
+            found: None,
+            fallback: None,
+            waiter: None,
+            looks: LOOKS,
+        }
+    }
+
+    /// Waits for `flight` and for no other.
+    pub(super) fn joined(entry: Arc<Entry>, flight: Arc<Flight>) -> Self {
+        Self {
+            found: Some((flight, None)),
+            looks: 0,
+            ..Self::new(entry)
+        }
+    }
+}
+
+impl Future for Acquire {
+    type Output = Result<AccessToken, TokenError>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut this = self.project();
+        loop {
+            if let Some(waiter) = this.waiter.as_mut().as_pin_mut() {
+                let end = ready!(waiter.poll(cx));
+                this.waiter.set(None);
+                match (end, this.fallback.take()) {
+                    (Some(End::Done(token)), _) => return Poll::Ready(Ok(token)),
+                    // Refused by the API, but not by all of it, and better than nothing.
+                    (_, Some(fallback)) => return Poll::Ready(Ok(fallback)),
+                    (Some(End::Failed(error)), None) => return Poll::Ready(Err(error)),
+                    (Some(End::Abandoned) | None, None) => {}
+                }
+            }
+            let (flight, fallback) = match this.found.take() {
+                Some(found) => found,
+                None if *this.looks == 0 => {
+                    return Poll::Ready(Err(TokenError::new(Kind::Abandoned, true)));
+                }
+                None => {
+                    *this.looks -= 1;
+                    match this.entry.find() {
+                        Found::Token(token) => return Poll::Ready(Ok(token)),
+                        Found::Error(error) => return Poll::Ready(Err(error)),
+                        Found::Flight(flight, fallback) => (flight, fallback),
+                    }
+                }
+            };
+            match wait_for(&flight, fallback.is_some(), this.entry) {
+                Ok(waiter) => this.waiter.set(Some(waiter)),
+                Err(error) => return Poll::Ready(fallback.ok_or(error)),
+            }
+            *this.fallback = fallback;
+        }
+    }
+}
+
+/// Takes a seat in `flight`, with a timer on this runtime: the flight's own may be parked (law 6).
+fn wait_for(flight: &Arc<Flight>, impatient: bool, entry: &Entry) -> Result<Waiter, TokenError> {
+    if Handle::try_current().is_err() {
+        return Err(TokenError::new(Kind::NoRuntime, false));
+    }
+    let Some(seat) = flight.seat(entry.policy().waiter_limit()) else {
+        return Err(TokenError::new(Kind::Overloaded, true));
+    };
+    let until = match impatient {
+        true => flight.overdue().min(Instant::now() + policy::PATIENCE),
+        false => flight.overdue(),
+    };
+    Ok(Waiter::new(seat, until))
+}
+
+/// The flight that is there, and one more if that is lost.
+const LOOKS: u8 = 2;

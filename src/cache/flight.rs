@@ -1,0 +1,285 @@
+//! The one fetch in progress: its task, its attempts, its waiters and its ends.
+//!
+//! A flight runs in a task of its own, so that no caller's being dropped stops it. Its task holds an
+//! [`Ending`], which ends the flight come what may: with the source's answer, with a panic, or, when the
+//! task is dropped by a runtime that shuts down, as abandoned. A runtime that is parked ends nothing: for
+//! that case each waiter has a timer on its own runtime, and gives the flight up when it is overdue.
+//!
+//! # Invariants
+//!
+//! 1. A flight ends once; what comes later is dropped.
+//! 2. Every waiter that was there when the flight ended is woken, after the lock was released: a waker runs
+//!    foreign code, which may drop other waiters.
+//! 3. A waiter holds its slot from its making to its drop or to the flight's end.
+//! 4. A flight that has ended sends nothing more (the fence).
+//!
+//! The mutex orders everything: who looks after the end sees it, who looked before has its waker in the slab.
+
+use std::{
+    future::Future,
+    mem,
+    pin::Pin,
+    ptr,
+    sync::Arc,
+    task::{Context, Poll, Waker, ready},
+};
+
+use fastrand::Rng;
+use pin_project_lite::pin_project;
+use slab::Slab;
+use tokio::{
+    runtime::Handle,
+    time::{self, Instant, Sleep},
+};
+
+use super::{Entry, state::Plan, warm};
+use crate::{
+    error::{Kind, TokenError},
+    source::{Fetch, TokenResponse},
+    sync::Mutex,
+    telemetry,
+    time::Now,
+    token::AccessToken,
+};
+
+/// One fetch in progress, or ended.
+#[derive(Debug)]
+pub(crate) struct Flight {
+    /// When its waiters give it up.
+    overdue: Instant,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    end: Option<End>,
+    waiters: Slab<Waker>,
+}
+
+/// How a flight ended.
+#[derive(Clone, Debug)]
+pub(crate) enum End {
+    /// With a token, which is published.
+    Done(AccessToken),
+    /// With an error that all waiters share; a panic of the source is one.
+    Failed(TokenError),
+    /// With its runtime, or given up as overdue. Its waiters look for a new flight.
+    Abandoned,
+}
+
+impl End {
+    pub(crate) fn failed(error: TokenError) -> Self {
+        match error.kind() {
+            Kind::Abandoned => Self::Abandoned,
+            _ => Self::Failed(error),
+        }
+    }
+}
+
+impl Flight {
+    pub(crate) fn new(overdue: Instant) -> Arc<Self> {
+        Arc::new(Self {
+            overdue,
+            inner: Mutex::new(Inner::default()),
+        })
+    }
+
+    /// Ends the flight and wakes its waiters, unless it has ended before.
+    pub(crate) fn end(&self, end: End) {
+        let mut inner = self.inner.lock();
+        if inner.end.is_some() {
+            return;
+        }
+        inner.end = Some(end);
+        let waiters = mem::take(&mut inner.waiters);
+        drop(inner);
+        for (_, waker) in waiters {
+            waker.wake();
+        }
+    }
+
+    pub(crate) fn overdue(&self) -> Instant {
+        self.overdue
+    }
+
+    fn has_ended(&self) -> bool {
+        self.inner.lock().end.is_some()
+    }
+
+    /// Takes a place among the waiters, if there are fewer than `limit`.
+    pub(crate) fn seat(self: &Arc<Self>, limit: usize) -> Option<Seat> {
+        let mut inner = self.inner.lock();
+        if inner.waiters.len() >= limit {
+            return None;
+        }
+        let slot = inner.waiters.insert(Waker::noop().clone());
+        drop(inner);
+        Some(Seat {
+            flight: Arc::clone(self),
+            slot,
+        })
+    }
+}
+
+/// Two flights are the same if they are one.
+impl PartialEq for Flight {
+    fn eq(&self, other: &Self) -> bool {
+        ptr::eq(self, other)
+    }
+}
+
+/// A waiter's place, given back on drop.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    flight: Arc<Flight>,
+    slot: usize,
+}
+
+impl Seat {
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        let mut inner = self.flight.inner.lock();
+        if let Some(end) = &inner.end {
+            return Poll::Ready(end.clone());
+        }
+        let waker = &mut inner.waiters[self.slot];
+        if waker.will_wake(cx.waker()) {
+            return Poll::Pending;
+        }
+        let old = mem::replace(waker, cx.waker().clone());
+        drop(inner);
+        drop(old);
+        Poll::Pending
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut inner = self.flight.inner.lock();
+        // The slab was emptied if the flight has ended, and nobody is seated in it after that.
+        let waker = match inner.end {
+            Some(_) => None,
+            None => inner.waiters.try_remove(self.slot),
+        };
+        drop(inner);
+        drop(waker);
+    }
+}
+
+pin_project! {
+    /// Waits for a flight's end, or for a moment by this runtime's clock, whichever comes first.
+    #[derive(Debug)]
+    pub(crate) struct Waiter {
+        seat: Seat,
+        #[pin]
+        timer: Sleep,
+    }
+}
+
+impl Waiter {
+    /// # Panics
+    ///
+    /// If there is no tokio runtime, or one without timers.
+    pub(crate) fn new(seat: Seat, until: Instant) -> Self {
+        Self {
+            seat,
+            timer: time::sleep_until(until),
+        }
+    }
+}
+
+impl Future for Waiter {
+    /// `None` if the moment came first.
+    type Output = Option<End>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        if let Poll::Ready(end) = this.seat.poll_end(cx) {
+            return Poll::Ready(Some(end));
+        }
+        ready!(this.timer.poll(cx));
+        Poll::Ready(None)
+    }
+}
+
+/// Runs a flight in a task of its own.
+///
+/// Not to be called with the state locked: a runtime that is shutting down drops the task right here, and
+/// with it the [`Ending`], which takes that lock.
+pub(crate) fn launch(runtime: &Handle, entry: Arc<Entry>, flight: Arc<Flight>, plan: Plan) {
+    telemetry::flight_started(plan.forced, plan.delay);
+    let ending = Ending { entry, flight };
+    runtime.spawn(async move {
+        let outcome = fly(&ending, plan).await;
+        let entry = Arc::clone(&ending.entry);
+        entry.land(&ending.flight, outcome);
+        drop(ending);
+        if entry.policy().stays_warm() {
+            warm::keep(entry).await;
+        }
+    });
+}
+
+/// Ends a flight whose task is dropped or panics before it has landed.
+struct Ending {
+    entry: Arc<Entry>,
+    flight: Arc<Flight>,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        if self.flight.has_ended() {
+            return;
+        }
+        let kind = match std::thread::panicking() {
+            true => Kind::Panicked,
+            false => Kind::Abandoned,
+        };
+        self.entry
+            .land(&self.flight, Err(TokenError::new(kind, true)));
+    }
+}
+
+async fn fly(ending: &Ending, plan: Plan) -> Result<(TokenResponse, Now), TokenError> {
+    time::sleep(plan.delay).await;
+    let deadline = plan.deadline;
+    time::timeout_at(deadline, attempts(ending, plan))
+        .await
+        .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout, true)))
+}
+
+/// Asks the source until it answers, says that asking again is of no use, or the plan's attempts are made.
+async fn attempts(ending: &Ending, mut plan: Plan) -> Result<(TokenResponse, Now), TokenError> {
+    let policy = ending.entry.policy();
+    let mut attempt = 1;
+    loop {
+        // A parked runtime that is driven again comes back late: its time is up before its timers say so.
+        if ending.flight.has_ended() || Instant::now() >= plan.deadline {
+            return Err(TokenError::new(Kind::Timeout, true));
+        }
+        let sent = Now::read();
+        let fetch = Fetch {
+            attempt,
+            refresh_token: plan.refresh_token.take(),
+        };
+        let answer = time::timeout(policy.attempt_limit(), ending.entry.source().fetch(fetch))
+            .await
+            .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout, true)));
+        let error = match answer {
+            Ok(response) => {
+                if response.expires_in.is_none() {
+                    telemetry::lifetime_assumed(policy.assumed_lifetime());
+                }
+                let sent = response.sent.unwrap_or(sent);
+                return Ok((response, sent));
+            }
+            Err(error) => error,
+        };
+        // A server that names a time is not to be asked before; the gate sees to that.
+        if !error.is_transient() || error.retry_after().is_some() || attempt >= plan.attempts {
+            return Err(error);
+        }
+        telemetry::attempt_failed(attempt, &error);
+        time::sleep(policy.pause(attempt, &mut Rng::new())).await;
+        attempt += 1;
+    }
+}

@@ -1,0 +1,385 @@
+//! The decisions of the cache, as a pure state machine: (state, event, now) -> decision.
+//!
+//! Nothing here locks, waits, spawns or reads a clock. `F` stands for a flight, of which the machine only
+//! needs to know whether two are the same one.
+//!
+//! # Invariants
+//!
+//! 1. At most one flight is on record. Only its own end, or its being overdue, takes it off (law 1).
+//! 2. A result counts only while its flight is on record: a flight that was given up is fenced.
+//! 3. Only a newer token displaces a token. No failure and no 401 does (law 3).
+//! 4. A token is named rejected only while a flight is on record.
+//! 5. A flight starts only past the floor and through an open gate, but for the one exemption that each token
+//!    has at its expiry; a forced one, past the cooldown instead of the floor (law 2).
+//! 6. Every gate, cooldown and floor is a moment that comes: nothing closes for good (law 7).
+
+use std::time::Duration;
+
+use fastrand::Rng;
+use tokio::time::Instant;
+
+use crate::{
+    error::{Kind, TokenError},
+    policy::{self, RefreshPolicy},
+    source::{RefreshToken, TokenResponse},
+    time::{Deadline, Now},
+    token::AccessToken,
+};
+
+/// What is known about one key's token.
+#[derive(Debug)]
+pub(crate) struct State<F> {
+    policy: RefreshPolicy,
+    rng: Rng,
+    token: Option<AccessToken>,
+    /// The API has said that the token is invalid, and the flight on record is to replace it.
+    rejected: bool,
+    /// The token has used its exemption from the gate.
+    exempted: bool,
+    refresh_token: Option<(RefreshToken, Option<Deadline>)>,
+    /// No unforced flight sends before this.
+    floor: Option<Deadline>,
+    flight: Option<OnRecord<F>>,
+    /// How many flights have been on record.
+    flights: u64,
+    gate: Gate,
+    cooldown: Cooldown,
+}
+
+#[derive(Debug)]
+struct OnRecord<F> {
+    flight: F,
+    /// When its waiters give it up. By the monotonic clock alone, as their timers are.
+    overdue: Instant,
+    forced: bool,
+}
+
+/// What a caller who wants a token does.
+#[derive(Debug)]
+pub(crate) enum Decision<F> {
+    /// Attach this token.
+    Use(AccessToken),
+    /// Attach this token and start a flight that nobody waits for.
+    UseAndStart(AccessToken),
+    /// Start a flight and wait for it.
+    Start,
+    /// Wait for this flight; with a fallback for a while only, and use that then or if the flight fails.
+    Join(F, Option<AccessToken>),
+    /// There is no token, and this is why.
+    Fail(TokenError),
+}
+
+/// What becomes of a 401.
+#[derive(Debug)]
+pub(crate) enum Refusal<F> {
+    /// This token is newer than the one that was refused: send the request with it.
+    Replay(AccessToken),
+    /// This flight brings another token.
+    Join(F),
+    /// Start a forced flight: it brings another token.
+    Start,
+    /// There is no other token to try.
+    Pass,
+}
+
+/// What a flight is to do.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    /// How long to wait before the first attempt.
+    pub(crate) delay: Duration,
+    /// When all attempts must have ended.
+    pub(crate) deadline: Instant,
+    pub(crate) attempts: u32,
+    pub(crate) forced: bool,
+    pub(crate) refresh_token: Option<RefreshToken>,
+}
+
+impl<F: Clone + PartialEq> State<F> {
+    pub(crate) fn new(policy: RefreshPolicy, rng: Rng) -> Self {
+        Self {
+            policy,
+            rng,
+            token: None,
+            rejected: false,
+            exempted: false,
+            refresh_token: None,
+            floor: None,
+            flight: None,
+            flights: 0,
+            gate: Gate::default(),
+            cooldown: Cooldown::default(),
+        }
+    }
+
+    /// What a caller who wants a token at `now` does.
+    pub(crate) fn acquire(&self, now: Now) -> Decision<F> {
+        let flight = self.flight.as_ref().map(|record| &record.flight);
+        match (self.attachable(now), flight) {
+            (Some(token), Some(flight)) if self.rejected && self.gate.failures == 0 => {
+                Decision::Join(flight.clone(), Some(token))
+            }
+            (Some(token), None) if token.is_due(now) && self.gate.is_open(now) => {
+                Decision::UseAndStart(token)
+            }
+            (Some(token), _) => Decision::Use(token),
+            (None, Some(flight)) => match &self.gate.remembered {
+                Some(error) => Decision::Fail(error.clone()),
+                None => Decision::Join(flight.clone(), None),
+            },
+            (None, None) => match &self.gate.remembered {
+                Some(error) if !self.may_pass(now) => Decision::Fail(error.clone()),
+                _ => Decision::Start,
+            },
+        }
+    }
+
+    /// What becomes of a 401 about the token `sent`, which the API has `named` invalid or just refused.
+    ///
+    /// A 401 counts against the token that was sent (law 8), and only for as much as the cooldown and the
+    /// gate allow: while there is no way to another token, it changes nothing.
+    pub(crate) fn refused(&mut self, sent: &AccessToken, named: bool, now: Now) -> Refusal<F> {
+        let current = self.attachable(now);
+        let is_current = current.as_ref().is_none_or(|token| token.same_text(sent));
+        match (current, &self.flight) {
+            (Some(token), _) if !is_current && !self.rejected => Refusal::Replay(token),
+            (current, Some(record)) => {
+                self.rejected |= named && is_current && current.is_some();
+                Refusal::Join(record.flight.clone())
+            }
+            (_, None) if self.gate.is_open(now) && self.cooldown.is_over(now) => Refusal::Start,
+            (_, None) => Refusal::Pass,
+        }
+    }
+
+    /// Puts a flight on record, as [`Decision::Start`] and [`Decision::UseAndStart`] ask for.
+    ///
+    /// `make` makes it of the moment at which it is overdue.
+    pub(crate) fn begin(&mut self, make: impl FnOnce(Instant) -> F, now: Now) -> (F, Plan) {
+        let mut delay = remaining(self.floor, now);
+        if !self.gate.is_open(now) {
+            if self.is_exempt(now) {
+                self.exempted = true;
+            } else {
+                delay = delay.max(remaining(self.gate.opens, now));
+            }
+        }
+        // Each refresh token is handed out once, whatever becomes of it: servers that rotate them take a
+        // second use for theft, and a lost answer cannot be told from a lost request.
+        let refresh_token = self.refresh_token.take();
+        let refresh_token = refresh_token
+            .filter(|(_, expiry)| !expiry.is_some_and(|expiry| expiry.has_come(now)))
+            .map(|(token, _)| token);
+        self.record(make, false, delay, refresh_token, now)
+    }
+
+    /// Puts a flight on record that a 401 forced, as [`Refusal::Start`] asks for.
+    ///
+    /// The session may be gone that the refresh token belongs to, so this one starts without it.
+    pub(crate) fn begin_forced(
+        &mut self,
+        make: impl FnOnce(Instant) -> F,
+        named: bool,
+        now: Now,
+    ) -> (F, Plan) {
+        self.rejected = named && self.attachable(now).is_some();
+        self.cooldown.begin(now);
+        self.record(make, true, Duration::ZERO, None, now)
+    }
+
+    /// Takes the result of `flight` and returns the token, if the flight is still on record.
+    pub(crate) fn succeeded(
+        &mut self,
+        flight: &F,
+        response: TokenResponse,
+        sent: Now,
+        now: Now,
+    ) -> Option<AccessToken> {
+        self.close(flight, now)?;
+        let first = self.floor.is_none();
+        let schedule = self.policy.schedule(&response, first, &mut self.rng);
+        let token = AccessToken::new(&response.access_token, response.scope, schedule, sent, now);
+        self.refresh_token = response.refresh_token.map(|refresh_token| {
+            let expiry = refresh_token.expires_in.map(|after| sent.after(after));
+            (refresh_token, expiry)
+        });
+        self.token = Some(token.clone());
+        self.exempted = false;
+        self.floor = Some(sent.after(policy::FLOOR));
+        self.gate = Gate::default();
+        Some(token)
+    }
+
+    /// Takes the failure of `flight` and returns for how long the gate is shut, if the flight is still on
+    /// record.
+    pub(crate) fn failed(&mut self, flight: &F, error: &TokenError, now: Now) -> Option<Duration> {
+        self.close(flight, now)?;
+        Some(self.gate.shut(&self.policy, error, &mut self.rng, now))
+    }
+
+    /// Takes an overdue flight off the record and returns it, so that its waiters can be told.
+    ///
+    /// Whoever looks at the state does this first. It is the fence of law 6: from here on the flight's
+    /// result counts for nothing.
+    pub(crate) fn give_up_overdue(&mut self, now: Now) -> Option<F> {
+        let record = self.flight.as_ref()?;
+        if now.monotonic < record.overdue {
+            return None;
+        }
+        let flight = record.flight.clone();
+        self.failed(&flight, &TokenError::new(Kind::Abandoned, true), now);
+        Some(flight)
+    }
+
+    /// The token, if it may be attached: alive, rejected or not.
+    pub(crate) fn attachable(&self, now: Now) -> Option<AccessToken> {
+        self.token.clone().filter(|token| token.is_alive(now))
+    }
+
+    /// The token that requests may take without asking here, as long as it is fresh.
+    pub(crate) fn unquestioned(&self) -> Option<&AccessToken> {
+        self.token.as_ref().filter(|_| !self.rejected)
+    }
+
+    /// What callers get who cannot wait for a flight.
+    pub(crate) fn remembered(&self) -> Option<TokenError> {
+        self.gate.remembered.clone()
+    }
+
+    /// How many flights have been on record.
+    pub(crate) fn flights(&self) -> u64 {
+        self.flights
+    }
+
+    /// When to look whether a refresh is due, if there is anything to refresh.
+    pub(crate) fn next_due(&self) -> Option<Deadline> {
+        let due = self.token.as_ref()?.due();
+        Some(self.gate.opens.map_or(due, |opens| opens.latest(due)))
+    }
+
+    fn record(
+        &mut self,
+        make: impl FnOnce(Instant) -> F,
+        forced: bool,
+        delay: Duration,
+        refresh_token: Option<RefreshToken>,
+        now: Now,
+    ) -> (F, Plan) {
+        let deadline = now.monotonic + delay + self.policy.flight_limit();
+        let overdue = deadline + policy::GRACE;
+        let flight = make(overdue);
+        self.flights += 1;
+        self.flight = Some(OnRecord {
+            flight: flight.clone(),
+            overdue,
+            forced,
+        });
+        let plan = Plan {
+            delay,
+            deadline,
+            attempts: self.policy.attempts_after(self.gate.failures),
+            forced,
+            refresh_token,
+        };
+        (flight, plan)
+    }
+
+    /// Takes `flight` off the record, if it is on it.
+    fn close(&mut self, flight: &F, now: Now) -> Option<()> {
+        let record = self.flight.take_if(|record| record.flight == *flight)?;
+        self.rejected = false;
+        if record.forced {
+            self.cooldown.end(now);
+        }
+        Some(())
+    }
+
+    /// Whether a flight may start now, with nothing attachable.
+    fn may_pass(&self, now: Now) -> bool {
+        self.gate.is_open(now) || self.is_exempt(now)
+    }
+
+    /// Whether the token has just died and its one flight past a backoff gate is still to be had.
+    fn is_exempt(&self, now: Now) -> bool {
+        let died = self
+            .token
+            .as_ref()
+            .is_some_and(|token| !token.is_alive(now));
+        died && !self.exempted && self.gate.is_lenient(now)
+    }
+}
+
+/// What failed flights leave behind: how many there were and when the next may start.
+///
+/// A success opens it; a 401 never does.
+#[derive(Debug, Default)]
+struct Gate {
+    failures: u32,
+    terminal: u32,
+    opens: Option<Deadline>,
+    /// Until then the gate is shut even for a token at hard expiry.
+    strict: Option<Deadline>,
+    /// What callers get who cannot wait for a flight.
+    remembered: Option<TokenError>,
+}
+
+impl Gate {
+    fn is_open(&self, now: Now) -> bool {
+        self.opens.is_none_or(|opens| opens.has_come(now))
+    }
+
+    fn is_lenient(&self, now: Now) -> bool {
+        self.strict.is_none_or(|strict| strict.has_come(now))
+    }
+
+    fn shut(
+        &mut self,
+        policy: &RefreshPolicy,
+        error: &TokenError,
+        rng: &mut Rng,
+        now: Now,
+    ) -> Duration {
+        self.failures = self.failures.saturating_add(1);
+        self.terminal = match error.is_transient() {
+            true => 0,
+            false => self.terminal.saturating_add(1),
+        };
+        let times = policy.gate(self.failures, self.terminal, error, rng);
+        self.opens = Some(now.after(times.opens_after));
+        self.strict = Some(now.after(times.strict_until));
+        // An abandoned flight says nothing of the server: the next callers wait for a new one.
+        if error.kind() != Kind::Abandoned {
+            self.remembered = Some(error.clone());
+        }
+        times.opens_after
+    }
+}
+
+/// How long after a forced refresh the next one may follow.
+#[derive(Debug, Default)]
+struct Cooldown {
+    length: Option<Duration>,
+    over: Option<Deadline>,
+    /// From here on a further forced refresh is no recurrence.
+    calm: Option<Deadline>,
+}
+
+impl Cooldown {
+    fn is_over(&self, now: Now) -> bool {
+        self.over.is_none_or(|over| over.has_come(now))
+    }
+
+    fn begin(&mut self, now: Now) {
+        let recurs = self.calm.is_some_and(|calm| !calm.has_come(now));
+        self.length = Some(policy::cooldown(self.length.filter(|_| recurs)));
+    }
+
+    fn end(&mut self, now: Now) {
+        let length = self.length.unwrap_or_default();
+        self.over = Some(now.after(length));
+        self.calm = Some(now.after(length * policy::RECURRENCE));
+    }
+}
+
+fn remaining(deadline: Option<Deadline>, now: Now) -> Duration {
+    deadline.map_or(Duration::ZERO, |deadline| deadline.remaining(now))
+}
