@@ -10,9 +10,12 @@
 mod cache;
 mod challenge;
 mod error;
+mod future;
+mod layer;
 mod origin;
 mod policy;
 mod replay;
+mod service;
 mod source;
 mod sync;
 mod telemetry;
@@ -22,8 +25,11 @@ mod token;
 pub use crate::{
     cache::TokenCache,
     error::{BoxError, ConfigError, TokenError},
+    future::ResponseFuture,
+    layer::BearerAuthLayer,
     policy::RefreshPolicy,
     replay::{CloneBody, EmptyBody, Never, Replay},
+    service::BearerAuth,
     source::{
         AuthMethod, ClientCredentials, ClientCredentialsBuilder, Fetch, RefreshToken, SourceFn,
         TokenResponse, TokenSource, source_fn,

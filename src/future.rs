@@ -1,0 +1,393 @@
+//! [`ResponseFuture`]: acquire a token, make the service ready, send, judge the answer, maybe send once more.
+
+use std::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use http::{Request, Response, header::AUTHORIZATION};
+use pin_project_lite::pin_project;
+use tower_service::Service;
+
+use crate::{
+    cache::{Acquire, Remedy},
+    challenge::{self, Verdict},
+    error::{BoxError, TokenError},
+    replay::Replay,
+    service::Settings,
+    time::Now,
+    token::AccessToken,
+};
+
+pin_project! {
+    /// The response future of [`BearerAuth`](crate::BearerAuth).
+    ///
+    /// # Cancel safety
+    ///
+    /// It may be dropped at any point. A token request that it waits for goes on for the others, and its
+    /// result is kept.
+    pub struct ResponseFuture<S, R, B>
+    where
+        S: Service<Request<B>>,
+        R: Replay<B>,
+    {
+        #[pin]
+        state: State<S, R, B>,
+    }
+}
+
+pin_project! {
+    #[project = StateProj]
+    enum State<S, R, B>
+    where
+        S: Service<Request<B>>,
+        R: Replay<B>,
+    {
+        // The request has not left, or is to leave once more; it holds nothing of the inner service.
+        Waiting { waiting: Pin<Box<Waiting<S, R, B>>> },
+        // The inner service has the request; with a token of ours, or without one.
+        Sending { #[pin] response: S::Future, sent: Option<Sent<S, R, B>> },
+        // The request may not be sent.
+        Refused { error: TokenError },
+        // The response was handed out.
+        Done,
+    }
+}
+
+impl<S, R, B> ResponseFuture<S, R, B>
+where
+    S: Service<Request<B>>,
+    R: Replay<B>,
+{
+    /// A request that goes without a token of ours.
+    pub(crate) fn bare(response: S::Future) -> Self {
+        let sent = None;
+        Self {
+            state: State::Sending { response, sent },
+        }
+    }
+
+    /// A request that may not go at all.
+    pub(crate) fn refused(error: TokenError) -> Self {
+        Self {
+            state: State::Refused { error },
+        }
+    }
+
+    /// A request that goes at once; `service` is ready.
+    pub(crate) fn send(
+        service: &mut S,
+        request: Request<B>,
+        token: AccessToken,
+        replay: &R,
+        settings: Arc<Settings>,
+    ) -> Self
+    where
+        S: Clone,
+    {
+        Self {
+            state: State::send(service, request, token, Some(replay), settings),
+        }
+    }
+
+    /// A request that waits for a token; `service` need not be ready.
+    pub(crate) fn wait(
+        service: S,
+        request: Request<B>,
+        replay: R,
+        settings: Arc<Settings>,
+    ) -> Self {
+        let acquire = settings.cache.acquire();
+        let waiting = Box::pin(Waiting {
+            request: Some(request),
+            service,
+            settings,
+            turn: Turn::First { replay },
+            rounds: ROUNDS,
+            phase: Phase::Acquiring { acquire },
+        });
+        Self {
+            state: State::Waiting { waiting },
+        }
+    }
+}
+
+impl<S, R, B> State<S, R, B>
+where
+    S: Service<Request<B>> + Clone,
+    R: Replay<B>,
+{
+    /// Sends `request` with `token`, and keeps what it takes to send it once more if `replay` says how.
+    fn send(
+        service: &mut S,
+        mut request: Request<B>,
+        token: AccessToken,
+        replay: Option<&R>,
+        settings: Arc<Settings>,
+    ) -> Self {
+        let kept = replay.and_then(|replay| replay.keep(&request, |copy| (copy, service.clone())));
+        let header = token.header_value().clone();
+        request.headers_mut().insert(AUTHORIZATION, header);
+        let response = service.call(request);
+        let sent = Some(Sent {
+            token,
+            kept,
+            settings,
+        });
+        Self::Sending { response, sent }
+    }
+}
+
+impl<S, R, B, ResBody> Future for ResponseFuture<S, R, B>
+where
+    S: Service<Request<B>, Response = Response<ResBody>> + Clone,
+    S::Error: Into<BoxError>,
+    R: Replay<B>,
+{
+    type Output = Result<Response<ResBody>, BoxError>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut state = self.project().state;
+        loop {
+            let result = match state.as_mut().project() {
+                StateProj::Waiting { waiting } => match ready!(waiting.as_mut().poll_leave(cx)) {
+                    Ok(Leave::Send(next)) => {
+                        state.set(next);
+                        continue;
+                    }
+                    Ok(Leave::Answer(response)) => Ok(response),
+                    Err(error) => Err(error),
+                },
+                StateProj::Sending { response, sent } => {
+                    let result = ready!(response.poll(cx));
+                    let sent = sent.take();
+                    // The inner future goes before anything waits: it may hold a permit of a limit below.
+                    state.set(State::Done);
+                    match (result, sent) {
+                        (Ok(response), Some(sent)) => match sent.judge(response) {
+                            Judged::Answer(response) => Ok(response),
+                            Judged::Again(waiting) => {
+                                state.set(State::Waiting { waiting });
+                                continue;
+                            }
+                        },
+                        (result, _) => result.map_err(Into::into),
+                    }
+                }
+                StateProj::Refused { error } => Err(error.clone().into()),
+                StateProj::Done => panic!("`ResponseFuture` polled after completion"),
+            };
+            state.set(State::Done);
+            return Poll::Ready(result);
+        }
+    }
+}
+
+impl<S, R, B> fmt::Debug for ResponseFuture<S, R, B>
+where
+    S: Service<Request<B>>,
+    R: Replay<B>,
+{
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = match self.state {
+            State::Waiting { .. } => "Waiting",
+            State::Sending { .. } => "Sending",
+            State::Refused { .. } => "Refused",
+            State::Done => "Done",
+        };
+        f.debug_struct("ResponseFuture")
+            .field("state", &format_args!("{state}"))
+            .finish_non_exhaustive()
+    }
+}
+
+/// What is known of a request that left with a token of ours.
+struct Sent<S, R, B>
+where
+    R: Replay<B>,
+{
+    token: AccessToken,
+    /// What it takes to send the request once more, if it may be.
+    kept: Option<R::Kept<(Request<B>, S)>>,
+    settings: Arc<Settings>,
+}
+
+/// What an answer comes to.
+enum Judged<S, R, B>
+where
+    S: Service<Request<B>>,
+    R: Replay<B>,
+{
+    Answer(S::Response),
+    Again(Pin<Box<Waiting<S, R, B>>>),
+}
+
+impl<S, R, B> Sent<S, R, B>
+where
+    R: Replay<B>,
+{
+    /// Tells the cache if `answer` is a refusal of the token, and whether the request is to go once more.
+    fn judge<ResBody>(self, answer: Response<ResBody>) -> Judged<S, R, B>
+    where
+        S: Service<Request<B>, Response = Response<ResBody>>,
+    {
+        let named = match challenge::judge(answer.status(), answer.headers()) {
+            Verdict::InvalidToken => true,
+            Verdict::Unexplained if self.settings.heed_unexplained => false,
+            Verdict::Unexplained | Verdict::NotOurs => return Judged::Answer(answer),
+        };
+        let remedy = self.settings.cache.refused(&self.token, named);
+        let Some(kept) = self.kept else {
+            return Judged::Answer(answer);
+        };
+        let refused = self.token;
+        let phase = match remedy {
+            Remedy::Nothing => return Judged::Answer(answer),
+            Remedy::Token(token) => Phase::Readying { token },
+            Remedy::Wait(joined) => Phase::Holding {
+                acquire: joined.wait(),
+                answer: Some(answer),
+            },
+        };
+        let (request, service) = R::release(kept);
+        Judged::Again(Box::pin(Waiting {
+            request: Some(request),
+            service,
+            settings: self.settings,
+            turn: Turn::Second { refused },
+            rounds: 0,
+            phase,
+        }))
+    }
+}
+
+pin_project! {
+    /// A request that waits for a token, and then for the inner service.
+    struct Waiting<S, R, B>
+    where
+        S: Service<Request<B>>,
+    {
+        // Present until sent.
+        request: Option<Request<B>>,
+        // Polled for readiness only while a token is at hand.
+        service: S,
+        settings: Arc<Settings>,
+        turn: Turn<R>,
+        // How many tokens may yet die while the service gets ready.
+        rounds: u8,
+        #[pin]
+        phase: Phase<S::Response>,
+    }
+}
+
+pin_project! {
+    #[project = PhaseProj]
+    enum Phase<Answer> {
+        // There is no token, and nothing is held of the service.
+        Acquiring { #[pin] acquire: Acquire },
+        // There is a refusal, which is the answer if no other token comes. It is held and not dropped, because
+        // hyper keeps a connection if it has had the time to read a small body.
+        Holding { #[pin] acquire: Acquire, answer: Option<Answer> },
+        // There is a token; the service is being made ready.
+        Readying { token: AccessToken },
+    }
+}
+
+/// Which of its two times a request is about to leave.
+enum Turn<R> {
+    First { replay: R },
+    Second { refused: AccessToken },
+}
+
+impl<R> Turn<R> {
+    /// Whether the request may leave with `token`: the second time only with another one (law 8).
+    fn allows(&self, token: &AccessToken) -> bool {
+        match self {
+            Self::First { .. } => true,
+            Self::Second { refused } => !token.same_text(refused),
+        }
+    }
+
+    fn replay(&self) -> Option<&R> {
+        match self {
+            Self::First { replay } => Some(replay),
+            Self::Second { .. } => None,
+        }
+    }
+}
+
+/// How a wait ends.
+enum Leave<S, R, B>
+where
+    S: Service<Request<B>>,
+    R: Replay<B>,
+{
+    Send(State<S, R, B>),
+    Answer(S::Response),
+}
+
+impl<S, R, B> Waiting<S, R, B>
+where
+    S: Service<Request<B>> + Clone,
+    S::Error: Into<BoxError>,
+    R: Replay<B>,
+{
+    fn poll_leave(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Leave<S, R, B>, BoxError>> {
+        let mut this = self.project();
+        loop {
+            let next = match this.phase.as_mut().project() {
+                PhaseProj::Acquiring { acquire } => {
+                    let token = ready!(acquire.poll(cx))?;
+                    Phase::Readying { token }
+                }
+                PhaseProj::Holding { acquire, answer } => {
+                    let token = ready!(acquire.poll(cx)).ok();
+                    let answer = answer
+                        .take()
+                        .expect("the refusal is held until the wait ends");
+                    match token.filter(|token| this.turn.allows(token)) {
+                        Some(token) => Phase::Readying { token },
+                        None => return Poll::Ready(Ok(Leave::Answer(answer))),
+                    }
+                }
+                PhaseProj::Readying { token } => {
+                    ready!(this.service.poll_ready(cx)).map_err(Into::into)?;
+                    // Getting ready takes its time: the token may have been replaced, or have died.
+                    let current = this.settings.cache.attach();
+                    let current = current.filter(|current| this.turn.allows(current));
+                    if current.is_none() && *this.rounds > 0 && token.has_died(Now::read()) {
+                        *this.rounds -= 1;
+                        // The next wait is one without readiness again.
+                        *this.service = this.service.clone();
+                        let acquire = this.settings.cache.acquire();
+                        Phase::Acquiring { acquire }
+                    } else {
+                        let request = this
+                            .request
+                            .take()
+                            .expect("the request is there until sent");
+                        return Poll::Ready(Ok(Leave::Send(State::send(
+                            this.service,
+                            request,
+                            current.unwrap_or_else(|| token.clone()),
+                            this.turn.replay(),
+                            Arc::clone(this.settings),
+                        ))));
+                    }
+                }
+            };
+            this.phase.set(next);
+        }
+    }
+}
+
+/// So many tokens may die while a service gets ready before a request leaves with one that has: a service
+/// that takes longer than tokens live would keep its requests for ever (law 6), and the API has the last
+/// word on a token's life.
+const ROUNDS: u8 = 2;

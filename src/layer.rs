@@ -1,0 +1,143 @@
+//! [`BearerAuthLayer`]: the configuration, and the [`Layer`] that applies it.
+
+use std::sync::Arc;
+
+use tower_layer::Layer;
+
+use crate::{
+    cache::TokenCache,
+    error::ConfigError,
+    origin::Origins,
+    replay::Never,
+    service::{BearerAuth, Settings},
+};
+
+/// Attaches an `Authorization: Bearer` header to each request, and keeps its token valid.
+///
+/// Made of a [`TokenSource`](crate::TokenSource), or of a [`TokenCache`] that others share. All services that
+/// one layer or its clones wrap share its cache, so that a burst on any of them causes one token request.
+///
+/// By default a request is sent once: when the API refuses its token, the 401 comes back to the caller and the
+/// token is replaced for the next one. With [`replay`](Self::replay) the request is sent once more, with the
+/// new token.
+///
+/// # Examples
+///
+/// ```
+/// use tower::{ServiceBuilder, ServiceExt, service_fn};
+/// use tower_bearer::{BearerAuthLayer, CloneBody, TokenResponse, source_fn};
+/// # use http::{Request, Response};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), tower_bearer::BoxError> {
+/// let source = source_fn(|_fetch| async { TokenResponse::new("mF_9.B5f-4.1JqM") });
+/// let client = ServiceBuilder::new()
+///     .layer(BearerAuthLayer::new(source).replay(CloneBody))
+///     .service(service_fn(|request: Request<String>| async move {
+///         let header = request.headers()["authorization"].to_str()?;
+///         Ok::<_, tower_bearer::BoxError>(Response::new(header.to_owned()))
+///     }));
+///
+/// let request = Request::get("https://api.example.com/sims").body(String::new())?;
+/// let response = client.oneshot(request).await?;
+/// assert_eq!(response.body(), "Bearer mF_9.B5f-4.1JqM");
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct BearerAuthLayer<R = Never> {
+    settings: Settings,
+    replay: R,
+}
+
+impl BearerAuthLayer<Never> {
+    /// Creates a layer over a token source or a shared cache.
+    ///
+    /// Needs no runtime and sends nothing: the first request does.
+    pub fn new(cache: impl Into<TokenCache>) -> Self {
+        Self {
+            settings: Settings {
+                cache: cache.into(),
+                origins: Origins::default(),
+                keep_existing: false,
+                heed_unexplained: true,
+            },
+            replay: Never,
+        }
+    }
+}
+
+impl<R> BearerAuthLayer<R> {
+    /// Sets which requests may be sent a second time, when the API refuses their token with a 401: default
+    /// [`Never`].
+    ///
+    /// See [`CloneBody`](crate::CloneBody) and [`EmptyBody`](crate::EmptyBody). A request is sent at most
+    /// twice, and the second time only with another token than the first.
+    pub fn replay<R2>(self, replay: R2) -> BearerAuthLayer<R2> {
+        BearerAuthLayer {
+            settings: self.settings,
+            replay,
+        }
+    }
+
+    /// Limits the token to these origins (RFC 6454), such as `https://api.example.com`.
+    ///
+    /// Requests to other origins then pass without a token, as a browser sends them. Without this setting,
+    /// every https origin and every loopback address gets the token. A request whose URI has no authority,
+    /// as services that are bound to one host take them, gets it in either case.
+    ///
+    /// # Errors
+    ///
+    /// If an entry is not an origin, or there is none.
+    pub fn origins<I>(mut self, origins: I) -> Result<Self, ConfigError>
+    where
+        I: IntoIterator<Item: AsRef<str>>,
+    {
+        self.settings.origins = self.settings.origins.pin(origins)?;
+        Ok(self)
+    }
+
+    /// Lets the token go over plain http to other hosts than this one: default `false`.
+    ///
+    /// Anybody on the way can read and use it (RFC 6750 section 5.3). Without this setting such a request
+    /// fails with [`TokenError::is_insecure_uri`](crate::TokenError::is_insecure_uri) before it is sent.
+    #[must_use]
+    pub fn dangerous_plain_http(mut self, allow: bool) -> Self {
+        self.settings.origins = self.settings.origins.plain_http(allow);
+        self
+    }
+
+    /// Lets requests keep an `Authorization` header that they bring along: default `false`, which replaces it.
+    ///
+    /// The default serves gateways, which must not pass their users' credentials on as their own. Such a
+    /// request waits for no token, and a 401 to it says nothing about ours.
+    #[must_use]
+    pub const fn keep_existing(mut self, keep: bool) -> Self {
+        self.settings.keep_existing = keep;
+        self
+    }
+
+    /// Sets whether a 401 that does not say what is wrong counts against the token: default `true`.
+    ///
+    /// That is one without a challenge or with a Bearer challenge that names no error, and gRPC's status 16
+    /// (unauthenticated). RFC 6750 section 3.1 wants `invalid_token` for a token that expired or was revoked;
+    /// many servers do not say it.
+    #[must_use]
+    pub const fn refresh_on_unexplained_401(mut self, refresh: bool) -> Self {
+        self.settings.heed_unexplained = refresh;
+        self
+    }
+
+    /// Returns the cache that feeds this layer.
+    pub const fn cache(&self) -> &TokenCache {
+        &self.settings.cache
+    }
+}
+
+impl<S, R: Clone> Layer<S> for BearerAuthLayer<R> {
+    type Service = BearerAuth<S, R>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        BearerAuth::new(inner, Arc::new(self.settings.clone()), self.replay.clone())
+    }
+}

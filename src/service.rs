@@ -1,0 +1,131 @@
+//! [`BearerAuth`]: the service that the layer makes.
+
+use std::{
+    fmt, mem,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use http::{Request, Response, header::AUTHORIZATION};
+use tower_service::Service;
+
+use crate::{
+    cache::TokenCache,
+    error::BoxError,
+    future::ResponseFuture,
+    origin::{self, Origins, Passage},
+    replay::Replay,
+};
+
+/// Attaches a bearer token to each request before the inner service gets it.
+///
+/// Made by a [`BearerAuthLayer`](crate::BearerAuthLayer). Clones share one token.
+///
+/// # Readiness
+///
+/// The service is ready when the inner one is, and never says no for want of a token. While a token is at
+/// hand, the service that was polled ready is the one that is called. A request that has to wait for a token
+/// gives its readiness back first, with any permit or place in a queue that it stands for, and makes a clone
+/// of the inner service ready once the token is there: a limit below bounds what is being sent, and whoever
+/// wants to bound what is waiting puts a limit above.
+///
+/// # Errors
+///
+/// The inner service's errors pass through as they are. A token failure is a
+/// [`TokenError`](crate::TokenError), found by a downcast; the request was not sent.
+#[derive(Clone)]
+pub struct BearerAuth<S, R> {
+    inner: S,
+    settings: Arc<Settings>,
+    replay: R,
+}
+
+/// What the layer was told.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    pub(crate) cache: TokenCache,
+    pub(crate) origins: Origins,
+    pub(crate) keep_existing: bool,
+    pub(crate) heed_unexplained: bool,
+}
+
+impl<S, R> BearerAuth<S, R> {
+    pub(crate) const fn new(inner: S, settings: Arc<Settings>, replay: R) -> Self {
+        Self {
+            inner,
+            settings,
+            replay,
+        }
+    }
+
+    /// Returns the cache that feeds this service.
+    pub fn cache(&self) -> &TokenCache {
+        &self.settings.cache
+    }
+
+    /// Returns the inner service.
+    pub fn get_ref(&self) -> &S {
+        &self.inner
+    }
+
+    /// Returns the inner service, mutable.
+    pub fn get_mut(&mut self) -> &mut S {
+        &mut self.inner
+    }
+
+    /// Unwraps the inner service.
+    pub fn into_inner(self) -> S {
+        self.inner
+    }
+}
+
+impl<S, R, B, ResBody> Service<Request<B>> for BearerAuth<S, R>
+where
+    S: Service<Request<B>, Response = Response<ResBody>> + Clone,
+    S::Error: Into<BoxError>,
+    R: Replay<B>,
+{
+    type Response = Response<ResBody>;
+    type Error = BoxError;
+    type Future = ResponseFuture<S, R, B>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx).map_err(Into::into)
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        if self.settings.keep_existing && request.headers().contains_key(AUTHORIZATION) {
+            return ResponseFuture::bare(self.inner.call(request));
+        }
+        match self.settings.origins.judge(request.uri()) {
+            Passage::Carry => {}
+            Passage::Bare => return ResponseFuture::bare(self.inner.call(request)),
+            Passage::Refuse => {
+                return ResponseFuture::refused(origin::refusal(request.uri()));
+            }
+        }
+        match self.settings.cache.attach() {
+            Some(token) => {
+                let settings = Arc::clone(&self.settings);
+                ResponseFuture::send(&mut self.inner, request, token, &self.replay, settings)
+            }
+            None => {
+                // Dropping the ready service gives back what its readiness holds, a permit or a place; the
+                // clones hold none.
+                let service = self.inner.clone();
+                drop(mem::replace(&mut self.inner, service.clone()));
+                let settings = Arc::clone(&self.settings);
+                ResponseFuture::wait(service, request, self.replay.clone(), settings)
+            }
+        }
+    }
+}
+
+impl<S: fmt::Debug, R: fmt::Debug> fmt::Debug for BearerAuth<S, R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BearerAuth")
+            .field("inner", &self.inner)
+            .field("replay", &self.replay)
+            .finish_non_exhaustive()
+    }
+}
