@@ -1,3 +1,13 @@
-//! The behaviour of the crate, one module for each, through the public API only.
+//! The crate's behaviour through its public interface.
+#![expect(
+    clippy::unwrap_used,
+    reason = "clippy allows it in test functions only, not in their helpers"
+)]
+#![expect(
+    unreachable_pub,
+    reason = "a test binary exports nothing; `pub` marks what modules share"
+)]
 
+mod single_flight;
+mod support;
 mod token_endpoint;

@@ -1,11 +1,6 @@
 //! What becomes of a token endpoint's answers, over real sockets.
 
 #![cfg(feature = "rustls")]
-#![expect(
-    clippy::unwrap_used,
-    reason = "clippy allows it in test functions only, not in their helpers"
-)]
-
 use std::{
     error::Error,
     io,

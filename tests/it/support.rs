@@ -1,0 +1,222 @@
+//! A scripted authorization server and a scripted API, both in memory, so that time can be paused.
+
+use std::{
+    convert::Infallible,
+    future::Future,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use http::{Request, Response, StatusCode, header::AUTHORIZATION};
+use tokio::{
+    sync::watch,
+    time::{self, Instant},
+};
+use tower::{Service, service_fn};
+use tower_bearer::{Fetch, RefreshToken, TokenError, TokenResponse, TokenSource};
+
+/// What the authorization server does with a token request.
+#[derive(Clone, Debug)]
+pub enum Answer {
+    /// Grants a new token, `token-N` for the Nth request, with this lifetime.
+    Grant(Duration),
+    /// Grants this text with this lifetime.
+    Text(&'static str, Duration),
+    /// Refuses.
+    Fail(TokenError),
+    /// Never answers.
+    Hang,
+    /// Panics.
+    Panic,
+}
+
+/// One token request as the server saw it.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    pub at: Instant,
+    pub attempt: u32,
+    pub refresh_token: Option<String>,
+}
+
+/// An authorization server in memory. Clones are one server.
+#[derive(Clone)]
+pub struct AuthServer {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    answer: Mutex<Answer>,
+    latency: Mutex<Duration>,
+    open: watch::Sender<bool>,
+    seen: Mutex<Vec<Seen>>,
+    refresh_tokens: Mutex<bool>,
+    in_flight: AtomicU64,
+    most_at_once: AtomicU64,
+}
+
+impl AuthServer {
+    /// A server that answers at once with tokens of 300 s.
+    pub fn new() -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                answer: Mutex::new(Answer::Grant(Duration::from_secs(300))),
+                latency: Mutex::new(Duration::ZERO),
+                open: watch::Sender::new(true),
+                seen: Mutex::default(),
+                refresh_tokens: Mutex::new(false),
+                in_flight: AtomicU64::new(0),
+                most_at_once: AtomicU64::new(0),
+            }),
+        }
+    }
+
+    /// Sets what it does from now on, with the requests that it holds as well.
+    pub fn set(&self, answer: Answer) {
+        *self.shared.answer.lock().unwrap() = answer;
+    }
+
+    /// Sets how long an answer takes.
+    pub fn set_latency(&self, latency: Duration) {
+        *self.shared.latency.lock().unwrap() = latency;
+    }
+
+    /// Sets whether it sends a new refresh token, `refresh-N`, with each answer.
+    pub fn set_refresh_tokens(&self, yes: bool) {
+        *self.shared.refresh_tokens.lock().unwrap() = yes;
+    }
+
+    /// Holds all requests until [`release`](Self::release).
+    pub fn hold(&self) {
+        self.shared.open.send_replace(false);
+    }
+
+    pub fn release(&self) {
+        self.shared.open.send_replace(true);
+    }
+
+    /// How many token requests it has seen.
+    pub fn requests(&self) -> usize {
+        self.shared.seen.lock().unwrap().len()
+    }
+
+    pub fn seen(&self) -> Vec<Seen> {
+        self.shared.seen.lock().unwrap().clone()
+    }
+
+    /// How many token requests it has had at once, at most: law 1 wants one.
+    pub fn most_at_once(&self) -> u64 {
+        self.shared.most_at_once.load(Ordering::SeqCst)
+    }
+}
+
+impl TokenSource for AuthServer {
+    async fn fetch(&self, fetch: Fetch) -> Result<TokenResponse, TokenError> {
+        let number = {
+            let mut seen = self.shared.seen.lock().unwrap();
+            seen.push(Seen {
+                at: Instant::now(),
+                attempt: fetch.attempt,
+                refresh_token: fetch
+                    .refresh_token
+                    .map(|token| token.expose_secret().to_owned()),
+            });
+            seen.len()
+        };
+        let _guest = Guest::enter(&self.shared);
+        let latency = *self.shared.latency.lock().unwrap();
+        if !latency.is_zero() {
+            time::sleep(latency).await;
+        }
+        let mut open = self.shared.open.subscribe();
+        open.wait_for(|open| *open).await.unwrap();
+        let answer = self.shared.answer.lock().unwrap().clone();
+        let response = match answer {
+            Answer::Grant(lifetime) => {
+                TokenResponse::new(format!("token-{number}"))?.expires_in(lifetime)
+            }
+            Answer::Text(text, lifetime) => TokenResponse::new(text)?.expires_in(lifetime),
+            Answer::Fail(error) => return Err(error),
+            Answer::Hang => std::future::pending().await,
+            Answer::Panic => panic!("the scripted server panics"),
+        };
+        Ok(match *self.shared.refresh_tokens.lock().unwrap() {
+            true => response.refresh_token(RefreshToken::new(format!("refresh-{number}"))),
+            false => response,
+        })
+    }
+}
+
+/// Counts who is inside.
+struct Guest<'a>(&'a Shared);
+
+impl<'a> Guest<'a> {
+    fn enter(shared: &'a Shared) -> Self {
+        let now = shared.in_flight.fetch_add(1, Ordering::SeqCst) + 1;
+        shared.most_at_once.fetch_max(now, Ordering::SeqCst);
+        Self(shared)
+    }
+}
+
+impl Drop for Guest<'_> {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// The text of the bearer token on a request.
+pub fn bearer<B>(request: &Request<B>) -> Option<&str> {
+    let value = request.headers().get(AUTHORIZATION)?.to_str().ok()?;
+    value.strip_prefix("Bearer ")
+}
+
+/// An API that answers with what `judge` makes of the request's token.
+pub fn api<B, F>(
+    judge: F,
+) -> impl Service<
+    Request<B>,
+    Response = Response<String>,
+    Error = Infallible,
+    Future: Future<Output = Result<Response<String>, Infallible>> + Send,
+> + Clone
+where
+    B: Send + 'static,
+    F: Fn(Option<&str>) -> Response<String> + Clone + Send + 'static,
+{
+    service_fn(move |request: Request<B>| {
+        let response = judge(bearer(&request));
+        async move { Ok(response) }
+    })
+}
+
+/// 200 with the token's text for a body.
+pub fn echo(token: Option<&str>) -> Response<String> {
+    Response::new(token.unwrap_or("anonymous").to_owned())
+}
+
+/// A 401 with this challenge.
+pub fn unauthorized(challenge: &str) -> Response<String> {
+    Response::builder()
+        .status(StatusCode::UNAUTHORIZED)
+        .header("www-authenticate", challenge)
+        .body(String::new())
+        .unwrap()
+}
+
+pub const INVALID_TOKEN: &str = r#"Bearer error="invalid_token""#;
+
+/// A request to a loopback origin.
+pub fn get() -> Request<String> {
+    Request::get("http://localhost/sims")
+        .body(String::new())
+        .unwrap()
+}
+
+/// Lets every task run until none has anything to do, without time passing.
+pub async fn settle() {
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+}
