@@ -283,3 +283,200 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Result<(TokenResponse, Now
         attempt += 1;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::atomic::{AtomicUsize, Ordering},
+        task::Wake,
+    };
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Count(AtomicUsize);
+
+    impl Wake for Count {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn flight() -> Arc<Flight> {
+        Flight::new(Instant::now())
+    }
+
+    #[test]
+    fn an_end_wakes_every_waiter_once_and_stands() {
+        let flight = flight();
+        let counts: Vec<_> = (0..3).map(|_| Arc::new(Count::default())).collect();
+        let mut seats = Vec::new();
+        for count in &counts {
+            let waker = Waker::from(Arc::clone(count));
+            let mut seat = flight.seat(usize::MAX).unwrap();
+            assert!(seat.poll_end(&mut Context::from_waker(&waker)).is_pending());
+            seats.push(seat);
+        }
+        flight.end(End::Abandoned);
+        flight.end(End::Failed(TokenError::transient("late")));
+        assert!(
+            counts
+                .iter()
+                .all(|count| count.0.load(Ordering::Relaxed) == 1)
+        );
+        for mut seat in seats {
+            let end = seat.poll_end(&mut Context::from_waker(Waker::noop()));
+            assert!(matches!(end, Poll::Ready(End::Abandoned)));
+        }
+    }
+
+    #[test]
+    fn a_seat_is_free_again_once_its_waiter_is_dropped() {
+        let flight = flight();
+        let seat = flight.seat(1).unwrap();
+        assert!(flight.seat(1).is_none());
+        drop(seat);
+        let seat = flight.seat(1);
+        flight.end(End::Abandoned);
+        drop(seat);
+        assert!(flight.inner.lock().waiters.is_empty());
+    }
+
+    #[test]
+    fn a_waker_may_drop_another_waiter() {
+        /// Drops what it holds when it is woken, as an executor that was shut down does.
+        struct Dropper(Mutex<Option<Seat>>);
+
+        impl Wake for Dropper {
+            fn wake(self: Arc<Self>) {
+                let seat = self.0.lock().take();
+                drop(seat);
+            }
+        }
+
+        let flight = flight();
+        let other = flight.seat(usize::MAX).unwrap();
+        let waker = Waker::from(Arc::new(Dropper(Mutex::new(Some(other)))));
+        let mut seat = flight.seat(usize::MAX).unwrap();
+        assert!(seat.poll_end(&mut Context::from_waker(&waker)).is_pending());
+        flight.end(End::Abandoned);
+    }
+}
+
+/// Models of the races, for `loom`: each execution order of the threads is tried.
+#[cfg(all(test, tower_bearer_loom))]
+mod models {
+    use std::{future::poll_fn, time::Duration};
+
+    use loom::{future::block_on, thread};
+
+    use super::*;
+    use crate::{cache::TokenCache, policy::RefreshPolicy, source::source_fn};
+
+    fn entry() -> Arc<Entry> {
+        let source = source_fn(|_| async { Err(TokenError::transient("not asked")) });
+        TokenCache::with_policy(source, RefreshPolicy::new()).entry
+    }
+
+    /// An entry with a flight on record.
+    fn in_flight() -> (Arc<Entry>, Arc<Flight>) {
+        let entry = entry();
+        let (flight, _) = entry.state.lock().begin(Flight::new, Now::read());
+        (entry, flight)
+    }
+
+    fn granted() -> Result<(TokenResponse, Now), TokenError> {
+        let response = TokenResponse::new("token").unwrap();
+        Ok((response, Now::read()))
+    }
+
+    fn wait(mut seat: Seat) -> End {
+        block_on(poll_fn(move |cx| seat.poll_end(cx)))
+    }
+
+    /// Law 1: whoever joins a flight sees its end, however the two meet.
+    #[test]
+    fn a_waiter_never_misses_the_end() {
+        loom::model(|| {
+            let (entry, flight) = in_flight();
+            let seat = flight.seat(usize::MAX).unwrap();
+            let task = thread::spawn(move || entry.land(&flight, granted()));
+            assert!(matches!(wait(seat), End::Done(_)));
+            task.join().unwrap();
+        });
+    }
+
+    /// Law 5: a waiter that is dropped takes nobody with it and leaves nothing behind.
+    #[test]
+    fn a_dropped_waiter_leaves_the_other_and_no_seat() {
+        loom::model(|| {
+            let (entry, flight) = in_flight();
+            let (first, second) = (flight.seat(usize::MAX).unwrap(), flight.seat(2).unwrap());
+            let task = {
+                let flight = Arc::clone(&flight);
+                thread::spawn(move || entry.land(&flight, granted()))
+            };
+            let dropper = thread::spawn(move || {
+                let mut first = first;
+                let polled = first.poll_end(&mut Context::from_waker(Waker::noop()));
+                drop((first, polled));
+            });
+            assert!(matches!(wait(second), End::Done(_)));
+            task.join().unwrap();
+            dropper.join().unwrap();
+            assert!(flight.inner.lock().waiters.is_empty());
+        });
+    }
+
+    /// Law 6: a task that is dropped before it has landed tells its waiters, and the next flight may start.
+    #[test]
+    fn a_task_that_ends_early_abandons_its_flight() {
+        loom::model(|| {
+            let (entry, flight) = in_flight();
+            let seat = flight.seat(usize::MAX).unwrap();
+            let ending = Ending {
+                entry: Arc::clone(&entry),
+                flight,
+            };
+            let runtime = thread::spawn(move || drop(ending));
+            assert!(matches!(wait(seat), End::Abandoned));
+            runtime.join().unwrap();
+            let later = Now {
+                monotonic: Instant::now() + Duration::from_secs(1),
+                ..Now::read()
+            };
+            let decision = entry.state.lock().acquire(later);
+            assert!(matches!(decision, crate::cache::Decision::Start));
+        });
+    }
+
+    /// Laws 1 and 6: a flight that is given up while it lands has either landed or not.
+    #[test]
+    fn a_late_result_stops_at_the_fence() {
+        loom::model(|| {
+            let (entry, flight) = in_flight();
+            let seat = flight.seat(usize::MAX).unwrap();
+            let task = {
+                let (entry, flight) = (Arc::clone(&entry), Arc::clone(&flight));
+                thread::spawn(move || entry.land(&flight, granted()))
+            };
+            let overdue = Now {
+                monotonic: flight.overdue(),
+                ..Now::read()
+            };
+            let given_up = entry.state.lock().give_up_overdue(overdue);
+            if let Some(flight) = &given_up {
+                // The fence is up: the next flight is on record when the late result comes.
+                entry.state.lock().begin(Flight::new, overdue);
+                flight.end(End::Abandoned);
+            }
+            let end = wait(seat);
+            task.join().unwrap();
+            let published = entry.hot.load().is_some();
+            match given_up {
+                Some(_) => assert!(matches!(end, End::Abandoned) && !published),
+                None => assert!(matches!(end, End::Done(_)) && published),
+            }
+        });
+    }
+}
