@@ -383,3 +383,323 @@ impl Cooldown {
 fn remaining(deadline: Option<Deadline>, now: Now) -> Duration {
     deadline.map_or(Duration::ZERO, |deadline| deadline.remaining(now))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A state and a clock, with flights named by numbers.
+    struct Case {
+        state: State<u32>,
+        now: Now,
+        flights: u32,
+    }
+
+    impl Case {
+        fn new() -> Self {
+            Self {
+                state: State::new(RefreshPolicy::new(), Rng::with_seed(1)),
+                now: Now::read(),
+                flights: 0,
+            }
+        }
+
+        /// With a token of 1,000 s that is neither the first nor due, and its predecessor.
+        fn with_token() -> (Self, AccessToken, AccessToken) {
+            let mut case = Self::new();
+            let old = case.grant("old", 1_000);
+            case.pass(750.0);
+            let token = case.grant("new", 1_000);
+            (case, old, token)
+        }
+
+        fn pass(&mut self, seconds: f64) {
+            let time = Duration::from_secs_f64(seconds);
+            self.now.monotonic += time;
+            self.now.wall += time;
+        }
+
+        fn begin(&mut self) -> (u32, Plan) {
+            self.flights += 1;
+            let id = self.flights;
+            self.state.begin(|_| id, self.now)
+        }
+
+        fn begin_forced(&mut self, named: bool) -> u32 {
+            self.flights += 1;
+            let id = self.flights;
+            self.state.begin_forced(|_| id, named, self.now).0
+        }
+
+        fn grant(&mut self, text: &str, lifetime: u64) -> AccessToken {
+            let (flight, _) = self.begin();
+            self.land(flight, text, lifetime).unwrap()
+        }
+
+        fn land(&mut self, flight: u32, text: &str, lifetime: u64) -> Option<AccessToken> {
+            let response = TokenResponse::new(text)
+                .unwrap()
+                .expires_in(Duration::from_secs(lifetime));
+            self.state.succeeded(&flight, response, self.now, self.now)
+        }
+
+        fn fail(&mut self, flight: u32, error: &TokenError) {
+            self.state.failed(&flight, error, self.now).unwrap();
+        }
+
+        /// What a caller does, in a word.
+        fn acquire(&self) -> String {
+            match self.state.acquire(self.now) {
+                Decision::Use(token) => format!("use {}", token.expose_secret()),
+                Decision::UseAndStart(token) => format!("use {} and start", token.expose_secret()),
+                Decision::Start => "start".to_owned(),
+                Decision::Join(flight, None) => format!("join {flight}"),
+                Decision::Join(flight, Some(token)) => {
+                    format!("join {flight} or use {}", token.expose_secret())
+                }
+                Decision::Fail(_) => "fail".to_owned(),
+            }
+        }
+
+        /// What becomes of a 401 about `token`, in a word.
+        fn refused(&mut self, token: &AccessToken, named: bool) -> String {
+            match self.state.refused(token, named, self.now) {
+                Refusal::Replay(token) => format!("replay {}", token.expose_secret()),
+                Refusal::Join(flight) => format!("join {flight}"),
+                Refusal::Start => "start".to_owned(),
+                Refusal::Pass => "pass".to_owned(),
+            }
+        }
+    }
+
+    fn down() -> TokenError {
+        TokenError::transient("down")
+    }
+
+    #[test]
+    fn a_token_is_used_then_refreshed_then_dead() {
+        let (mut case, _, _) = Case::with_token();
+        // The window is 250 s and up to 100 s more by chance; the margin 10 s.
+        for (pass, expected) in [
+            (0.0, "use new"),
+            (649.0, "use new"),
+            (102.0, "use new and start"),
+            (238.9, "use new and start"),
+            (0.2, "start"),
+        ] {
+            case.pass(pass);
+            assert_eq!(case.acquire(), expected);
+        }
+    }
+
+    /// Law 4: a refresh in the air makes nobody wait, until the token dies.
+    #[test]
+    fn callers_join_a_flight_only_without_a_token() {
+        let (mut case, _, _) = Case::with_token();
+        case.pass(800.0);
+        let (flight, _) = case.begin();
+        assert_eq!(case.acquire(), "use new");
+        case.pass(200.0);
+        assert_eq!(case.acquire(), format!("join {flight}"));
+    }
+
+    /// Law 3: a failed early refresh changes nothing for requests, and is tried again past the gate.
+    #[test]
+    fn a_failed_early_refresh_leaves_the_token() {
+        let (mut case, _, _) = Case::with_token();
+        case.pass(800.0);
+        let (flight, plan) = case.begin();
+        assert_eq!(plan.attempts, 3);
+        case.fail(flight, &down());
+        assert_eq!(case.acquire(), "use new");
+        case.pass(0.6);
+        assert_eq!(case.acquire(), "use new and start");
+        let (_, plan) = case.begin();
+        assert_eq!(plan.attempts, 1);
+    }
+
+    /// Law 2: at hard expiry one flight passes a backoff gate, and no Retry-After and no terminal error.
+    #[test]
+    fn one_flight_at_hard_expiry_passes_a_backoff_gate() {
+        let strict = down().with_retry_after(Duration::from_secs(60));
+        for (error, first, second) in [
+            (down(), "start", "fail"),
+            (strict, "fail", "fail"),
+            (TokenError::terminal("refused"), "fail", "fail"),
+        ] {
+            let (mut case, _, _) = Case::with_token();
+            case.pass(989.9);
+            let (flight, _) = case.begin();
+            case.fail(flight, &error);
+            case.pass(0.15);
+            assert_eq!(case.acquire(), first, "{error}");
+            if first == "start" {
+                let (flight, plan) = case.begin();
+                assert_eq!(plan.delay, Duration::ZERO);
+                case.fail(flight, &error);
+                assert_eq!(case.acquire(), second, "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn only_the_starter_waits_while_the_failure_count_is_above_zero() {
+        let mut case = Case::new();
+        let (flight, _) = case.begin();
+        assert_eq!(case.acquire(), "join 1");
+        case.fail(flight, &down());
+        assert_eq!(case.acquire(), "fail");
+        case.pass(0.6);
+        assert_eq!(case.acquire(), "start");
+        let (flight, _) = case.begin();
+        assert_eq!(case.acquire(), "fail");
+        case.land(flight, "token", 300).unwrap();
+        assert_eq!(case.acquire(), "use token");
+    }
+
+    /// Law 2: a token that is dead on arrival is replaced a second after it was asked for.
+    #[test]
+    fn the_floor_delays_the_next_flight() {
+        let mut case = Case::new();
+        case.grant("dead", 0);
+        case.pass(0.25);
+        assert_eq!(case.acquire(), "start");
+        let (_, plan) = case.begin();
+        assert_eq!(plan.delay, Duration::from_millis(750));
+        assert_eq!(case.acquire(), "join 2");
+    }
+
+    /// Law 8, and each row that the cache decides of what an answer means.
+    #[test]
+    fn a_401_counts_against_the_token_that_was_sent() {
+        let (mut case, old, new) = Case::with_token();
+        assert_eq!(case.refused(&old, true), "replay new");
+        assert_eq!(case.refused(&new, true), "start");
+        let flight = case.begin_forced(true);
+        assert_eq!(case.refused(&new, true), format!("join {flight}"));
+        assert_eq!(case.acquire(), format!("join {flight} or use new"));
+        // There is nothing to be gained from a token that is refused itself.
+        assert_eq!(case.refused(&old, true), format!("join {flight}"));
+        let newest = case.land(flight, "newest", 1_000).unwrap();
+        assert_eq!(case.refused(&new, true), "replay newest");
+        assert_eq!(case.refused(&newest, true), "pass");
+        case.pass(5.1);
+        assert_eq!(case.refused(&newest, true), "start");
+    }
+
+    #[test]
+    fn an_unexplained_401_makes_no_other_request_wait() {
+        let (mut case, _, new) = Case::with_token();
+        assert_eq!(case.refused(&new, false), "start");
+        let flight = case.begin_forced(false);
+        assert_eq!(case.acquire(), "use new");
+        assert_eq!(case.refused(&new, true), format!("join {flight}"));
+        assert_eq!(case.acquire(), format!("join {flight} or use new"));
+    }
+
+    /// Law 3: a 401 keeps the token as the last resort, and a failed replacement gives it back to all.
+    #[test]
+    fn a_failed_forced_refresh_leaves_the_token() {
+        let (mut case, _, new) = Case::with_token();
+        let flight = case.begin_forced(true);
+        case.fail(flight, &down());
+        assert_eq!(case.acquire(), "use new");
+        assert_eq!(case.refused(&new, true), "pass");
+        case.pass(5.1);
+        let flight = case.begin_forced(true);
+        // Nobody waits while the endpoint is known to be down.
+        assert_eq!(case.acquire(), "use new");
+        case.fail(flight, &down());
+        assert_eq!(case.acquire(), "use new");
+    }
+
+    #[test]
+    fn cooldowns_double_while_401s_recur_and_start_over_when_they_do_not() {
+        let (mut case, _, _) = Case::with_token();
+        let mut token = case.state.attachable(case.now).unwrap();
+        for (quiet, cooldown) in [(0.0, 5.0), (5.0, 10.0), (10.0, 20.0), (61.0, 5.0)] {
+            case.pass(quiet);
+            assert_eq!(case.refused(&token, true), "start");
+            let flight = case.begin_forced(true);
+            token = case
+                .land(flight, &format!("token-{flight}"), 10_000)
+                .unwrap();
+            case.pass(cooldown - 0.01);
+            assert_eq!(case.refused(&token, true), "pass", "{cooldown}");
+            case.pass(0.02);
+        }
+    }
+
+    /// Laws 1 and 6: what a flight brings that was given up counts for nothing.
+    #[test]
+    fn an_overdue_flight_is_given_up_and_fenced() {
+        let mut case = Case::new();
+        let (flight, plan) = case.begin();
+        case.now.monotonic = plan.deadline;
+        assert_eq!(case.state.give_up_overdue(case.now), None);
+        case.pass(0.5);
+        assert_eq!(case.state.give_up_overdue(case.now), Some(flight));
+        // Nothing is known against the server, so callers wait for the gate and the next flight.
+        assert_eq!(case.acquire(), "start");
+        let (next, plan) = case.begin();
+        assert!(plan.delay >= Duration::from_millis(250));
+        assert!(case.land(flight, "late", 300).is_none());
+        assert!(case.state.failed(&flight, &down(), case.now).is_none());
+        assert_eq!(case.acquire(), format!("join {next}"));
+    }
+
+    /// Law 7 (T14): a token dies by either clock, and a gate opens by either.
+    #[test]
+    fn clock_steps_neither_revive_a_token_nor_shut_a_gate_for_good() {
+        let hour = Duration::from_secs(3_600);
+        // Suspended for an hour: the monotonic clock stood still.
+        let (mut case, _, _) = Case::with_token();
+        case.now.wall += hour;
+        assert_eq!(case.acquire(), "start");
+        // The wall clock was set back: the monotonic one counts.
+        let (mut case, _, _) = Case::with_token();
+        case.now.wall -= hour;
+        assert_eq!(case.acquire(), "use new");
+        case.now.monotonic += Duration::from_secs(991);
+        assert_eq!(case.acquire(), "start");
+        // A gate, and the wall clock set back while it is shut.
+        let mut case = Case::new();
+        let (flight, _) = case.begin();
+        case.fail(flight, &down());
+        case.now.wall -= hour;
+        assert_eq!(case.acquire(), "fail");
+        case.pass(0.6);
+        assert_eq!(case.acquire(), "start");
+    }
+
+    #[test]
+    fn a_refresh_token_is_handed_out_once_in_time_and_never_by_force() {
+        let grant = |case: &mut Case, refresh_token: RefreshToken| {
+            let (flight, _) = case.begin();
+            let response = TokenResponse::new("token").unwrap();
+            let response = response.refresh_token(refresh_token);
+            let now = case.now;
+            case.state.succeeded(&flight, response, now, now).unwrap();
+        };
+        let sent = |plan: Plan| {
+            plan.refresh_token
+                .map(|token| token.expose_secret().to_owned())
+        };
+        let mut case = Case::new();
+        grant(&mut case, RefreshToken::new("one"));
+        let forced = case.begin_forced(true);
+        case.fail(forced, &down());
+        let (flight, plan) = case.begin();
+        assert_eq!(sent(plan).as_deref(), Some("one"));
+        case.fail(flight, &down());
+        let (flight, plan) = case.begin();
+        assert_eq!(sent(plan), None);
+        case.fail(flight, &down());
+        grant(
+            &mut case,
+            RefreshToken::new("two").expires_in(Duration::from_secs(60)),
+        );
+        case.pass(60.0);
+        assert_eq!(sent(case.begin().1), None);
+    }
+}
