@@ -10,4 +10,5 @@
 
 mod single_flight;
 mod support;
+#[cfg(feature = "rustls")]
 mod token_endpoint;
