@@ -5,6 +5,114 @@
 //! `Authorization: Bearer ..` to each request. The token comes from an authorization server by the
 //! client-credentials grant, is replaced in the background before it expires, and is shared by all: a
 //! thousand requests that find no token cause one token request.
+//!
+//! ```
+//! # #[cfg(feature = "rustls")]
+//! # fn main() -> Result<(), tower_bearer::BoxError> {
+//! use http_body_util::Full;
+//! use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+//! use tower::ServiceBuilder;
+//! use tower_bearer::{BearerAuthLayer, ClientCredentials, CloneBody};
+//!
+//! let source = ClientCredentials::builder("http://localhost:8080/token", "client-id")
+//!     .client_secret("secret")
+//!     .scope("profile")
+//!     .build()?;
+//! let api = ServiceBuilder::new()
+//!     .layer(BearerAuthLayer::new(source).replay(CloneBody))
+//!     .service(Client::builder(TokioExecutor::new()).build_http::<Full<bytes::Bytes>>());
+//! # let _ = api;
+//! # Ok(())
+//! # }
+//! # #[cfg(not(feature = "rustls"))]
+//! # fn main() {}
+//! ```
+//!
+//! # How it works
+//!
+//! A request finds a token in the [`TokenCache`] and leaves with it at once. One that finds none starts the
+//! *flight*, a token request in a task of its own, or joins the one in the air; all who wait share its result.
+//! A request that finds a token which is due for refresh leaves with it and starts the flight for the others.
+//!
+//! When the API answers 401 about the current token, the layer starts or joins a flight as well and, if the
+//! [`Replay`] strategy allows it, sends the request once more with the new token. What counts is the token
+//! that was sent: a late 401 about an older one costs no token request.
+//!
+//! When the token endpoint fails, requests go on with the token they have for as long as it lives. After that
+//! they get a [`TokenError`], at once while the next attempt is not due. How often the endpoint is asked is
+//! bounded for any traffic: see [`RefreshPolicy`].
+//!
+//! # Where in the stack it goes
+//!
+//! Under retries and redirects, over limits and per-send timeouts:
+//!
+//! - A *retry* above gives a request whose token could not be fetched another chance. See below for a policy.
+//! - A *redirect follower* belongs above, so that the origin of each hop is judged. Below, it is out of this
+//!   layer's sight.
+//! - A *timeout* above covers the wait for a token and both sends; one below covers each send.
+//! - A *concurrency limit* below bounds what is being sent: a request that waits for a token holds no permit.
+//!   Whoever wants to bound what waits puts a limit above, or sets [`RefreshPolicy::max_waiters`].
+//! - A *buffer* below queues requests that carry their token already.
+//!
+//! A retry policy that heeds what the token endpoint said, for any inner error:
+//!
+//! ```
+//! use std::time::Duration;
+//!
+//! use http::{Request, Response};
+//! use tower::retry::Policy;
+//! use tower_bearer::{BoxError, TokenError};
+//!
+//! #[derive(Clone)]
+//! struct RetryTokens {
+//!     left: u32,
+//! }
+//!
+//! impl<B: Clone, R> Policy<Request<B>, Response<R>, BoxError> for RetryTokens {
+//!     type Future = tokio::time::Sleep;
+//!
+//!     fn retry(
+//!         &mut self,
+//!         _request: &mut Request<B>,
+//!         result: &mut Result<Response<R>, BoxError>,
+//!     ) -> Option<Self::Future> {
+//!         let error = result.as_ref().err()?.downcast_ref::<TokenError>()?;
+//!         if !error.is_transient() || self.left == 0 {
+//!             return None;
+//!         }
+//!         self.left -= 1;
+//!         let pause = error.retry_after().unwrap_or(Duration::from_secs(1));
+//!         Some(tokio::time::sleep(pause))
+//!     }
+//!
+//!     fn clone_request(&mut self, request: &Request<B>) -> Option<Request<B>> {
+//!         Some(request.clone())
+//!     }
+//! }
+//! # let _ = RetryTokens { left: 3 };
+//! ```
+//!
+//! # Without tower
+//!
+//! A [`TokenCache`] is useful by itself, and may feed layers at the same time: [`TokenCache::get`] returns a
+//! token for a gRPC interceptor or a WebSocket handshake, and [`TokenCache::invalidate`] reports a refusal.
+//!
+//! # What one sees
+//!
+//! Events of `tracing` under the target `tower_bearer`: `flight_started`, `token_received` and `attempt_failed` at
+//! DEBUG, `refresh_token_failed` at INFO, `flight_failed`, `flight_lost` and `lifetime_assumed` at WARN. None
+//! carries a token or a secret.
+//!
+//! # Limits
+//!
+//! One cache holds one token. The layer does not follow redirects, does not retry anything but a refused token,
+//! and does not read a response's body. It needs a tokio runtime with timers when a token has to be fetched,
+//! and none for a request that finds one.
+//!
+//! # Features
+//!
+//! - `rustls` (default): the default client for the token endpoint, hyper over rustls with ring and the system's
+//!   roots. Without it, [`ClientCredentialsBuilder::build_with`] takes any tower HTTP service.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod cache;
@@ -36,3 +144,7 @@ pub use crate::{
     },
     token::AccessToken,
 };
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -48,7 +48,7 @@ impl From<AuthMethod> for AuthType {
 /// Builds [`ClientCredentials`].
 ///
 /// Made by [`ClientCredentials::builder`] and [`ClientCredentials::from_oauth2`]. Whatever is wrong with a
-/// setting is reported by [`build`](Self::build) or [`build_with`](Self::build_with).
+/// setting is reported by `build` or [`build_with`](Self::build_with).
 #[must_use = "a builder does nothing until it is built"]
 pub struct ClientCredentialsBuilder {
     client: Result<Box<dyn Grant>, ConfigError>,
