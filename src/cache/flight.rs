@@ -206,9 +206,9 @@ impl Future for Waiter {
 /// Not to be called with the state locked: a runtime that is shutting down drops the task right here, and
 /// with it the [`Ending`], which takes that lock.
 pub(crate) fn launch(runtime: &Handle, entry: Arc<Entry>, flight: Arc<Flight>, plan: Plan) {
-    telemetry::flight_started(plan.forced, plan.delay);
     let ending = Ending { entry, flight };
     runtime.spawn(async move {
+        telemetry::flight_started(plan.forced, plan.delay);
         let outcome = fly(&ending, plan).await;
         let entry = Arc::clone(&ending.entry);
         entry.land(&ending.flight, outcome);

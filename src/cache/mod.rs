@@ -281,9 +281,10 @@ impl Entry {
     /// Takes the result of `flight`, tells its waiters, and forgets it if the flight was given up.
     fn land(&self, flight: &Arc<Flight>, outcome: Result<(TokenResponse, Now), TokenError>) {
         let now = Now::read();
+        // A source's error holds anything, so no last handle on one is dropped under the lock.
+        let _error = outcome.as_ref().err().cloned();
         let mut state = self.state.lock();
-        // Errors of a source hold anything, so the last handle on one is dropped after the lock.
-        let _retired = state.remembered();
+        let _remembered = state.remembered();
         let mut retry_in = None;
         let end = match outcome {
             Ok((response, sent)) => state.succeeded(flight, response, sent, now).map(End::Done),
