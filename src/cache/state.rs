@@ -555,6 +555,11 @@ mod tests {
         assert_eq!(case.acquire(), "fail");
         case.land(flight, "token", 300).unwrap();
         assert_eq!(case.acquire(), "use token");
+        // A success forgets the failures.
+        case.pass(291.0);
+        let (flight, plan) = case.begin();
+        assert_eq!(plan.attempts, 3);
+        assert_eq!(case.acquire(), format!("join {flight}"));
     }
 
     /// Law 2: a token that is dead on arrival is replaced a second after it was asked for.
