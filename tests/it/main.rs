@@ -12,3 +12,4 @@ mod single_flight;
 mod support;
 #[cfg(feature = "rustls")]
 mod token_endpoint;
+mod unauthorized;

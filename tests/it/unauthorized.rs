@@ -1,0 +1,679 @@
+//! What a 401 does: DESIGN's table "What an answer means", row by row.
+
+use std::time::Duration;
+
+use http::{
+    HeaderValue, Request, Response, StatusCode,
+    header::{AUTHORIZATION, PROXY_AUTHENTICATE, WWW_AUTHENTICATE},
+};
+use tokio::time;
+use tower::{Layer, ServiceExt};
+use tower_bearer::{BearerAuth, BearerAuthLayer, CloneBody, Never, TokenCache, TokenError};
+
+use crate::support::{
+    Answer, Api, AuthServer, INVALID_TOKEN, all, echo, get, get_path, settle, timed, unauthorized,
+};
+
+const LIFETIME: Duration = Duration::from_secs(300);
+/// The first token of a cache is due by then, and alive.
+const DUE: Duration = Duration::from_secs(230);
+
+/// An answer with this status and these headers, and a body of its own.
+fn answer(status: u16, headers: &[(&'static str, &str)]) -> Response<String> {
+    let mut response = Response::new("the refusal".to_owned());
+    *response.status_mut() = StatusCode::from_u16(status).unwrap();
+    for &(name, value) in headers {
+        response.headers_mut().append(name, value.parse().unwrap());
+    }
+    response
+}
+
+fn invalid_token() -> Response<String> {
+    answer(401, &[("www-authenticate", INVALID_TOKEN)])
+}
+
+fn unexplained() -> Response<String> {
+    answer(401, &[])
+}
+
+fn replaying(server: &AuthServer, api: &Api) -> BearerAuth<Api, CloneBody> {
+    BearerAuthLayer::new(server.clone())
+        .replay(CloneBody)
+        .layer(api.clone())
+}
+
+fn never(server: &AuthServer, api: &Api) -> BearerAuth<Api, Never> {
+    BearerAuthLayer::new(server.clone()).layer(api.clone())
+}
+
+/// One row of the table: an answer, and the headers that make it.
+type Row = (u16, &'static [(&'static str, &'static str)]);
+
+const NAMED: &[Row] = &[
+    (401, &[("www-authenticate", INVALID_TOKEN)]),
+    (
+        401,
+        &[(
+            "www-authenticate",
+            r#"Basic realm="a", Bearer error="invalid_token""#,
+        )],
+    ),
+    (
+        401,
+        &[
+            ("www-authenticate", "Negotiate"),
+            ("www-authenticate", INVALID_TOKEN),
+        ],
+    ),
+];
+
+const UNEXPLAINED: &[Row] = &[
+    (401, &[]),
+    (401, &[("www-authenticate", "Bearer")]),
+    (401, &[("www-authenticate", r#"Bearer realm="sims""#)]),
+    (200, &[("grpc-status", "16")]),
+];
+
+const NOT_OURS: &[Row] = &[
+    (401, &[("www-authenticate", r#"Basic realm="sims""#)]),
+    (
+        401,
+        &[
+            ("www-authenticate", "Negotiate"),
+            ("www-authenticate", "NTLM"),
+        ],
+    ),
+    (
+        401,
+        &[("www-authenticate", r#"Bearer error="insufficient_scope""#)],
+    ),
+    (
+        401,
+        &[("www-authenticate", r#"Bearer error="invalid_request""#)],
+    ),
+    (
+        400,
+        &[("www-authenticate", r#"Bearer error="invalid_request""#)],
+    ),
+    (403, &[]),
+    (403, &[("www-authenticate", INVALID_TOKEN)]),
+    (
+        403,
+        &[("www-authenticate", r#"Bearer error="insufficient_scope""#)],
+    ),
+    (407, &[("proxy-authenticate", "Bearer")]),
+    (429, &[]),
+    (500, &[]),
+    (200, &[("grpc-status", "7")]),
+];
+
+/// Law 8: an answer about the token is mended by one request with another token.
+#[tokio::test(start_paused = true)]
+async fn a_refused_token_is_replaced_and_the_request_sent_once_more() {
+    for &(status, headers) in [NAMED, UNEXPLAINED].concat().iter() {
+        let server = AuthServer::new();
+        let api = Api::refusing("token-1", move || answer(status, headers));
+        let response = replaying(&server, &api).oneshot(get()).await.unwrap();
+        assert_eq!(response.body(), "token-2", "{status} {headers:?}");
+        assert_eq!(api.tokens(), ["token-1", "token-2"]);
+        assert_eq!(server.requests(), 2);
+    }
+}
+
+/// Law 8: what cannot be sent again is answered as the API did, and the next request has another token.
+#[tokio::test(start_paused = true)]
+async fn without_replay_the_refusal_comes_back_and_the_token_is_replaced() {
+    for &(status, headers) in [NAMED, UNEXPLAINED].concat().iter() {
+        let server = AuthServer::new();
+        let api = Api::refusing("token-1", move || answer(status, headers));
+        let client = never(&server, &api);
+        let response = client.clone().oneshot(get()).await.unwrap();
+        assert_eq!(response.status(), status, "{headers:?}");
+        assert_eq!(response.body(), "the refusal");
+        assert_eq!(api.tokens(), ["token-1"], "{status} {headers:?}");
+        settle().await;
+        assert_eq!(server.requests(), 2, "{status} {headers:?}");
+        assert_eq!(client.oneshot(get()).await.unwrap().body(), "token-2");
+    }
+}
+
+/// Laws 2 and 8: another token would not change these answers, so none is asked for.
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_is_not_about_the_token_passes_through() {
+    for &(status, headers) in NOT_OURS {
+        let server = AuthServer::new();
+        let api = Api::refusing("token-1", move || answer(status, headers));
+        let replayed = replaying(&server, &api).oneshot(get()).await.unwrap();
+        assert_eq!(replayed.status(), status, "{headers:?}");
+        assert_eq!(replayed.body(), "the refusal");
+        settle().await;
+        assert_eq!(server.requests(), 1, "{status} {headers:?}");
+        assert_eq!(api.tokens(), ["token-1"], "{status} {headers:?}");
+
+        let server = AuthServer::new();
+        let response = never(&server, &api).oneshot(get()).await.unwrap();
+        assert_eq!(response.status(), status, "{headers:?}");
+        settle().await;
+        assert_eq!(server.requests(), 1, "{status} {headers:?}");
+    }
+}
+
+/// Law 8: whose API answers 401 for other reasons can tell so.
+#[tokio::test(start_paused = true)]
+async fn unexplained_refusals_can_be_told_to_pass_through() {
+    for &(status, headers) in UNEXPLAINED {
+        let server = AuthServer::new();
+        let api = Api::refusing("token-1", move || answer(status, headers));
+        let client = BearerAuthLayer::new(server.clone())
+            .replay(CloneBody)
+            .refresh_on_unexplained_401(false)
+            .layer(api.clone());
+        let response = client.oneshot(get()).await.unwrap();
+        assert_eq!(response.status(), status, "{headers:?}");
+        assert_eq!(response.body(), "the refusal");
+        settle().await;
+        assert_eq!(server.requests(), 1, "{status} {headers:?}");
+        assert_eq!(api.tokens(), ["token-1"]);
+    }
+}
+
+/// Law 8: the switch is about refusals without a reason only.
+#[tokio::test(start_paused = true)]
+async fn a_named_refusal_counts_with_the_switch_off() {
+    for &(status, headers) in NAMED {
+        let server = AuthServer::new();
+        let api = Api::refusing("token-1", move || answer(status, headers));
+        let client = BearerAuthLayer::new(server.clone())
+            .replay(CloneBody)
+            .refresh_on_unexplained_401(false)
+            .layer(api);
+        assert_eq!(client.oneshot(get()).await.unwrap().body(), "token-2");
+    }
+}
+
+/// Laws 1 and 8 (T6).
+#[tokio::test(start_paused = true)]
+async fn a_hundred_refusals_of_one_token_cost_one_token_request() {
+    for refusal in [invalid_token, unexplained] {
+        let server = AuthServer::new();
+        server.set_latency(Duration::from_millis(50));
+        let api = Api::refusing("token-1", refusal);
+        let client = replaying(&server, &api);
+        api.hold();
+        let requests: Vec<_> = (0..100)
+            .map(|n| tokio::spawn(client.clone().oneshot(get_path(n))))
+            .collect();
+        time::sleep(Duration::from_millis(100)).await;
+        assert_eq!(api.tokens(), ["token-1"; 100]);
+        api.release();
+        for response in all(requests).await {
+            assert_eq!(response.unwrap().body(), "token-2");
+        }
+        assert_eq!(server.requests(), 2);
+        assert_eq!(api.tokens()[100..], ["token-2"; 100]);
+        assert_eq!(api.most_per_path(), 2);
+    }
+}
+
+/// Laws 2 and 8 (T6): a 401 counts against the token that was sent.
+#[tokio::test(start_paused = true)]
+async fn a_hundred_late_refusals_of_an_older_token_cost_no_token_request() {
+    for refusal in [invalid_token, unexplained] {
+        let server = AuthServer::new();
+        let cache = TokenCache::new(server.clone());
+        let api = Api::refusing("token-1", refusal);
+        let layer = BearerAuthLayer::new(cache.clone());
+        let client = layer.clone().replay(CloneBody).layer(api.clone());
+        let once = layer.layer(api.clone());
+        let old = cache.get().await.unwrap();
+        api.hold();
+        let requests: Vec<_> = (0..100)
+            .map(|n| tokio::spawn(client.clone().oneshot(get_path(n))))
+            .collect();
+        let unrepeatable = tokio::spawn(once.oneshot(get_path("once")));
+        settle().await;
+        assert_eq!(api.tokens(), ["token-1"; 101]);
+
+        cache.invalidate(&old);
+        settle().await;
+        assert_eq!(cache.peek().unwrap().expose_secret(), "token-2");
+        // Long after any cooldown, so that nothing but the token's text keeps them from forcing a refresh.
+        time::sleep(Duration::from_secs(30)).await;
+        api.release();
+
+        for response in all(requests).await {
+            assert_eq!(response.unwrap().body(), "token-2");
+        }
+        assert_eq!(unrepeatable.await.unwrap().unwrap().status(), 401);
+        settle().await;
+        assert_eq!(server.requests(), 2);
+        assert_eq!(api.most_per_path(), 2);
+    }
+}
+
+/// Laws 2 and 8: a late 401 costs nothing even where a 401 about the current token would have to pass.
+#[tokio::test(start_paused = true)]
+async fn a_late_refusal_is_replayed_within_the_cooldown() {
+    let server = AuthServer::new();
+    let api = Api::refusing("token-1", invalid_token);
+    let client = replaying(&server, &api);
+    client.cache().get().await.unwrap();
+    api.hold();
+    let late = tokio::spawn(client.clone().oneshot(get_path("late")));
+    settle().await;
+    let old = client.cache().peek().unwrap();
+    client.cache().invalidate(&old);
+    settle().await;
+    api.release();
+    assert_eq!(late.await.unwrap().unwrap().body(), "token-2");
+    assert_eq!(server.requests(), 2);
+}
+
+/// Law 2 (T7): 60,000 requests in a minute, all refused.
+#[tokio::test(start_paused = true)]
+async fn an_api_that_refuses_everything_costs_a_handful_of_token_requests() {
+    for refusal in [invalid_token, unexplained] {
+        let server = AuthServer::new();
+        server.set_latency(Duration::from_millis(20));
+        let api = Api::new(move |_| refusal());
+        let client = replaying(&server, &api);
+        let mut requests = Vec::new();
+        for n in 0..60_000 {
+            requests.push(tokio::spawn(client.clone().oneshot(get_path(n))));
+            time::sleep(Duration::from_millis(1)).await;
+        }
+        for response in all(requests).await {
+            assert_eq!(response.unwrap().status(), 401);
+        }
+        assert_eq!(api.most_per_path(), 2);
+        let requests = server.requests();
+        assert!((4..=8).contains(&requests), "{requests}");
+        assert_eq!(server.most_at_once(), 1);
+        // What is sent twice bears two tokens.
+        let mut sent: Vec<_> = api
+            .arrivals()
+            .iter()
+            .map(|arrival| format!("{} {:?}", arrival.uri.path(), arrival.token()))
+            .collect();
+        sent.sort();
+        let all = sent.len();
+        sent.dedup();
+        assert_eq!(sent.len(), all);
+    }
+}
+
+/// Law 8: the second time only with a different token.
+#[tokio::test(start_paused = true)]
+async fn a_request_is_not_sent_again_with_the_same_text() {
+    for refusal in [invalid_token, unexplained] {
+        let server = AuthServer::new();
+        server.set(Answer::Text("the-same", LIFETIME));
+        let api = Api::refusing("the-same", refusal);
+        let response = replaying(&server, &api).oneshot(get()).await.unwrap();
+        assert_eq!(response.status(), 401);
+        assert_eq!(response.body(), "the refusal");
+        assert_eq!(api.tokens(), ["the-same"]);
+        assert_eq!(server.requests(), 2);
+    }
+}
+
+/// Law 8: a new token of the old text is no newer one, so that a 401 about it is not a late one.
+#[tokio::test(start_paused = true)]
+async fn a_late_refusal_is_not_replayed_with_the_same_text() {
+    let server = AuthServer::new();
+    server.set(Answer::Text("the-same", LIFETIME));
+    let api = Api::refusing("the-same", invalid_token);
+    let client = replaying(&server, &api);
+    let old = client.cache().get().await.unwrap();
+    api.hold();
+    let late = tokio::spawn(client.clone().oneshot(get()));
+    settle().await;
+    client.cache().invalidate(&old);
+    settle().await;
+    assert_eq!(server.requests(), 2);
+    api.release();
+    assert_eq!(late.await.unwrap().unwrap().status(), 401);
+    assert_eq!(api.tokens(), ["the-same"]);
+    assert_eq!(server.requests(), 2);
+}
+
+/// Law 8: a request is sent at most twice, and the last answer is the answer.
+#[tokio::test(start_paused = true)]
+async fn a_second_refusal_is_returned() {
+    let server = AuthServer::new();
+    let api = Api::new(|arrival| {
+        let mut response = invalid_token();
+        *response.body_mut() = format!("not with {}", arrival.token().unwrap());
+        response
+    });
+    let response = replaying(&server, &api).oneshot(get()).await.unwrap();
+    assert_eq!(response.status(), 401);
+    assert_eq!(response.headers()[WWW_AUTHENTICATE], INVALID_TOKEN);
+    assert_eq!(response.body(), "not with token-2");
+    assert_eq!(api.tokens(), ["token-1", "token-2"]);
+    assert_eq!(server.requests(), 2);
+}
+
+/// Law 3: a failed refresh is no error; the refusal that was held is the answer, with all that it came with.
+#[tokio::test(start_paused = true)]
+async fn the_held_refusal_is_the_answer_when_no_token_comes() {
+    for failure in [
+        Answer::Fail(TokenError::terminal("the client is unknown")),
+        Answer::Fail(TokenError::transient("the server is down")),
+        Answer::Hang,
+        Answer::Panic,
+    ] {
+        for refusal in [invalid_token, unexplained] {
+            let server = AuthServer::new();
+            let api = Api::refusing("token-1", refusal);
+            let client = replaying(&server, &api);
+            client.cache().get().await.unwrap();
+            server.set(failure.clone());
+            let response = client.oneshot(get()).await.unwrap();
+            assert_eq!(response.status(), 401, "{failure:?}");
+            assert_eq!(response.headers(), refusal().headers());
+            assert_eq!(response.body(), "the refusal");
+            assert_eq!(api.tokens(), ["token-1"]);
+        }
+    }
+}
+
+/// Law 2: a forced flight has its attempts like any other, and the held refusal waits for the last of them.
+#[tokio::test(start_paused = true)]
+async fn a_forced_refresh_makes_three_attempts() {
+    let server = AuthServer::new();
+    let api = Api::refusing("token-1", invalid_token);
+    let client = replaying(&server, &api);
+    client.cache().get().await.unwrap();
+    server.set(Answer::Fail(TokenError::transient("down")));
+    assert_eq!(client.oneshot(get()).await.unwrap().status(), 401);
+    let attempts: Vec<_> = server.seen().iter().map(|seen| seen.attempt).collect();
+    assert_eq!(attempts, [1, 1, 2, 3]);
+}
+
+/// Law 8: the session may be gone that a refresh token belongs to, so a refusal is not mended with it.
+#[tokio::test(start_paused = true)]
+async fn a_forced_refresh_makes_no_use_of_the_refresh_token() {
+    for (forced, expected) in [(true, None), (false, Some("refresh-1"))] {
+        let server = AuthServer::new();
+        server.set_refresh_tokens(true);
+        let api = Api::new(move |arrival| match arrival.token() {
+            Some("token-1") if forced => invalid_token(),
+            token => echo(token),
+        });
+        let client = replaying(&server, &api);
+        client.cache().get().await.unwrap();
+        if !forced {
+            time::sleep(DUE).await;
+        }
+        client.oneshot(get()).await.unwrap();
+        settle().await;
+        let seen = server.seen();
+        assert_eq!(seen.len(), 2);
+        assert_eq!(seen[1].refresh_token.as_deref(), expected);
+    }
+}
+
+/// Law 3: a 401 keeps the old token as the last resort of other requests.
+#[tokio::test(start_paused = true)]
+async fn other_requests_use_the_refused_token_when_no_other_comes() {
+    let server = AuthServer::new();
+    let api = Api::new(|arrival| match arrival.uri.path() {
+        "/refused" => invalid_token(),
+        _ => echo(arrival.token()),
+    });
+    let client = replaying(&server, &api);
+    client.cache().get().await.unwrap();
+    server.set(Answer::Fail(TokenError::terminal("the client is unknown")));
+    server.set_latency(Duration::from_millis(300));
+    let refused = tokio::spawn(client.clone().oneshot(get_path("refused")));
+    settle().await;
+    let (other, took) = timed(client.clone().oneshot(get_path("other"))).await;
+    assert_eq!(other.unwrap().body(), "token-1");
+    assert_eq!(took, Duration::from_millis(300));
+    assert_eq!(refused.await.unwrap().unwrap().status(), 401);
+    let (other, took) = timed(client.oneshot(get_path("other"))).await;
+    assert_eq!(other.unwrap().body(), "token-1");
+    assert_eq!(took, Duration::ZERO);
+}
+
+/// Law 4: a request waits for the replacement of a token that was named invalid, for 1 s.
+#[tokio::test(start_paused = true)]
+async fn other_requests_wait_a_second_for_the_replacement_of_an_invalid_token() {
+    for (latency, waits, token) in [(300, 300, "token-2"), (3_000, 1_000, "token-1")] {
+        let server = AuthServer::new();
+        let api = Api::new(|arrival| match (arrival.uri.path(), arrival.token()) {
+            ("/refused", Some("token-1")) => invalid_token(),
+            (_, token) => echo(token),
+        });
+        let client = replaying(&server, &api);
+        client.cache().get().await.unwrap();
+        server.set_latency(Duration::from_millis(latency));
+        let refused = tokio::spawn(client.clone().oneshot(get_path("refused")));
+        settle().await;
+        assert_eq!(server.requests(), 2);
+        let (other, took) = timed(client.clone().oneshot(get_path("other"))).await;
+        assert_eq!(other.unwrap().body(), token);
+        assert_eq!(took, Duration::from_millis(waits));
+        assert_eq!(refused.await.unwrap().unwrap().body(), "token-2");
+        assert_eq!(server.requests(), 2);
+    }
+}
+
+/// Law 4: nobody waits for a server of which the last word was a failure.
+#[tokio::test(start_paused = true)]
+async fn other_requests_do_not_wait_for_a_server_that_has_failed_before() {
+    let server = AuthServer::new();
+    let api = Api::new(|arrival| match (arrival.uri.path(), arrival.token()) {
+        ("/refused", Some("token-1")) => invalid_token(),
+        (_, token) => echo(token),
+    });
+    let client = replaying(&server, &api);
+    client.cache().get().await.unwrap();
+    time::sleep(DUE).await;
+    server.set(Answer::Fail(TokenError::transient("down")));
+    client.clone().oneshot(get_path("other")).await.unwrap();
+    time::sleep(Duration::from_secs(3)).await;
+    let failed = server.requests();
+    assert!(failed > 1);
+
+    server.set(Answer::Grant(LIFETIME));
+    server.hold();
+    let refused = tokio::spawn(client.clone().oneshot(get_path("refused")));
+    settle().await;
+    assert_eq!(server.requests(), failed + 1);
+    let (other, took) = timed(client.clone().oneshot(get_path("other"))).await;
+    assert_eq!(other.unwrap().body(), "token-1");
+    assert_eq!(took, Duration::ZERO);
+    server.release();
+    let new = format!("token-{}", failed + 1);
+    assert_eq!(refused.await.unwrap().unwrap().body(), &new);
+}
+
+/// Law 4: a token that nobody named invalid is valid.
+#[tokio::test(start_paused = true)]
+async fn other_requests_go_on_with_a_token_that_was_refused_without_a_reason() {
+    for &(status, headers) in UNEXPLAINED {
+        let server = AuthServer::new();
+        let api = Api::new(move |arrival| match (arrival.uri.path(), arrival.token()) {
+            ("/refused", Some("token-1")) => answer(status, headers),
+            (_, token) => echo(token),
+        });
+        let client = replaying(&server, &api);
+        client.cache().get().await.unwrap();
+        server.hold();
+        let refused = tokio::spawn(client.clone().oneshot(get_path("refused")));
+        settle().await;
+        assert_eq!(server.requests(), 2);
+        let (other, took) = timed(client.clone().oneshot(get_path("other"))).await;
+        assert_eq!(other.unwrap().body(), "token-1", "{status} {headers:?}");
+        assert_eq!(took, Duration::ZERO, "{status} {headers:?}");
+        server.release();
+        assert_eq!(refused.await.unwrap().unwrap().body(), "token-2");
+    }
+}
+
+/// Law 2: within the cooldown there is no other token to try, and a 401 changes nothing.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_within_the_cooldown_passes_through_and_marks_nothing() {
+    let server = AuthServer::new();
+    let api = Api::new(|arrival| match arrival.uri.path() {
+        "/refused" => invalid_token(),
+        _ => echo(arrival.token()),
+    });
+    let client = replaying(&server, &api);
+    // The cooldown counts from here, the flight's end.
+    client.clone().oneshot(get_path("refused")).await.unwrap();
+    assert_eq!(server.requests(), 2);
+    time::sleep(Duration::from_millis(4_900)).await;
+    let (refused, took) = timed(client.clone().oneshot(get_path("refused"))).await;
+    assert_eq!(refused.unwrap().status(), 401);
+    assert_eq!(took, Duration::ZERO);
+    let (other, took) = timed(client.clone().oneshot(get_path("other"))).await;
+    assert_eq!(other.unwrap().body(), "token-2");
+    assert_eq!(took, Duration::ZERO);
+    assert_eq!(server.requests(), 2);
+    assert_eq!(api.tokens(), ["token-1", "token-2", "token-2", "token-2"]);
+
+    time::sleep(Duration::from_millis(200)).await;
+    client.clone().oneshot(get_path("refused")).await.unwrap();
+    assert_eq!(server.requests(), 3);
+}
+
+/// Law 2: a 401 never opens a gate.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_while_the_gate_is_shut_passes_through_and_marks_nothing() {
+    let server = AuthServer::new();
+    let api = Api::new(|arrival| match arrival.uri.path() {
+        "/refused" => invalid_token(),
+        _ => echo(arrival.token()),
+    });
+    let client = replaying(&server, &api);
+    client.cache().get().await.unwrap();
+    time::sleep(DUE).await;
+    let busy = TokenError::transient("busy").with_retry_after(Duration::from_secs(20));
+    server.set(Answer::Fail(busy));
+    client.clone().oneshot(get_path("other")).await.unwrap();
+    settle().await;
+    assert_eq!(server.requests(), 2);
+
+    server.set(Answer::Grant(LIFETIME));
+    time::sleep(Duration::from_secs(19)).await;
+    let (refused, took) = timed(client.clone().oneshot(get_path("refused"))).await;
+    assert_eq!(refused.unwrap().body(), "the refusal");
+    assert_eq!(took, Duration::ZERO);
+    let (other, took) = timed(client.clone().oneshot(get_path("other"))).await;
+    assert_eq!(other.unwrap().body(), "token-1");
+    assert_eq!(took, Duration::ZERO);
+    settle().await;
+    assert_eq!(server.requests(), 2);
+
+    time::sleep(Duration::from_secs(4)).await;
+    client.clone().oneshot(get_path("refused")).await.unwrap();
+    assert_eq!(server.requests(), 3);
+}
+
+/// Law 8: joining the early refresh that is under way costs neither a token request nor a cooldown.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_joins_the_refresh_that_is_under_way() {
+    let server = AuthServer::new();
+    let api = Api::new(|arrival| match arrival.token() {
+        Some("token-1" | "token-2") => invalid_token(),
+        token => echo(token),
+    });
+    let client = replaying(&server, &api);
+    client.cache().get().await.unwrap();
+    time::sleep(DUE).await;
+    server.set_latency(Duration::from_millis(100));
+    let response = client.clone().oneshot(get()).await.unwrap();
+    assert_eq!(response.status(), 401);
+    assert_eq!(api.tokens(), ["token-1", "token-2"]);
+    assert_eq!(server.requests(), 2);
+    // No forced refresh has been made, so none keeps this one back.
+    assert_eq!(client.oneshot(get()).await.unwrap().body(), "token-3");
+}
+
+/// Law 8: with `keep_existing` a 401 to a credential that is not ours is nobody's.
+#[tokio::test(start_paused = true)]
+async fn a_request_that_keeps_its_own_credential_needs_no_token_and_costs_none() {
+    let server = AuthServer::new();
+    server.set(Answer::Hang);
+    let api = Api::new(|_| invalid_token());
+    let client = BearerAuthLayer::new(server.clone())
+        .replay(CloneBody)
+        .keep_existing(true)
+        .layer(api.clone());
+    let mut request = get();
+    let own = HeaderValue::from_static("Basic dXNlcjpwYXNz");
+    request.headers_mut().insert(AUTHORIZATION, own.clone());
+    let (response, took) = timed(client.oneshot(request)).await;
+    assert_eq!(response.unwrap().body(), "the refusal");
+    assert_eq!(took, Duration::ZERO);
+    settle().await;
+    assert_eq!(server.requests(), 0);
+    assert_eq!(api.arrivals().len(), 1);
+    assert_eq!(api.arrivals()[0].headers[AUTHORIZATION], own);
+}
+
+/// Law 9: `keep_existing` lets no request go without any credential.
+#[tokio::test(start_paused = true)]
+async fn a_request_without_a_credential_gets_the_token_with_keep_existing_too() {
+    let server = AuthServer::new();
+    let client = BearerAuthLayer::new(server)
+        .keep_existing(true)
+        .layer(Api::echoing());
+    assert_eq!(client.oneshot(get()).await.unwrap().body(), "token-1");
+}
+
+/// Law 9: a gateway must not forward its user's credential as its own.
+#[tokio::test(start_paused = true)]
+async fn a_credential_that_the_caller_set_is_replaced() {
+    let server = AuthServer::new();
+    let api = Api::echoing();
+    let client = never(&server, &api);
+    // Both on the slow path and on the fast one.
+    for _ in 0..2 {
+        let request = Request::get("http://localhost/sims")
+            .header(AUTHORIZATION, "Basic dXNlcjpwYXNz")
+            .header(AUTHORIZATION, "Bearer the-users")
+            .body(String::new())
+            .unwrap();
+        client.clone().oneshot(request).await.unwrap();
+    }
+    for arrival in api.arrivals() {
+        let values: Vec<_> = arrival.headers.get_all(AUTHORIZATION).iter().collect();
+        assert_eq!(values, ["Bearer token-1"]);
+    }
+}
+
+/// Law 8: a proxy's challenge is not the API's, even beside one of the API's own that says nothing of tokens.
+#[tokio::test(start_paused = true)]
+async fn a_proxys_challenge_is_not_read_for_the_apis() {
+    let server = AuthServer::new();
+    let api = Api::new(|_| {
+        let mut response = unauthorized("Basic");
+        let challenge = HeaderValue::from_static(INVALID_TOKEN);
+        response.headers_mut().insert(PROXY_AUTHENTICATE, challenge);
+        response
+    });
+    let response = replaying(&server, &api).oneshot(get()).await.unwrap();
+    assert_eq!(response.status(), 401);
+    settle().await;
+    assert_eq!(server.requests(), 1);
+}
+
+/// Law 5: a caller that goes away while its refusal is held leaves the token's replacement under way.
+#[tokio::test(start_paused = true)]
+async fn a_caller_dropped_while_its_refusal_is_held_leaves_the_refresh_running() {
+    let server = AuthServer::new();
+    let api = Api::refusing("token-1", invalid_token);
+    let client = replaying(&server, &api);
+    client.cache().get().await.unwrap();
+    server.set_latency(Duration::from_millis(500));
+    let short = time::timeout(Duration::from_millis(100), client.clone().oneshot(get()));
+    short.await.unwrap_err();
+    let (response, took) = timed(client.oneshot(get())).await;
+    assert_eq!(response.unwrap().body(), "token-2");
+    assert_eq!(took, Duration::from_millis(400));
+    assert_eq!(server.requests(), 2);
+}
