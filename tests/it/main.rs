@@ -10,6 +10,7 @@
 
 mod readiness;
 mod single_flight;
+mod stack;
 mod support;
 #[cfg(feature = "rustls")]
 mod token_endpoint;
