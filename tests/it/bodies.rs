@@ -1,0 +1,280 @@
+//! What is sent again is what was sent, and what cannot be is not.
+
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::{Bytes, BytesMut};
+use http::{
+    HeaderMap, Method, Request, Response, Uri, Version,
+    header::{ACCEPT, AUTHORIZATION},
+    request::Parts,
+};
+use http_body::{Body, Frame};
+use http_body_util::{BodyExt, Empty, Full, combinators::UnsyncBoxBody};
+use tokio::sync::mpsc;
+use tower::{Layer, Service, ServiceExt, service_fn};
+use tower_bearer::{BearerAuthLayer, BoxError, CloneBody, EmptyBody, Never};
+
+use crate::support::{AuthServer, INVALID_TOKEN, bearer, echo, settle, timed, unauthorized};
+
+/// All that a request brought.
+#[derive(Clone, Debug)]
+struct Received {
+    head: Parts,
+    body: Bytes,
+}
+
+impl Received {
+    fn token(&self) -> &str {
+        let value = self.head.headers[AUTHORIZATION].to_str().unwrap();
+        value.strip_prefix("Bearer ").unwrap()
+    }
+}
+
+type Log = Arc<Mutex<Vec<Received>>>;
+
+/// An API that reads the first `frames` frames of a body, or all of them, and refuses the first token.
+fn reading<B>(
+    frames: usize,
+) -> (
+    Log,
+    impl Service<Request<B>, Response = Response<String>, Error = Infallible> + Clone,
+)
+where
+    B: Body<Data = Bytes, Error: std::fmt::Debug> + Send + 'static,
+{
+    let log = Log::default();
+    let received = log.clone();
+    let service = service_fn(move |request: Request<B>| {
+        let log = log.clone();
+        async move {
+            let response = match bearer(&request) {
+                Some("token-1") => unauthorized(INVALID_TOKEN),
+                token => echo(token),
+            };
+            let (head, body) = request.into_parts();
+            let mut body = std::pin::pin!(body);
+            let mut bytes = BytesMut::new();
+            for _ in 0..frames {
+                let Some(frame) = body.frame().await else {
+                    break;
+                };
+                bytes.extend_from_slice(&frame.unwrap().into_data().unwrap());
+            }
+            let body = bytes.freeze();
+            log.lock().unwrap().push(Received { head, body });
+            Ok(response)
+        }
+    });
+    (received, service)
+}
+
+const ALL: usize = usize::MAX;
+const URI: &str = "https://api.example.com/sims/8944?expand=plan&expand=usage";
+
+#[derive(Clone, Debug, PartialEq)]
+struct Deadline(u64);
+
+fn request<B>(body: B) -> Request<B> {
+    let mut request = Request::builder()
+        .method(Method::PATCH)
+        .uri(URI)
+        .version(Version::HTTP_2)
+        .header(ACCEPT, "text/plain")
+        .header("idempotency-key", "7f3a")
+        .header(ACCEPT, "application/json")
+        .body(body)
+        .unwrap();
+    request.extensions_mut().insert(Deadline(7));
+    request
+}
+
+/// That it is the request above, with these bytes and this token.
+fn assert_whole(received: &Received, body: &[u8], token: &str) {
+    let Received { head, body: bytes } = received;
+    assert_eq!(head.method, Method::PATCH);
+    assert_eq!(head.uri, Uri::from_static(URI));
+    assert_eq!(head.version, Version::HTTP_2);
+    assert_eq!(head.extensions.get(), Some(&Deadline(7)));
+    let mut headers = HeaderMap::new();
+    headers.append(ACCEPT, "text/plain".parse().unwrap());
+    headers.append("idempotency-key", "7f3a".parse().unwrap());
+    headers.append(ACCEPT, "application/json".parse().unwrap());
+    headers.insert(AUTHORIZATION, format!("Bearer {token}").parse().unwrap());
+    assert_eq!(head.headers, headers);
+    assert_eq!(bytes, body);
+    assert_eq!(received.token(), token);
+}
+
+/// Sends `body` through a layer that replays by `$replay`, and returns the response with what the API got.
+macro_rules! send {
+    ($replay:expr, $frames:expr, $body:expr) => {{
+        let server = AuthServer::new();
+        let (log, api) = reading($frames);
+        let client = BearerAuthLayer::new(server.clone())
+            .replay($replay)
+            .layer(api);
+        let response = client.clone().oneshot(request($body)).await.unwrap();
+        settle().await;
+        // Sent once or twice, the token is replaced.
+        assert_eq!(server.requests(), 2);
+        let token = client.cache().peek().unwrap();
+        assert_eq!(token.expose_secret(), "token-2");
+        let received = log.lock().unwrap().clone();
+        (response, received)
+    }};
+}
+
+fn assert_sent_twice((response, received): (Response<String>, Vec<Received>), body: &[u8]) {
+    assert_eq!(response.body(), "token-2");
+    let [first, second] = &received[..] else {
+        panic!("not sent twice: {received:?}");
+    };
+    assert_whole(first, body, "token-1");
+    assert_whole(second, body, "token-2");
+}
+
+fn assert_sent_once((response, received): (Response<String>, Vec<Received>), body: &[u8]) {
+    assert_eq!(response.status(), 401);
+    assert_eq!(response.headers()["www-authenticate"], INVALID_TOKEN);
+    let [once] = &received[..] else {
+        panic!("not sent once: {received:?}");
+    };
+    assert_whole(once, body, "token-1");
+}
+
+/// Law 8 (T15): a cloned request is the request, to the byte.
+#[tokio::test(start_paused = true)]
+async fn cloned_bodies_are_sent_again_whole() {
+    let large: Vec<u8> = (0..1_000_000_u32).map(|n| (n % 251) as u8).collect();
+    assert_sent_twice(send!(CloneBody, ALL, Empty::<Bytes>::new()), b"");
+    assert_sent_twice(send!(CloneBody, ALL, Full::new(Bytes::new())), b"");
+    assert_sent_twice(
+        send!(CloneBody, ALL, Full::new(Bytes::from(large.clone()))),
+        &large,
+    );
+    let text = "{\"imsi\":\"26201\"}".to_owned();
+    assert_sent_twice(send!(CloneBody, ALL, text.clone()), text.as_bytes());
+}
+
+/// Law 8 (T15): the clone is taken before the body is read.
+#[tokio::test(start_paused = true)]
+async fn a_cloned_body_of_which_nothing_was_read_is_sent_again_whole() {
+    let server = AuthServer::new();
+    let (log, api) = reading(0);
+    let client = BearerAuthLayer::new(server).replay(CloneBody).layer(api);
+    let body = Full::new(Bytes::from_static(b"whole"));
+    let response = client.oneshot(request(body)).await.unwrap();
+    assert_eq!(response.body(), "token-2");
+    assert_eq!(log.lock().unwrap().len(), 2);
+}
+
+/// Law 8: by default nothing is sent twice, whatever the body.
+#[tokio::test(start_paused = true)]
+async fn without_replay_every_body_is_sent_once() {
+    assert_sent_once(send!(Never, ALL, Empty::<Bytes>::new()), b"");
+    assert_sent_once(send!(Never, ALL, Full::new(Bytes::from("a"))), b"a");
+    assert_sent_once(send!(Never, ALL, "b".to_owned()), b"b");
+    assert_sent_once(send!(Never, ALL, boxed("c")), b"c");
+    let (upload, _sender) = Upload::of(&["d", "e"], true);
+    assert_sent_once(send!(Never, ALL, upload), b"de");
+}
+
+/// A body that can be sent once and be neither cloned nor shared.
+fn boxed(text: &'static str) -> UnsyncBoxBody<Bytes, BoxError> {
+    Full::new(Bytes::from(text))
+        .map_err(|never| match never {})
+        .boxed_unsync()
+}
+
+/// A body whose chunks come from elsewhere while it is sent: no `Clone`, and not all there.
+#[derive(Default)]
+struct Upload {
+    chunks: Option<mpsc::UnboundedReceiver<Bytes>>,
+}
+
+impl Upload {
+    /// Begins with these chunks, and goes on until the sender is dropped unless it is `complete`.
+    fn of(chunks: &[&'static str], complete: bool) -> (Self, Option<mpsc::UnboundedSender<Bytes>>) {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        for chunk in chunks {
+            sender.send(Bytes::from_static(chunk.as_bytes())).unwrap();
+        }
+        let upload = Self {
+            chunks: Some(receiver),
+        };
+        (upload, (!complete).then_some(sender))
+    }
+}
+
+impl Body for Upload {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        match &mut self.chunks {
+            Some(chunks) => chunks
+                .poll_recv(cx)
+                .map(|chunk| chunk.map(|chunk| Ok(Frame::data(chunk)))),
+            None => Poll::Ready(None),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.chunks.is_none()
+    }
+}
+
+/// Law 8 (T15): bodies that cannot be cloned are sent again if there is nothing in them.
+#[tokio::test(start_paused = true)]
+async fn empty_bodies_are_sent_again() {
+    assert_sent_twice(send!(EmptyBody, ALL, Empty::<Bytes>::new()), b"");
+    assert_sent_twice(send!(EmptyBody, ALL, Full::new(Bytes::new())), b"");
+    assert_sent_twice(send!(EmptyBody, ALL, String::new()), b"");
+    assert_sent_twice(send!(EmptyBody, ALL, boxed("")), b"");
+    assert_sent_twice(send!(EmptyBody, ALL, Upload::default()), b"");
+}
+
+/// Law 8 (T15): a body with anything in it is sent once, and its token is replaced all the same.
+#[tokio::test(start_paused = true)]
+async fn bodies_that_are_not_empty_are_sent_once_with_empty_body() {
+    assert_sent_once(send!(EmptyBody, ALL, Full::new(Bytes::from("a"))), b"a");
+    assert_sent_once(send!(EmptyBody, ALL, "b".to_owned()), b"b");
+    assert_sent_once(send!(EmptyBody, ALL, boxed("c")), b"c");
+    let (upload, _) = Upload::of(&["d", "e"], true);
+    assert_sent_once(send!(EmptyBody, ALL, upload), b"de");
+    // One that happens to yield nothing, which nobody could tell beforehand.
+    let (upload, _) = Upload::of(&[], true);
+    assert_sent_once(send!(EmptyBody, ALL, upload), b"");
+}
+
+/// Law 8 (T15): a stream that was refused in the middle is not begun anew, and its caller is not kept waiting.
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_is_half_sent_returns_its_refusal_at_once() {
+    let (upload, sender) = Upload::of(&["half"], false);
+    assert_sent_once(send!(EmptyBody, 1, upload), b"half");
+    assert!(sender.unwrap().is_closed(), "the rest is not read");
+    let (upload, sender) = Upload::of(&["half"], false);
+    assert_sent_once(send!(Never, 1, upload), b"half");
+    assert!(sender.unwrap().is_closed(), "the rest is not read");
+
+    let server = AuthServer::new();
+    let (_, api) = reading(1);
+    let client = BearerAuthLayer::new(server.clone())
+        .replay(EmptyBody)
+        .layer(api);
+    client.cache().get().await.unwrap();
+    server.set_latency(Duration::from_secs(1));
+    let (upload, _sender) = Upload::of(&["half"], false);
+    let (response, took) = timed(client.oneshot(request(upload))).await;
+    assert_eq!(response.unwrap().status(), 401);
+    assert_eq!(took, Duration::ZERO);
+}
