@@ -11,6 +11,7 @@
 mod bodies;
 mod origins;
 mod readiness;
+mod secrets;
 mod single_flight;
 mod stack;
 mod support;
