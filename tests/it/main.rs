@@ -8,6 +8,7 @@
     reason = "a test binary exports nothing; `pub` marks what modules share"
 )]
 
+mod auto_traits;
 mod bodies;
 mod origins;
 mod readiness;
