@@ -352,20 +352,21 @@ pub fn get_path(path: impl fmt::Display) -> Request<String> {
         .unwrap()
 }
 
-/// Waits for all tasks, and fails with them.
+/// Waits for all tasks, and fails with them or if one would never end.
 pub async fn all<T: 'static>(tasks: impl IntoIterator<Item = JoinHandle<T>>) -> Vec<T> {
     let mut results = Vec::new();
     for task in tasks {
-        results.push(task.await.unwrap());
+        let result = time::timeout(Duration::from_secs(3_600), task).await;
+        results.push(result.expect("it ends").unwrap());
     }
     results
 }
 
-/// Runs a future and tells how long it took.
+/// Runs a future and tells how long it took; one that would never end fails.
 pub async fn timed<F: Future>(future: F) -> (F::Output, Duration) {
     let start = Instant::now();
-    let output = future.await;
-    (output, start.elapsed())
+    let output = time::timeout(Duration::from_secs(3_600), future).await;
+    (output.expect("it ends"), start.elapsed())
 }
 
 /// The token failure that this error must be.
