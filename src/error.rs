@@ -179,6 +179,9 @@ impl TokenError {
 
     /// Returns how long the server asked to be left alone (`Retry-After`, RFC 9110 section 10.2.3),
     /// counted from its answer.
+    ///
+    /// The cache leaves it alone for that long, up to 300 s, and up to a tenth longer by chance; meanwhile its
+    /// callers get this error. So a retry is of use after 1.1 times this.
     pub fn retry_after(&self) -> Option<Duration> {
         self.0.retry_after
     }

@@ -81,8 +81,9 @@
 //!             return None;
 //!         }
 //!         self.left -= 1;
+//!         // The cache waits up to a tenth longer than it was asked to, so that a fleet does not come at once.
 //!         let pause = error.retry_after().unwrap_or(Duration::from_secs(1));
-//!         Some(tokio::time::sleep(pause))
+//!         Some(tokio::time::sleep(pause.mul_f64(1.1)))
 //!     }
 //!
 //!     fn clone_request(&mut self, request: &Request<B>) -> Option<Request<B>> {
