@@ -1,0 +1,529 @@
+//! Calls a protected API through the layer, and reports what came of it.
+//!
+//! One request by default; `--requests`, `--concurrency`, `--duration` and `--rate` make a load of it. The
+//! client's secret comes from an environment variable, so that no process list shows it:
+//!
+//! ```sh
+//! export CLIENT_SECRET=..
+//! cargo run --release --example call -- \
+//!     --token-url https://HOST/auth/realms/REALM/protocol/openid-connect/token \
+//!     --client-id ID --client-secret-env CLIENT_SECRET --url https://HOST/sims
+//! ```
+//!
+//! A request counts as failed without an answer and with any answer but a 2xx: redirects are not followed.
+//! The exit status is 1 if a request failed, and 2 if there was nothing to start with. TLS trusts the
+//! system's roots, or those in the PEM file that `SSL_CERT_FILE` names.
+
+use std::{
+    collections::BTreeMap,
+    env,
+    error::Error,
+    iter,
+    num::{NonZeroU64, NonZeroUsize},
+    process::ExitCode,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use clap::{Parser, ValueEnum};
+use hdrhistogram::Histogram;
+use http::{Method, Request, Response, Uri, uri::Scheme};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper_rustls::{ConfigBuilderExt, HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::{
+    client::legacy::{self, Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use oauth2::url::form_urlencoded;
+use rustls::{ClientConfig, RootCertStore, crypto::ring};
+use serde_json::{Value, json};
+use tokio::{
+    sync::Semaphore,
+    task::JoinSet,
+    time::{self, Instant},
+};
+use tower::{ServiceBuilder, ServiceExt, service_fn, util::BoxCloneService};
+use tower_bearer::{
+    AuthMethod, BearerAuthLayer, BoxError, ClientCredentials, CloneBody, TokenError,
+};
+
+/// Calls an API with OAuth 2.0 client-credentials tokens and reports statuses, token requests and latencies.
+#[derive(Parser)]
+struct Args {
+    /// The token endpoint
+    #[arg(long, value_name = "URL")]
+    token_url: String,
+    /// The client's id at the authorization server
+    #[arg(long, value_name = "ID")]
+    client_id: String,
+    /// The environment variable that holds the client's secret
+    #[arg(long, value_name = "VAR")]
+    client_secret_env: String,
+    /// Where the client's secret is sent
+    #[arg(long, value_enum, default_value_t = Auth::Basic)]
+    auth: Auth,
+    /// A scope to ask for; may be repeated
+    #[arg(long)]
+    scope: Vec<String>,
+    /// A further parameter of every token request, such as audience=..; may be repeated
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parameter)]
+    param: Vec<(String, String)>,
+    /// What to call
+    #[arg(long)]
+    url: Uri,
+    /// How to call it
+    #[arg(long, default_value_t = Method::GET)]
+    method: Method,
+    /// How many requests to send [default: 1, or as many as fit into --duration]
+    #[arg(long, value_name = "N")]
+    requests: Option<NonZeroU64>,
+    /// How many requests may be under way at a time [default: 1, or no limit with --rate]
+    #[arg(long, value_name = "N")]
+    concurrency: Option<NonZeroUsize>,
+    /// For how many seconds to send requests
+    #[arg(long, value_name = "SECONDS", value_parser = amount)]
+    duration: Option<f64>,
+    /// Requests per second, each sent when it is due however long the others take; latencies count from then
+    #[arg(long, value_name = "PER_SECOND", value_parser = amount)]
+    rate: Option<f64>,
+    /// How many requests may be out on the network at a time
+    #[arg(long, value_name = "N", default_value = "256")]
+    connections: NonZeroUsize,
+    /// How many seconds a request may take, with all its waits
+    #[arg(long, value_name = "SECONDS", value_parser = amount, default_value = "60")]
+    timeout: f64,
+    /// Lets secrets and tokens go over plain http to other machines, where anybody on the way can read them
+    #[arg(long)]
+    dangerous_plain_http: bool,
+    /// Prints one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Auth {
+    Basic,
+    Post,
+}
+
+fn parameter(text: &str) -> Result<(String, String), &'static str> {
+    let (name, value) = text.split_once('=').ok_or("there is no = in it")?;
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+fn amount(text: &str) -> Result<f64, &'static str> {
+    match text.parse() {
+        Ok(number) if (1e-3..=1e9).contains(&number) => Ok(number),
+        _ => Err("not a number from 0.001 to 1e9"),
+    }
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let args = Args::parse();
+    let report = Report::new();
+    let api = match client(&args, &report) {
+        Ok(api) => api,
+        Err(error) => {
+            eprintln!("error: {}", chain(&*error));
+            return ExitCode::from(2);
+        }
+    };
+    let started = Instant::now();
+    match args.rate {
+        Some(rate) => open_loop(&args, rate, &api, &report).await,
+        None => closed_loop(&args, &api, &report).await,
+    }
+    let took = started.elapsed();
+    let report = report.lock();
+    if args.json {
+        println!("{}", report.json(took));
+    } else {
+        report.print(took);
+    }
+    ExitCode::from(u8::from(report.failed > 0))
+}
+
+// The client.
+
+/// Answers come without their bodies, which have been read by then.
+type Api = BoxCloneService<Request<Full<Bytes>>, Response<()>, BoxError>;
+type Http = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
+
+fn client(args: &Args, report: &Report) -> Result<Api, BoxError> {
+    let secret = secret(&args.client_secret_env)?;
+    let connector = connector(args)?;
+    let mut source = ClientCredentials::builder(&args.token_url, &args.client_id)
+        .client_secret(secret)
+        .auth_method(match args.auth {
+            Auth::Basic => AuthMethod::ClientSecretBasic,
+            Auth::Post => AuthMethod::ClientSecretPost,
+        })
+        .scopes(&args.scope)
+        .dangerous_plain_http(args.dangerous_plain_http);
+    for (name, value) in &args.param {
+        source = source.param(name, value);
+    }
+    let report = report.clone();
+    // As the library's own client: a token request now and then is not worth a pool, and how often to try is
+    // for the cache to decide.
+    let tokens: Http = Client::builder(TokioExecutor::new())
+        .pool_max_idle_per_host(0)
+        .retry_canceled_requests(false)
+        .build(connector.clone());
+    let source = source.build_with(service_fn(move |request| {
+        send_counted(tokens.clone(), report.clone(), request)
+    }))?;
+    let http: Http = Client::builder(TokioExecutor::new()).build(connector);
+
+    let api = ServiceBuilder::new()
+        .layer(
+            BearerAuthLayer::new(source)
+                .replay(CloneBody)
+                .dangerous_plain_http(args.dangerous_plain_http),
+        )
+        // Below the layer: it bounds the sockets, and requests that wait for a token hold none.
+        .concurrency_limit(args.connections.get())
+        .service_fn(move |request| read_whole(http.clone(), request));
+    Ok(BoxCloneService::new(api))
+}
+
+fn secret(name: &str) -> Result<String, String> {
+    // An error of `env::var` may quote the value.
+    let problem = match env::var(name) {
+        Ok(secret) if !secret.is_empty() => return Ok(secret),
+        Ok(_) => "is empty",
+        Err(env::VarError::NotPresent) => "is not set",
+        Err(env::VarError::NotUnicode(_)) => "is not UTF-8",
+    };
+    Err(format!(
+        "the environment variable {name}, which is to hold the client's secret, {problem}"
+    ))
+}
+
+fn connector(args: &Args) -> Result<HttpsConnector<HttpConnector>, BoxError> {
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    tcp.set_nodelay(true);
+    tcp.set_connect_timeout(Some(Duration::from_secs(3)));
+    let tls = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()?;
+    // Plain http has to work on a machine without roots.
+    let https = args.url.scheme() == Some(&Scheme::HTTPS) || !args.token_url.starts_with("http:");
+    let tls = match https {
+        true => tls.with_native_roots()?,
+        false => tls.with_root_certificates(RootCertStore::empty()),
+    };
+    Ok(HttpsConnectorBuilder::new()
+        .with_tls_config(tls.with_no_client_auth())
+        .https_or_http()
+        .enable_all_versions()
+        .wrap_connector(tcp))
+}
+
+/// Reads the body below the limit, which so counts connections and not just requests without an answer.
+async fn read_whole(http: Http, request: Request<Full<Bytes>>) -> Result<Response<()>, BoxError> {
+    let (head, mut body) = http.request(request).await?.into_parts();
+    while let Some(frame) = body.frame().await {
+        frame?;
+    }
+    Ok(Response::from_parts(head, ()))
+}
+
+/// Counts the token request by its grant on its way to the token endpoint.
+async fn send_counted(
+    http: Http,
+    report: Report,
+    request: Request<Full<Bytes>>,
+) -> Result<Response<Incoming>, legacy::Error> {
+    let (head, body) = request.into_parts();
+    let Ok(body) = body.collect().await;
+    let body = body.to_bytes();
+    let refresh = form_urlencoded::parse(&body)
+        .any(|(name, value)| name == "grant_type" && value == "refresh_token");
+    match refresh {
+        true => report.lock().refresh_token += 1,
+        false => report.lock().client_credentials += 1,
+    }
+    let request = Request::from_parts(head, Full::new(body));
+    let answer = http.request(request).await;
+    let granted = matches!(&answer, Ok(answer) if answer.status().is_success());
+    report.lock().failed_token_requests += u64::from(!granted);
+    answer
+}
+
+// The load.
+
+/// How many requests to send, and until when.
+#[derive(Clone, Copy)]
+struct Plan {
+    requests: u64,
+    until: Option<Instant>,
+}
+
+impl Plan {
+    fn new(args: &Args) -> Self {
+        let otherwise = if args.duration.is_some() { u64::MAX } else { 1 };
+        let length = args.duration.map(Duration::from_secs_f64);
+        Self {
+            requests: args.requests.map_or(otherwise, NonZeroU64::get),
+            until: length.map(|length| Instant::now() + length),
+        }
+    }
+
+    /// Whether the request of this number, from 0, is to be sent at `due`.
+    fn has(&self, number: u64, due: Instant) -> bool {
+        number < self.requests && self.until.is_none_or(|until| due < until)
+    }
+}
+
+/// Sends each request when one before it is done.
+async fn closed_loop(args: &Args, api: &Api, report: &Report) {
+    let plan = Plan::new(args);
+    let call = Call::new(args, api, report);
+    let numbers = Arc::new(AtomicU64::new(0));
+    let mut workers = JoinSet::new();
+    for _ in 0..args.concurrency.map_or(1, NonZeroUsize::get) {
+        let (call, numbers) = (call.clone(), Arc::clone(&numbers));
+        workers.spawn(async move {
+            loop {
+                let now = Instant::now();
+                if !plan.has(numbers.fetch_add(1, Ordering::Relaxed), now) {
+                    break;
+                }
+                call.clone().run(now).await;
+            }
+        });
+    }
+    workers.join_all().await;
+}
+
+/// Sends each request when it is due.
+async fn open_loop(args: &Args, rate: f64, api: &Api, report: &Report) {
+    let plan = Plan::new(args);
+    let call = Call::new(args, api, report);
+    let limit = args
+        .concurrency
+        .map_or(Semaphore::MAX_PERMITS, NonZeroUsize::get);
+    let places = Arc::new(Semaphore::new(limit.min(Semaphore::MAX_PERMITS)));
+    let started = Instant::now();
+    let mut calls = JoinSet::new();
+    for number in 0.. {
+        let due = started + Duration::from_secs_f64(number as f64 / rate);
+        if !plan.has(number, due) {
+            break;
+        }
+        time::sleep_until(due).await;
+        let place = Arc::clone(&places).acquire_owned().await;
+        let call = call.clone();
+        calls.spawn(async move {
+            call.run(due).await;
+            drop(place);
+        });
+        while calls.try_join_next().is_some() {}
+    }
+    calls.join_all().await;
+}
+
+/// One request, and where its outcome goes.
+#[derive(Clone)]
+struct Call {
+    api: Api,
+    method: Method,
+    url: Uri,
+    timeout: Duration,
+    report: Report,
+}
+
+impl Call {
+    fn new(args: &Args, api: &Api, report: &Report) -> Self {
+        Self {
+            api: api.clone(),
+            method: args.method.clone(),
+            url: args.url.clone(),
+            timeout: Duration::from_secs_f64(args.timeout),
+            report: report.clone(),
+        }
+    }
+
+    async fn run(self, due: Instant) {
+        let mut request = Request::new(Full::default());
+        *request.method_mut() = self.method;
+        *request.uri_mut() = self.url;
+        let answer = time::timeout(self.timeout, self.api.oneshot(request)).await;
+        let answer = answer.unwrap_or_else(|elapsed| Err(elapsed.into()));
+        self.report.lock().add(answer, due.elapsed());
+    }
+}
+
+// The report.
+
+/// What came of all requests; clones share it.
+#[derive(Clone)]
+struct Report(Arc<Mutex<Tally>>);
+
+struct Tally {
+    failed: u64,
+    statuses: BTreeMap<u16, u64>,
+    errors: BTreeMap<&'static str, Failure>,
+    /// In microseconds; what takes longer than an hour counts as one.
+    latencies: Histogram<u64>,
+    client_credentials: u64,
+    refresh_token: u64,
+    failed_token_requests: u64,
+}
+
+/// Errors of one kind.
+struct Failure {
+    count: u64,
+    example: String,
+}
+
+impl Report {
+    fn new() -> Self {
+        Self(Arc::new(Mutex::new(Tally {
+            failed: 0,
+            statuses: BTreeMap::new(),
+            errors: BTreeMap::new(),
+            latencies: Histogram::new_with_max(HOUR, 3)
+                .expect("3 digits up to an hour make a histogram"),
+            client_credentials: 0,
+            refresh_token: 0,
+            failed_token_requests: 0,
+        })))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Tally> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Tally {
+    fn add(&mut self, answer: Result<Response<()>, BoxError>, latency: Duration) {
+        let micros = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX);
+        self.latencies.saturating_record(micros);
+        match answer {
+            Ok(answer) => {
+                self.failed += u64::from(!answer.status().is_success());
+                *self.statuses.entry(answer.status().as_u16()).or_default() += 1;
+            }
+            Err(error) => {
+                self.failed += 1;
+                let failure = self.errors.entry(kind(&error)).or_insert_with(|| Failure {
+                    count: 0,
+                    example: chain(&*error),
+                });
+                failure.count += 1;
+            }
+        }
+    }
+
+    fn json(&self, took: Duration) -> Value {
+        let errors: BTreeMap<_, _> = self
+            .errors
+            .iter()
+            .map(|(kind, e)| (kind, e.count))
+            .collect();
+        let examples: BTreeMap<_, _> = self
+            .errors
+            .iter()
+            .map(|(kind, e)| (kind, &e.example))
+            .collect();
+        json!({
+            "requests": self.latencies.len(),
+            "failed": self.failed,
+            "elapsed_seconds": took.as_secs_f64(),
+            "statuses": self.statuses,
+            "token_requests": {
+                "client_credentials": self.client_credentials,
+                "refresh_token": self.refresh_token,
+                "failed": self.failed_token_requests,
+            },
+            "errors": errors,
+            "error_examples": examples,
+            "latency_ms": {
+                "p50": self.millis(0.5),
+                "p99": self.millis(0.99),
+                "p99_9": self.millis(0.999),
+                "max": self.millis(1.0),
+            },
+        })
+    }
+
+    fn print(&self, took: Duration) {
+        let (requests, seconds) = (self.latencies.len(), took.as_secs_f64());
+        println!(
+            "requests        {requests} in {seconds:.2} s ({:.0}/s), {} failed",
+            requests as f64 / seconds,
+            self.failed,
+        );
+        for (status, count) in &self.statuses {
+            println!("status {status}      {count}");
+        }
+        for (kind, Failure { count, example }) in &self.errors {
+            println!("error           {count} {kind}, such as: {example}");
+        }
+        println!(
+            "token requests  {} client_credentials, {} refresh_token; {} of these failed",
+            self.client_credentials, self.refresh_token, self.failed_token_requests,
+        );
+        println!(
+            "latency         p50 {:.2} ms, p99 {:.2} ms, p99.9 {:.2} ms, max {:.2} ms",
+            self.millis(0.5),
+            self.millis(0.99),
+            self.millis(0.999),
+            self.millis(1.0),
+        );
+    }
+
+    fn millis(&self, quantile: f64) -> f64 {
+        self.latencies.value_at_quantile(quantile) as f64 / 1e3
+    }
+}
+
+const HOUR: u64 = 3_600_000_000;
+
+/// A word for what went wrong.
+fn kind(error: &BoxError) -> &'static str {
+    if let Some(error) = error.downcast_ref::<TokenError>() {
+        return token_error_kind(error);
+    }
+    if error.is::<time::error::Elapsed>() {
+        return "timeout";
+    }
+    match error.downcast_ref::<legacy::Error>() {
+        Some(error) if error.is_connect() => "api_connect",
+        _ => "api_transport",
+    }
+}
+
+fn token_error_kind(error: &TokenError) -> &'static str {
+    let kinds = [
+        (error.is_insecure_uri(), "token_insecure_uri"),
+        (error.is_rejected(), "token_rejected"),
+        (error.is_transport(), "token_transport"),
+        (error.is_timeout(), "token_timeout"),
+        (error.is_malformed_response(), "token_malformed_response"),
+        (error.is_interrupted(), "token_interrupted"),
+        (error.is_overloaded(), "token_overloaded"),
+        (error.is_no_runtime(), "token_no_runtime"),
+        // What is left of the errors that come with a status: it speaks of the endpoint, not of the request.
+        (error.status().is_some(), "token_unavailable"),
+    ];
+    let kind = kinds.into_iter().find(|(is_so, _)| *is_so);
+    kind.map_or("token_other", |(_, kind)| kind)
+}
+
+/// An error with its sources, each of which speaks for its own level.
+fn chain(error: &(dyn Error + 'static)) -> String {
+    let levels = iter::successors(Some(error), |&error| error.source());
+    levels
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ")
+}
