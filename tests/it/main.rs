@@ -10,8 +10,15 @@
 
 mod auto_traits;
 mod bodies;
+mod cancellation;
+mod interruption;
+mod invalidate;
+mod lifetimes;
+mod limits;
 mod origins;
+mod outage;
 mod readiness;
+mod refresh_tokens;
 mod secrets;
 mod single_flight;
 mod stack;

@@ -9,8 +9,10 @@ use std::{
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
+        mpsc,
     },
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
+    thread,
     time::Duration,
 };
 
@@ -21,13 +23,17 @@ use tokio::{
     time::{self, Instant},
 };
 use tower::{Service, service_fn};
-use tower_bearer::{BoxError, Fetch, RefreshToken, TokenError, TokenResponse, TokenSource};
+use tower_bearer::{
+    AccessToken, BoxError, Fetch, RefreshToken, TokenCache, TokenError, TokenResponse, TokenSource,
+};
 
 /// What the authorization server does with a token request.
 #[derive(Clone, Debug)]
 pub enum Answer {
     /// Grants a new token, `token-N` for the Nth request, with this lifetime.
     Grant(Duration),
+    /// Grants a new token and names no lifetime.
+    GrantUnnamed,
     /// Grants this text with this lifetime.
     Text(&'static str, Duration),
     /// Refuses.
@@ -58,6 +64,7 @@ struct Shared {
     open: watch::Sender<bool>,
     seen: Mutex<Vec<Seen>>,
     refresh_tokens: Mutex<bool>,
+    refresh_lifetime: Mutex<Option<Duration>>,
     in_flight: AtomicU64,
     most_at_once: AtomicU64,
 }
@@ -72,6 +79,7 @@ impl AuthServer {
                 open: watch::Sender::new(true),
                 seen: Mutex::default(),
                 refresh_tokens: Mutex::new(false),
+                refresh_lifetime: Mutex::new(None),
                 in_flight: AtomicU64::new(0),
                 most_at_once: AtomicU64::new(0),
             }),
@@ -93,6 +101,11 @@ impl AuthServer {
         *self.shared.refresh_tokens.lock().unwrap() = yes;
     }
 
+    /// Sets the lifetime that it names for its refresh tokens; by default it names none.
+    pub fn set_refresh_lifetime(&self, lifetime: Duration) {
+        *self.shared.refresh_lifetime.lock().unwrap() = Some(lifetime);
+    }
+
     /// Holds all requests until [`release`](Self::release).
     pub fn hold(&self) {
         self.shared.open.send_replace(false);
@@ -109,6 +122,11 @@ impl AuthServer {
 
     pub fn seen(&self) -> Vec<Seen> {
         self.shared.seen.lock().unwrap().clone()
+    }
+
+    /// How many token requests it has not answered and nobody has given up.
+    pub fn in_flight(&self) -> u64 {
+        self.shared.in_flight.load(Ordering::SeqCst)
     }
 
     /// How many token requests it has had at once, at most: law 1 wants one.
@@ -142,13 +160,21 @@ impl TokenSource for AuthServer {
             Answer::Grant(lifetime) => {
                 TokenResponse::new(format!("token-{number}"))?.expires_in(lifetime)
             }
+            Answer::GrantUnnamed => TokenResponse::new(format!("token-{number}"))?,
             Answer::Text(text, lifetime) => TokenResponse::new(text)?.expires_in(lifetime),
             Answer::Fail(error) => return Err(error),
             Answer::Hang => std::future::pending().await,
             Answer::Panic => panic!("the scripted server panics"),
         };
         Ok(match *self.shared.refresh_tokens.lock().unwrap() {
-            true => response.refresh_token(RefreshToken::new(format!("refresh-{number}"))),
+            true => {
+                let token = RefreshToken::new(format!("refresh-{number}"));
+                let lifetime = *self.shared.refresh_lifetime.lock().unwrap();
+                response.refresh_token(match lifetime {
+                    Some(lifetime) => token.expires_in(lifetime),
+                    None => token,
+                })
+            }
             false => response,
         })
     }
@@ -374,4 +400,128 @@ pub fn token_error(error: &BoxError) -> &TokenError {
     error
         .downcast_ref()
         .unwrap_or_else(|| panic!("not a token failure: {error:?}"))
+}
+/// Makes what the caches of this thread leave to chance the same in every run.
+pub fn seed(seed: u64) {
+    fastrand::seed(seed);
+}
+
+pub const fn secs(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+pub const fn millis(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+/// Polls once, with a waker that does nothing.
+pub fn poll_once<F: Future + ?Sized>(future: Pin<&mut F>) -> Poll<F::Output> {
+    future.poll(&mut Context::from_waker(Waker::noop()))
+}
+
+/// What a future that does not wait comes to, polled once.
+#[track_caller]
+pub fn now<F: Future>(future: F) -> F::Output {
+    match poll_once(std::pin::pin!(future)) {
+        Poll::Ready(output) => output,
+        Poll::Pending => panic!("it waits"),
+    }
+}
+
+/// Starts a caller of [`TokenCache::get`] in a task of its own.
+pub fn caller(cache: &TokenCache) -> JoinHandle<Result<AccessToken, TokenError>> {
+    let cache = cache.clone();
+    tokio::spawn(async move { cache.get().await })
+}
+
+/// Waits until `condition` holds, by a real clock for some seconds at most.
+pub async fn until(condition: impl Fn() -> bool) {
+    for _ in 0..5_000 {
+        if condition() {
+            return;
+        }
+        time::sleep(millis(1)).await;
+    }
+    panic!("it never comes to that");
+}
+
+/// Runs `f` in a thread of its own, and fails if it takes longer than some seconds: it hangs.
+pub fn without_a_hang<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || sender.send(f()));
+    receiver
+        .recv_timeout(secs(10))
+        .expect("it neither hangs nor panics")
+}
+
+/// Callers of [`TokenCache::get`] that do not wait for each other, and what becomes of them.
+#[derive(Clone)]
+pub struct Crowd {
+    cache: TokenCache,
+    tally: Arc<Mutex<Tally>>,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    pub served: usize,
+    pub failed: usize,
+    pub waiting: usize,
+    /// The longest that a caller has waited for its answer.
+    pub slowest: Duration,
+    pub first_served: Option<Instant>,
+}
+
+impl Crowd {
+    pub fn new(cache: &TokenCache) -> Self {
+        Self {
+            cache: cache.clone(),
+            tally: Arc::default(),
+        }
+    }
+
+    /// One more caller.
+    pub fn call(&self) {
+        let asked = Instant::now();
+        let cache = self.cache.clone();
+        let mut get = Box::pin(async move { cache.get().await });
+        match poll_once(get.as_mut()) {
+            Poll::Ready(result) => self.count(asked, &result),
+            Poll::Pending => {
+                self.tally.lock().unwrap().waiting += 1;
+                let crowd = self.clone();
+                tokio::spawn(async move {
+                    let result = get.await;
+                    crowd.tally.lock().unwrap().waiting -= 1;
+                    crowd.count(asked, &result);
+                });
+            }
+        }
+    }
+
+    /// So many callers at once, again and again for so long.
+    pub async fn storm(&self, callers: usize, every: Duration, duration: Duration) {
+        let end = Instant::now() + duration;
+        while Instant::now() < end {
+            for _ in 0..callers {
+                self.call();
+            }
+            time::sleep(every).await;
+        }
+    }
+
+    pub fn tally(&self) -> Tally {
+        self.tally.lock().unwrap().clone()
+    }
+
+    fn count(&self, asked: Instant, result: &Result<AccessToken, TokenError>) {
+        let mut tally = self.tally.lock().unwrap();
+        tally.slowest = tally.slowest.max(asked.elapsed());
+        match result {
+            Ok(_) => {
+                tally.served += 1;
+                tally.first_served.get_or_insert_with(Instant::now);
+            }
+            Err(_) => tally.failed += 1,
+        }
+    }
 }

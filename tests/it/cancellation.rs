@@ -1,0 +1,321 @@
+//! Any caller may be dropped at any point: the token request goes on, and the others have its token.
+
+use std::{
+    convert::Infallible,
+    future::Future,
+    pin::pin,
+    sync::Arc,
+    task::{Context, Poll, Wake, Waker},
+};
+
+use http::{Request, Response};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    time,
+};
+use tower::{Layer, Service, ServiceExt, limit::ConcurrencyLimit, service_fn};
+use tower_bearer::{BearerAuthLayer, BoxError, CloneBody, RefreshPolicy, TokenCache};
+
+use crate::support::{
+    AuthServer, INVALID_TOKEN, api, bearer, caller, echo, get, millis, now, poll_once, secs,
+    settle, unauthorized,
+};
+
+const LIMIT: u32 = 8;
+
+/// All that a request waits for on its way, to be let go of step by step.
+struct Course {
+    server: AuthServer,
+    /// The inner service is ready for so many.
+    permits: Arc<Semaphore>,
+    taken: Option<OwnedSemaphorePermit>,
+    answers: watch::Sender<bool>,
+}
+
+impl Course {
+    /// How many times a request is pending on its way.
+    const STAGES: usize = 4;
+
+    fn new() -> Self {
+        let server = AuthServer::new();
+        server.hold();
+        Self {
+            server,
+            permits: Arc::new(Semaphore::new(LIMIT as usize)),
+            taken: None,
+            answers: watch::Sender::new(false),
+        }
+    }
+
+    fn client(
+        &self,
+    ) -> impl Service<
+        Request<String>,
+        Response = Response<String>,
+        Error = BoxError,
+        Future: Future<Output = Result<Response<String>, BoxError>> + Send,
+    > + Clone
+    + Send
+    + 'static {
+        let answers = self.answers.clone();
+        let api = service_fn(move |request: Request<String>| {
+            let response = echo(bearer(&request));
+            let mut open = answers.subscribe();
+            async move {
+                open.wait_for(|open| *open).await.unwrap();
+                Ok::<_, Infallible>(response)
+            }
+        });
+        let api = ConcurrencyLimit::with_semaphore(api, Arc::clone(&self.permits));
+        BearerAuthLayer::new(self.server.clone()).layer(api)
+    }
+
+    /// Lets go of what a request waits for after so many polls.
+    async fn pass(&mut self, stage: usize) {
+        match stage {
+            // The token request is out. While they wait for it, nobody holds a permit (law 10).
+            1 => {
+                let permits = Arc::clone(&self.permits).try_acquire_many_owned(LIMIT);
+                self.taken = Some(permits.unwrap());
+            }
+            2 => self.server.release(),
+            3 => self.taken = None,
+            4 => _ = self.answers.send_replace(true),
+            _ => {}
+        }
+        settle().await;
+    }
+}
+
+/// Sends a request through `client` and keeps `client` until the answer is there, as a connection's owner does.
+async fn request<S>(mut client: S) -> Result<Response<String>, BoxError>
+where
+    S: Service<Request<String>, Response = Response<String>, Error = BoxError>,
+{
+    client.ready().await?.call(get()).await
+}
+
+/// Law 5 (T2): polled any number of times, as the first caller or as one of many, and then dropped.
+#[tokio::test(start_paused = true)]
+async fn a_request_dropped_at_any_poll_leaves_the_others_their_token() {
+    for first in [true, false] {
+        for polls in 0.. {
+            let mut course = Course::new();
+            let client = course.client();
+            let other = || tokio::spawn(request(client.clone()));
+            let mut others = Vec::new();
+            if !first {
+                others.extend([other(), other(), other()]);
+                settle().await;
+            }
+
+            let mut victim = Box::pin(request(client.clone()));
+            let mut finished = false;
+            for stage in 1..=polls {
+                if poll_once(victim.as_mut()).is_ready() {
+                    finished = true;
+                    break;
+                }
+                course.pass(stage).await;
+            }
+            drop(victim);
+
+            others.extend([other(), other(), other()]);
+            settle().await;
+            for stage in polls + 1..=Course::STAGES {
+                course.pass(stage).await;
+            }
+            for other in others {
+                let response = time::timeout(secs(1), other).await.expect("it is not hung");
+                assert_eq!(response.unwrap().unwrap().body(), "token-1", "{polls}");
+            }
+            assert_eq!(course.server.requests(), 1, "first: {first}, {polls} polls");
+            assert_eq!(course.server.in_flight(), 0);
+            assert_eq!(course.permits.available_permits(), LIMIT as usize);
+            if finished {
+                assert_eq!(polls, Course::STAGES + 1, "the sweep stops nowhere else");
+                break;
+            }
+        }
+    }
+}
+
+/// Law 5 (T2): the same for a request that was refused and waits to be sent once more.
+#[tokio::test(start_paused = true)]
+async fn a_refused_request_dropped_at_any_poll_leaves_the_others_their_replacement() {
+    for polls in 0.. {
+        let server = AuthServer::new();
+        let client = BearerAuthLayer::new(server.clone())
+            .replay(CloneBody)
+            .layer(api(|token| match token {
+                Some("token-1") => unauthorized(INVALID_TOKEN),
+                token => echo(token),
+            }));
+        let cache = client.cache().clone();
+        cache.get().await.unwrap();
+        server.hold();
+
+        let mut victim = Box::pin(client.clone().oneshot(get()));
+        let mut finished = false;
+        for stage in 1..=polls {
+            if poll_once(victim.as_mut()).is_ready() {
+                finished = true;
+                break;
+            }
+            if stage == 2 {
+                server.release();
+            }
+            settle().await;
+        }
+        drop(victim);
+
+        let others = [(); 3].map(|()| tokio::spawn(client.clone().oneshot(get())));
+        settle().await;
+        server.release();
+        for other in others {
+            assert_eq!(other.await.unwrap().unwrap().body(), "token-2", "{polls}");
+        }
+        assert_eq!(server.requests(), 2, "{polls} polls");
+        if finished {
+            assert_eq!(polls, 3, "the sweep stops nowhere else");
+            break;
+        }
+    }
+}
+
+/// Law 5 (T2): the same without a layer.
+#[tokio::test(start_paused = true)]
+async fn a_get_dropped_at_any_poll_leaves_the_others_their_token() {
+    for first in [true, false] {
+        for polls in 0.. {
+            let server = AuthServer::new();
+            server.hold();
+            let cache = TokenCache::new(server.clone());
+            let mut others = Vec::new();
+            if !first {
+                others.extend([caller(&cache), caller(&cache)]);
+                settle().await;
+            }
+
+            let mut victim = Box::pin(cache.get());
+            let mut finished = false;
+            for stage in 1..=polls {
+                if poll_once(victim.as_mut()).is_ready() {
+                    finished = true;
+                    break;
+                }
+                if stage == 2 {
+                    server.release();
+                }
+                settle().await;
+            }
+            drop(victim);
+
+            others.extend([caller(&cache), caller(&cache)]);
+            settle().await;
+            server.release();
+            for other in others {
+                let token = other.await.unwrap().unwrap();
+                assert_eq!(token.expose_secret(), "token-1", "{polls}");
+            }
+            assert_eq!(server.requests(), 1, "first: {first}, {polls} polls");
+            if finished {
+                assert_eq!(polls, 3, "the sweep stops nowhere else");
+                break;
+            }
+        }
+    }
+}
+
+/// Law 5.
+#[tokio::test(start_paused = true)]
+async fn a_caller_dropped_before_its_first_poll_costs_no_token_request() {
+    let server = AuthServer::new();
+    let mut client = BearerAuthLayer::new(server.clone()).layer(api(echo));
+    drop(client.cache().get());
+    drop(client.ready().await.unwrap().call(get()));
+    time::sleep(secs(1)).await;
+    assert_eq!(server.requests(), 0);
+    assert_eq!(client.oneshot(get()).await.unwrap().body(), "token-1");
+}
+
+/// Law 5.
+#[tokio::test(start_paused = true)]
+async fn a_token_request_outlives_all_its_callers_and_its_token_is_kept() {
+    let server = AuthServer::new();
+    server.hold();
+    let cache = TokenCache::new(server.clone());
+    let callers: Vec<_> = (0..5).map(|_| caller(&cache)).collect();
+    settle().await;
+    for caller in callers {
+        caller.abort();
+        assert!(caller.await.unwrap_err().is_cancelled());
+    }
+    assert_eq!(server.in_flight(), 1);
+    server.release();
+    settle().await;
+    assert_eq!(now(cache.get()).unwrap().expose_secret(), "token-1");
+    assert_eq!(server.requests(), 1);
+}
+
+/// Law 5: and the retries go on as well.
+#[tokio::test(start_paused = true)]
+async fn the_attempts_of_a_flight_go_on_without_its_callers() {
+    let server = AuthServer::new();
+    server.set(crate::support::Answer::Hang);
+    let cache = TokenCache::new(server.clone());
+    {
+        let mut only = pin!(cache.get());
+        assert!(poll_once(only.as_mut()).is_pending());
+    }
+    time::sleep(secs(5)).await;
+    server.set(crate::support::Answer::Grant(secs(300)));
+    time::sleep(secs(6)).await;
+    assert_eq!(server.requests(), 2);
+    assert_eq!(now(cache.get()).unwrap().expose_secret(), "token-2");
+}
+
+/// Law 5.
+#[tokio::test(start_paused = true)]
+async fn a_dropped_caller_frees_its_seat() {
+    let server = AuthServer::new();
+    server.hold();
+    let cache = TokenCache::with_policy(server.clone(), RefreshPolicy::new().max_waiters(1));
+    for _ in 0..3 {
+        let mut seated = Box::pin(cache.get());
+        assert!(poll_once(seated.as_mut()).is_pending());
+        assert!(cache.get().await.unwrap_err().is_overloaded());
+    }
+    let seated = caller(&cache);
+    settle().await;
+    server.release();
+    assert!(seated.await.unwrap().is_ok());
+    assert_eq!(server.requests(), 1);
+}
+
+/// A waker that can be counted.
+struct Counted;
+
+impl Wake for Counted {
+    fn wake(self: Arc<Self>) {}
+}
+
+/// Law 5: nothing is left of a dropped caller.
+#[tokio::test(start_paused = true)]
+async fn a_dropped_caller_leaves_no_waker_behind() {
+    let server = AuthServer::new();
+    server.hold();
+    let cache = TokenCache::new(server.clone());
+    let counted = Arc::new(Counted);
+    let waker = Waker::from(Arc::clone(&counted));
+    for _ in 0..10 {
+        let mut get = Box::pin(cache.get());
+        let poll = get.as_mut().poll(&mut Context::from_waker(&waker));
+        assert!(matches!(poll, Poll::Pending));
+        assert!(Arc::strong_count(&counted) > 2, "the flight has the waker");
+        drop(get);
+        assert_eq!(Arc::strong_count(&counted), 2);
+    }
+    time::sleep(millis(10)).await;
+    assert_eq!(server.requests(), 1);
+}

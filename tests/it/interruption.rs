@@ -1,0 +1,390 @@
+//! What callers see when a token request is lost: with its task, with its runtime, or for want of one.
+
+use std::{
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    task::Poll,
+};
+
+use tokio::{
+    runtime::{Builder, Runtime},
+    time::{self, Instant},
+};
+use tower_bearer::{
+    Fetch, RefreshPolicy, TokenCache, TokenError, TokenResponse, TokenSource, source_fn,
+};
+
+use crate::support::{
+    Answer, AuthServer, caller, millis, now, poll_once, secs, settle, until, without_a_hang,
+};
+
+fn current_thread() -> Runtime {
+    Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+fn multi_thread() -> Runtime {
+    Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
+/// Waits for all of `callers` and holds that they got one and the same interruption.
+async fn assert_share_an_interruption(
+    callers: Vec<tokio::task::JoinHandle<Result<tower_bearer::AccessToken, TokenError>>>,
+) {
+    let mut texts = Vec::new();
+    for caller in callers {
+        let error = time::timeout(secs(1), caller).await.expect("it is told");
+        let error = error.unwrap().unwrap_err();
+        assert!(error.is_interrupted() && error.is_transient(), "{error:?}");
+        texts.push(format!("{error:?} {error}"));
+    }
+    texts.dedup();
+    assert_eq!(texts, [&*texts[0]]);
+}
+
+/// Laws 6 and 7 (T3).
+#[tokio::test(start_paused = true)]
+async fn a_panic_in_the_sources_future_is_shared_and_the_next_flight_succeeds() {
+    let server = AuthServer::new();
+    server.set(Answer::Panic);
+    server.hold();
+    let cache = TokenCache::new(server.clone());
+    let callers: Vec<_> = (0..5).map(|_| caller(&cache)).collect();
+    settle().await;
+    server.release();
+    assert_share_an_interruption(callers).await;
+    assert_eq!(server.requests(), 1);
+
+    // While the gate is shut.
+    server.set(Answer::Grant(secs(300)));
+    assert!(now(cache.get()).unwrap_err().is_interrupted());
+    time::sleep(millis(560)).await;
+    assert_eq!(cache.get().await.unwrap().expose_secret(), "token-2");
+}
+
+/// Laws 6 and 7 (T3): `fetch` is foreign code even before it returns its future.
+#[tokio::test(start_paused = true)]
+async fn a_panic_in_fetch_itself_is_shared_and_the_next_flight_succeeds() {
+    let broken = Arc::new(AtomicBool::new(true));
+    let source = source_fn({
+        let broken = Arc::clone(&broken);
+        move |_| {
+            assert!(!broken.load(Ordering::SeqCst), "the source panics");
+            std::future::ready(TokenResponse::new("mended"))
+        }
+    });
+    let cache = TokenCache::new(source);
+    let callers = (0..5).map(|_| caller(&cache)).collect();
+    assert_share_an_interruption(callers).await;
+
+    broken.store(false, Ordering::SeqCst);
+    time::sleep(millis(560)).await;
+    assert_eq!(cache.get().await.unwrap().expose_secret(), "mended");
+}
+
+/// Laws 3 and 7: a panic takes no valid token away, nor the refreshes that follow.
+#[tokio::test(start_paused = true)]
+async fn a_panic_of_a_refresh_leaves_the_token_in_use() {
+    let server = AuthServer::new();
+    let cache = TokenCache::new(server.clone());
+    cache.get().await.unwrap();
+    server.set(Answer::Panic);
+    time::sleep(secs(226)).await;
+    assert_eq!(now(cache.get()).unwrap().expose_secret(), "token-1");
+    settle().await;
+    assert_eq!(server.requests(), 2);
+    server.set(Answer::Grant(secs(300)));
+    time::sleep(millis(560)).await;
+    assert_eq!(now(cache.get()).unwrap().expose_secret(), "token-1");
+    settle().await;
+    assert_eq!(now(cache.get()).unwrap().expose_secret(), "token-3");
+}
+
+/// Laws 1 and 6 (T3): those on another runtime start the next flight.
+#[test]
+fn callers_are_served_when_the_flights_runtime_is_dropped() {
+    let server = AuthServer::new();
+    server.hold();
+    let cache = TokenCache::new(server.clone());
+    let first = multi_thread();
+    first.block_on(async {
+        caller(&cache);
+        until(|| server.in_flight() == 1).await;
+    });
+    current_thread().block_on(async {
+        let callers: Vec<_> = (0..5).map(|_| caller(&cache)).collect();
+        settle().await;
+        assert_eq!(server.requests(), 1);
+
+        first.shutdown_background();
+        // The next flight waits for the gate, a quarter of a second at least.
+        until(|| server.in_flight() == 0).await;
+        server.release();
+        for caller in callers {
+            let token = time::timeout(secs(5), caller).await.expect("it is served");
+            assert_eq!(token.unwrap().unwrap().expose_secret(), "token-2");
+        }
+    });
+    assert_eq!(server.requests(), 2);
+    assert_eq!(server.most_at_once(), 1);
+}
+
+/// Laws 1 and 6 (T3): a runtime that nobody drives stops the flight with its timers, but not the others'; and
+/// when it is driven again, its flight does no harm.
+#[test]
+fn callers_are_served_when_the_flights_runtime_is_parked_and_its_late_result_counts_for_nothing() {
+    for late in [
+        Answer::Grant(secs(300)),
+        Answer::Fail(TokenError::transient("late")),
+    ] {
+        let server = AuthServer::new();
+        server.hold();
+        let policy = RefreshPolicy::new().flight_timeout(millis(200));
+        let cache = TokenCache::with_policy(server.clone(), policy);
+        let parked = current_thread();
+        let stuck = {
+            let _context = parked.enter();
+            caller(&cache)
+        };
+        parked.block_on(until(|| server.in_flight() == 1));
+        server.release();
+
+        let driven = current_thread();
+        driven.block_on(async {
+            let asked = Instant::now();
+            let token = time::timeout(secs(5), cache.get()).await;
+            let token = token.expect("it is served").unwrap();
+            assert_eq!(token.expose_secret(), "token-2");
+            assert!(asked.elapsed() >= millis(200), "{:?}", asked.elapsed());
+        });
+
+        server.set(late);
+        let stuck = parked.block_on(async {
+            let stuck = time::timeout(secs(5), stuck).await;
+            time::sleep(millis(500)).await;
+            stuck
+        });
+        // Its caller has found the newer token.
+        let stuck = stuck.expect("it is served").unwrap().unwrap();
+        assert_eq!(stuck.expose_secret(), "token-2");
+        assert_eq!(now(cache.get()).unwrap().expose_secret(), "token-2");
+        assert_eq!(server.requests(), 2);
+    }
+}
+
+/// Law 6.
+#[tokio::test(start_paused = true)]
+async fn a_source_that_hangs_is_given_up_at_the_flights_deadline() {
+    let server = AuthServer::new();
+    server.set(Answer::Hang);
+    let cache = TokenCache::new(server.clone());
+    let start = Instant::now();
+    let mut callers = Vec::new();
+    for _ in 0..29 {
+        callers.push(caller(&cache));
+        time::sleep(secs(1)).await;
+    }
+    for caller in callers {
+        let error = caller.await.unwrap().unwrap_err();
+        assert!(error.is_timeout() && error.is_transient(), "{error:?}");
+        assert!(start.elapsed() >= secs(30) && start.elapsed() <= millis(30_010));
+    }
+    assert_eq!(server.requests(), 3);
+    let sent = server.seen();
+    for (pair, pause) in sent.windows(2).zip([200, 400]) {
+        let gap = pair[1].at - pair[0].at;
+        assert!(gap >= secs(10) && gap <= millis(10_005 + pause), "{gap:?}");
+    }
+    assert_eq!(server.in_flight(), 0);
+}
+
+/// Law 6: an error, not a panic, and nothing that lasts.
+#[test]
+fn outside_of_a_runtime_a_token_cannot_be_fetched_but_one_that_is_held_is_served() {
+    let server = AuthServer::new();
+    let cache = TokenCache::new(server.clone());
+    let error = now(cache.get()).unwrap_err();
+    assert!(error.is_no_runtime() && !error.is_transient(), "{error:?}");
+    assert!(cache.peek().is_none());
+    assert_eq!(server.requests(), 0);
+
+    // Nothing is remembered of it.
+    let runtime = current_thread();
+    runtime.block_on(cache.get()).unwrap();
+    drop(runtime);
+    assert_eq!(cache.peek().unwrap().expose_secret(), "token-1");
+    assert_eq!(now(cache.get()).unwrap().expose_secret(), "token-1");
+    assert_eq!(server.requests(), 1);
+}
+
+/// Law 6: nor can a flight be waited for there, which others have in the air.
+#[test]
+fn outside_of_a_runtime_a_flight_cannot_be_joined() {
+    let server = AuthServer::new();
+    server.hold();
+    let cache = TokenCache::new(server.clone());
+    let runtime = current_thread();
+    let first = {
+        let _context = runtime.enter();
+        caller(&cache)
+    };
+    runtime.block_on(settle());
+    assert!(now(cache.get()).unwrap_err().is_no_runtime());
+    server.release();
+    let token = runtime.block_on(first).unwrap().unwrap();
+    assert_eq!(token.expose_secret(), "token-1");
+}
+
+/// Laws 6 and 7: the task is dropped where it is spawned, and the next runtime is none the worse.
+#[test]
+fn on_a_runtime_that_was_shut_down_a_get_is_an_error() {
+    for runtime in [current_thread, multi_thread] {
+        let server = AuthServer::new();
+        let cache = TokenCache::new(server.clone());
+        let result = without_a_hang({
+            let cache = cache.clone();
+            move || {
+                let handle = runtime().handle().clone();
+                let _context = handle.enter();
+                poll_once(pin!(cache.get()))
+            }
+        });
+        let Poll::Ready(Err(error)) = result else {
+            panic!("{result:?}");
+        };
+        assert!(error.is_interrupted(), "{error:?}");
+        assert_eq!(server.requests(), 0);
+
+        let token = without_a_hang(move || current_thread().block_on(cache.get()));
+        assert_eq!(token.unwrap().expose_secret(), "token-1");
+    }
+}
+
+/// Asks for a token on drop, and tells what comes of it.
+struct LastWords {
+    cache: TokenCache,
+    report: mpsc::Sender<Result<(), TokenError>>,
+}
+
+impl Drop for LastWords {
+    fn drop(&mut self) {
+        if let Some(token) = self.cache.peek() {
+            self.cache.invalidate(&token);
+        }
+        let result = poll_once(pin!(self.cache.get()));
+        if let Poll::Ready(result) = result {
+            self.report.send(result.map(drop)).unwrap();
+        }
+    }
+}
+
+/// Laws 6 and 7: a task's destructor runs in the middle of the shut-down.
+#[test]
+fn while_a_runtime_shuts_down_a_get_is_an_error() {
+    for runtime in [current_thread, multi_thread] {
+        let server = AuthServer::new();
+        let cache = TokenCache::new(server.clone());
+        let (report, reports) = mpsc::channel();
+        without_a_hang({
+            let last_words = LastWords {
+                cache: cache.clone(),
+                report,
+            };
+            move || {
+                let runtime = runtime();
+                runtime.block_on(async {
+                    tokio::spawn(async move {
+                        let _last_words = last_words;
+                        std::future::pending::<()>().await;
+                    });
+                    settle().await;
+                });
+                drop(runtime);
+            }
+        });
+        let error = reports.recv_timeout(secs(5)).unwrap().unwrap_err();
+        assert!(error.is_interrupted(), "{error:?}");
+        assert_eq!(server.requests(), 0);
+
+        let token = without_a_hang(move || current_thread().block_on(cache.get()));
+        assert_eq!(token.unwrap().expose_secret(), "token-1");
+    }
+}
+
+/// Laws 3, 6 and 7: the same with a token, which is refused in the middle of the shut-down.
+#[test]
+fn while_a_runtime_shuts_down_a_refused_token_stays_in_use() {
+    let server = AuthServer::new();
+    let cache = TokenCache::new(server.clone());
+    let (report, reports) = mpsc::channel();
+    without_a_hang({
+        let cache = cache.clone();
+        move || {
+            let runtime = current_thread();
+            runtime.block_on(async {
+                cache.get().await.unwrap();
+                tokio::spawn(async move {
+                    let _last_words = LastWords { cache, report };
+                    std::future::pending::<()>().await;
+                });
+                settle().await;
+            });
+            drop(runtime);
+        }
+    });
+    assert!(reports.recv_timeout(secs(5)).unwrap().is_ok());
+    assert_eq!(now(cache.get()).unwrap().expose_secret(), "token-1");
+    assert_eq!(server.requests(), 1);
+}
+
+/// A source whose future does something foreign when it is dropped.
+struct Touchy {
+    server: AuthServer,
+    cache: std::sync::OnceLock<TokenCache>,
+}
+
+struct Touch<'a>(&'a Touchy);
+
+impl Drop for Touch<'_> {
+    fn drop(&mut self) {
+        if let Some(cache) = self.0.cache.get() {
+            cache.peek();
+            drop(poll_once(pin!(cache.get())));
+        }
+    }
+}
+
+impl TokenSource for Touchy {
+    async fn fetch(&self, fetch: Fetch) -> Result<TokenResponse, TokenError> {
+        let _touch = Touch(self);
+        self.server.fetch(fetch).await
+    }
+}
+
+/// Law 6: no lock is held where foreign code runs.
+#[test]
+fn a_source_that_asks_its_own_cache_on_drop_does_not_deadlock() {
+    let source = Arc::new(Touchy {
+        server: AuthServer::new(),
+        cache: std::sync::OnceLock::new(),
+    });
+    let server = source.server.clone();
+    server.hold();
+    let cache = TokenCache::new(Arc::clone(&source));
+    assert!(source.cache.set(cache.clone()).is_ok());
+    without_a_hang(move || {
+        let runtime = current_thread();
+        runtime.block_on(async {
+            caller(&cache);
+            until(|| server.in_flight() == 1).await;
+        });
+        drop(runtime);
+    });
+}
