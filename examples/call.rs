@@ -513,7 +513,7 @@ fn token_error_kind(error: &TokenError) -> &'static str {
         (error.is_overloaded(), "token_overloaded"),
         (error.is_no_runtime(), "token_no_runtime"),
         // What is left of the errors that come with a status: it speaks of the endpoint, not of the request.
-        (error.status().is_some(), "token_unavailable"),
+        (error.is_unavailable(), "token_unavailable"),
     ];
     let kind = kinds.into_iter().find(|(is_so, _)| *is_so);
     kind.map_or("token_other", |(_, kind)| kind)

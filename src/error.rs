@@ -136,6 +136,12 @@ impl TokenError {
         self.0.kind == Kind::Timeout
     }
 
+    /// Returns `true` if the token endpoint answered with a status that speaks of the endpoint and not of the
+    /// request: 408, 425, 429, 5xx, a redirect, or a 4xx without an error of RFC 6749 section 5.2.
+    pub fn is_unavailable(&self) -> bool {
+        self.0.kind == Kind::Unavailable
+    }
+
     /// Returns `true` if the answer claimed success and was not a usable token response (RFC 6749 section
     /// 5.1).
     pub fn is_malformed_response(&self) -> bool {
@@ -221,7 +227,7 @@ impl fmt::Display for TokenError {
             Kind::Transport => "the token endpoint could not be reached",
             Kind::Timeout => "the token request timed out",
             Kind::Rejected => "the authorization server refused the token request",
-            Kind::Unavailable => "the token endpoint did not answer the token request",
+            Kind::Unavailable => "the token endpoint is not available",
             Kind::Malformed => "the token endpoint's answer is not a token response",
             Kind::Panicked => "the token source panicked",
             Kind::Abandoned => "the token request ended with the runtime that ran it",
