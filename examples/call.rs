@@ -512,7 +512,6 @@ fn token_error_kind(error: &TokenError) -> &'static str {
         (error.is_interrupted(), "token_interrupted"),
         (error.is_overloaded(), "token_overloaded"),
         (error.is_no_runtime(), "token_no_runtime"),
-        // What is left of the errors that come with a status: it speaks of the endpoint, not of the request.
         (error.is_unavailable(), "token_unavailable"),
     ];
     let kind = kinds.into_iter().find(|(is_so, _)| *is_so);
