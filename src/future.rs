@@ -17,7 +17,7 @@ use crate::{
     challenge::{self, Verdict},
     error::{BoxError, TokenError},
     replay::Replay,
-    service::Settings,
+    settings::Settings,
     time::Now,
     token::AccessToken,
 };

@@ -5,11 +5,8 @@ use std::sync::Arc;
 use tower_layer::Layer;
 
 use crate::{
-    cache::TokenCache,
-    error::ConfigError,
-    origin::Origins,
-    replay::Never,
-    service::{BearerAuth, Settings},
+    cache::TokenCache, error::ConfigError, origin::Origins, replay::Never, service::BearerAuth,
+    settings::Settings,
 };
 
 /// Attaches an `Authorization: Bearer` header to each request, and keeps its token valid.

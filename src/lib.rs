@@ -125,6 +125,7 @@ mod origin;
 mod policy;
 mod replay;
 mod service;
+mod settings;
 mod source;
 mod sync;
 mod telemetry;

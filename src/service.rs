@@ -13,8 +13,9 @@ use crate::{
     cache::TokenCache,
     error::BoxError,
     future::ResponseFuture,
-    origin::{self, Origins, Passage},
+    origin::{self, Passage},
     replay::Replay,
+    settings::Settings,
 };
 
 /// Attaches a bearer token to each request before the inner service gets it.
@@ -38,15 +39,6 @@ pub struct BearerAuth<S, R> {
     inner: S,
     settings: Arc<Settings>,
     replay: R,
-}
-
-/// What the layer was told.
-#[derive(Clone, Debug)]
-pub(crate) struct Settings {
-    pub(crate) cache: TokenCache,
-    pub(crate) origins: Origins,
-    pub(crate) keep_existing: bool,
-    pub(crate) heed_unexplained: bool,
 }
 
 impl<S, R> BearerAuth<S, R> {

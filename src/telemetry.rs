@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tracing::{Level, event};
 
-use crate::{cache::End, error::TokenError};
+use crate::{error::TokenError, token::AccessToken};
 
 /// The target of all events.
 const TARGET: &str = "tower_bearer";
@@ -61,26 +61,27 @@ pub(crate) fn lifetime_assumed(lifetime: Duration) {
     );
 }
 
-/// A token request has ended; after a failure no other one is sent for `retry_in`.
-pub(crate) fn flight_ended(end: &End, retry_in: Option<Duration>) {
-    match end {
-        End::Done(token) => event!(
-            name: "token_received",
-            target: TARGET,
-            Level::DEBUG,
-            usable_until = ?token.usable_until(),
-            "token received",
-        ),
-        End::Failed(error) => event!(
-            name: "flight_failed",
-            target: TARGET,
-            Level::WARN,
-            %error,
-            ?retry_in,
-            "token request failed",
-        ),
-        End::Abandoned => flight_lost(),
-    }
+/// A token request brought a token.
+pub(crate) fn token_received(token: &AccessToken) {
+    event!(
+        name: "token_received",
+        target: TARGET,
+        Level::DEBUG,
+        usable_until = ?token.usable_until(),
+        "token received",
+    );
+}
+
+/// A token request failed, and no other one is sent for `retry_in`.
+pub(crate) fn flight_failed(error: &TokenError, retry_in: Option<Duration>) {
+    event!(
+        name: "flight_failed",
+        target: TARGET,
+        Level::WARN,
+        %error,
+        ?retry_in,
+        "token request failed",
+    );
 }
 
 /// A token request ended with its runtime, or is overdue on one that nobody drives.

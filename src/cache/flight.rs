@@ -22,6 +22,7 @@ use std::{
     ptr,
     sync::Arc,
     task::{Context, Poll, Waker, ready},
+    time::Duration,
 };
 
 use fastrand::Rng;
@@ -72,6 +73,15 @@ impl End {
         match error.kind() {
             Kind::Abandoned => Self::Abandoned,
             _ => Self::Failed(error),
+        }
+    }
+
+    /// Emits the event of this end; after a failure no other flight starts for `retry_in`.
+    pub(crate) fn report(&self, retry_in: Option<Duration>) {
+        match self {
+            Self::Done(token) => telemetry::token_received(token),
+            Self::Failed(error) => telemetry::flight_failed(error, retry_in),
+            Self::Abandoned => telemetry::flight_lost(),
         }
     }
 }
@@ -369,7 +379,7 @@ mod tests {
 /// Models of the races, for `loom`: each execution order of the threads is tried.
 #[cfg(all(test, tower_bearer_loom))]
 mod models {
-    use std::{future::poll_fn, time::Duration};
+    use std::future::poll_fn;
 
     use loom::{future::block_on, thread};
 

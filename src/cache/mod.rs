@@ -13,9 +13,9 @@ use arc_swap::ArcSwapOption;
 use fastrand::Rng;
 use tokio::runtime::Handle;
 
-pub(crate) use self::{acquire::Acquire, flight::End};
+pub(crate) use self::acquire::Acquire;
 use self::{
-    flight::Flight,
+    flight::{End, Flight},
     state::{Decision, Plan, Refusal, State},
 };
 use crate::{
@@ -23,7 +23,6 @@ use crate::{
     policy::RefreshPolicy,
     source::{Fetch, TokenResponse, TokenSource},
     sync::Mutex,
-    telemetry,
     time::{Deadline, Now},
     token::{self, AccessToken},
 };
@@ -296,7 +295,7 @@ impl Entry {
         self.publish(&state);
         drop(state);
         if let Some(end) = end {
-            telemetry::flight_ended(&end, retry_in);
+            end.report(retry_in);
             flight.end(end);
         }
     }
@@ -316,7 +315,7 @@ impl Entry {
         self.publish(&state);
         drop(state);
         if let Some(flight) = overdue {
-            telemetry::flight_lost();
+            End::Abandoned.report(None);
             flight.end(End::Abandoned);
         }
         if let (Some(runtime), Some(start)) = (runtime, start) {
