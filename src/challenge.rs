@@ -32,7 +32,7 @@ pub(crate) enum Verdict {
 pub(crate) fn judge(status: StatusCode, headers: &HeaderMap) -> Verdict {
     if status == StatusCode::UNAUTHORIZED {
         judge_unauthorized(headers)
-    } else if is_grpc_unauthenticated(headers) {
+    } else if status == StatusCode::OK && is_grpc_unauthenticated(headers) {
         Verdict::Unexplained
     } else {
         Verdict::NotOurs
@@ -452,7 +452,7 @@ mod tests {
     fn grpc_status_16_among_the_headers_is_a_401_without_a_reason() {
         let table = [
             (200, "16", Verdict::Unexplained),
-            (403, "16", Verdict::Unexplained),
+            (403, "16", Verdict::NotOurs),
             (200, "0", Verdict::NotOurs),
             (200, "7", Verdict::NotOurs),
             (200, "160", Verdict::NotOurs),
