@@ -28,13 +28,14 @@ pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 #[derive(Clone)]
 pub struct TokenError(Arc<Inner>);
 
+#[derive(Clone)]
 struct Inner {
     kind: Kind,
     transient: bool,
     status: Option<StatusCode>,
     oauth_error: Option<Box<str>>,
     retry_after: Option<Duration>,
-    source: Option<BoxError>,
+    source: Option<Arc<dyn std::error::Error + Send + Sync>>,
 }
 
 /// What happened, in the order in which a token request can fail.
@@ -76,18 +77,18 @@ impl TokenError {
     /// Creates an error that another try will not mend, for use in a custom
     /// [`TokenSource`](crate::TokenSource).
     ///
-    /// The cache remembers it for 5 s, doubling to 60 s while it recurs, and then tries again: secrets
-    /// get rotated and servers get mended.
+    /// The cache remembers it for half to whole of 5 s, doubling to 60 s while it recurs, and then tries again:
+    /// secrets get rotated and servers get mended.
     pub fn terminal(source: impl Into<BoxError>) -> Self {
         Self::new(Kind::Custom, false).with_source(source)
     }
 
-    /// Sets how long the server asked to be left alone.
+    /// Sets how long the server asked to be left alone, up to 300 s.
     ///
-    /// The cache sends no further token request for that long, up to 300 s.
+    /// The cache sends no further token request for that long.
     #[must_use]
     pub fn with_retry_after(self, retry_after: Duration) -> Self {
-        self.map(|inner| inner.retry_after = Some(retry_after))
+        self.map(|inner| inner.retry_after = Some(retry_after.min(RETRY_AFTER_CAP)))
     }
 
     pub(crate) fn new(kind: Kind, transient: bool) -> Self {
@@ -102,7 +103,7 @@ impl TokenError {
     }
 
     pub(crate) fn with_source(self, source: impl Into<BoxError>) -> Self {
-        self.map(|inner| inner.source = Some(source.into()))
+        self.map(|inner| inner.source = Some(Arc::from(source.into())))
     }
 
     pub(crate) fn with_status(self, status: StatusCode) -> Self {
@@ -115,8 +116,10 @@ impl TokenError {
 
     /// Returns `true` if the same request may succeed later without anybody's doing.
     ///
-    /// True of transport failures, timeouts, the statuses 408, 425, 429 and 5xx, `temporarily_unavailable`,
-    /// and of any answer that did not come from an OAuth server, such as a firewall's page.
+    /// True of transport failures, timeouts, the statuses 408, 425, 429 and 5xx, the codes
+    /// `temporarily_unavailable`, `server_error` and `slow_down`, and of any answer that did not come from an OAuth
+    /// server, such as a redirect or a firewall's page; true also of lost token requests and of the limit on
+    /// waiting callers.
     pub fn is_transient(&self) -> bool {
         self.0.transient
     }
@@ -184,23 +187,16 @@ impl TokenError {
     }
 
     /// Returns how long the server asked to be left alone (`Retry-After`, RFC 9110 section 10.2.3),
-    /// counted from its answer.
+    /// counted from its answer. Never more than 300 s, which is as long as the cache heeds it.
     ///
-    /// The cache leaves it alone for that long, up to 300 s, and up to a tenth longer by chance; meanwhile its
-    /// callers get this error. So a retry is of use after 1.1 times this.
+    /// The cache leaves the server alone for that long and up to a tenth longer by chance; meanwhile its callers
+    /// get this error. So a retry is of use after 1.1 times this, or sooner if the error was a remembered one.
     pub fn retry_after(&self) -> Option<Duration> {
         self.0.retry_after
     }
 
-    pub(crate) fn kind(&self) -> Kind {
-        self.0.kind
-    }
-
     fn map(mut self, change: impl FnOnce(&mut Inner)) -> Self {
-        // Errors are shaped before they are shared; a shared one has been handed out and keeps its shape.
-        if let Some(inner) = Arc::get_mut(&mut self.0) {
-            change(inner);
-        }
+        change(Arc::make_mut(&mut self.0));
         self
     }
 }
@@ -247,6 +243,9 @@ impl std::error::Error for TokenError {
         self.0.source.as_ref().map(|source| &**source as _)
     }
 }
+
+/// The cache heeds no longer `Retry-After`: a slip of the server's must not keep a client out for days.
+const RETRY_AFTER_CAP: Duration = Duration::from_secs(300);
 
 /// A setting that cannot work, reported where it enters.
 #[derive(Debug, thiserror::Error)]

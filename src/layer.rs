@@ -79,7 +79,7 @@ impl<R> BearerAuthLayer<R> {
 
     /// Limits the token to these origins (RFC 6454), such as `https://api.example.com`.
     ///
-    /// Requests to other origins then pass without a token, as a browser sends them. Without this setting,
+    /// Requests to other origins then pass as they are, without a token of ours. Without this setting,
     /// every https origin and every loopback address gets the token. A request whose URI has no authority,
     /// as services that are bound to one host take them, gets it in either case.
     ///

@@ -88,7 +88,8 @@ impl RefreshPolicy {
 
     /// Sets how long all attempts to fetch a token together may take: default 30 s.
     ///
-    /// No caller waits longer than this for one token request.
+    /// Counted from the first attempt, which is delayed by up to 1 s after a success and up to 11 s after a token
+    /// request that was lost with its runtime. No caller waits longer than that and half a second.
     #[must_use]
     pub const fn flight_timeout(mut self, timeout: Duration) -> Self {
         self.flight_timeout = timeout;
@@ -97,7 +98,7 @@ impl RefreshPolicy {
 
     /// Sets how many attempts are made before waiting callers see an error: default 3, at least 1.
     ///
-    /// Only transient errors are tried again, after a pause of up to 200 ms and then up to 400 ms. After a
+    /// Only transient errors are tried again, after a pause of up to 200 ms, doubling to up to 5 s. After a
     /// failure that callers have seen there is one attempt at a time until one succeeds.
     #[must_use]
     pub const fn attempts(mut self, attempts: u32) -> Self {
@@ -117,7 +118,8 @@ impl RefreshPolicy {
     /// Sets whether a token is refreshed without a request that asks for it: default `false`.
     ///
     /// An idle service costs no token requests by default, and the first request after a quiet time waits
-    /// for one. A warm cache starts with its first token and ends with its last handle.
+    /// for one. A warm cache starts with its first token and ends with its last handle; if the runtime ends that
+    /// the last token request ran on, it takes the next request to go on.
     #[must_use]
     pub const fn keep_warm(mut self, keep_warm: bool) -> Self {
         self.keep_warm = keep_warm;
@@ -156,12 +158,12 @@ impl RefreshPolicy {
     }
 
     /// How long the gate stays shut after `failures` failed flights in a row, of which the last `terminal`
-    /// were terminal errors, the last one being `error`.
+    /// were terminal errors, the last one having failed with `error` or been lost.
     pub(crate) fn gate(
         &self,
         failures: u32,
         terminal: u32,
-        error: &TokenError,
+        error: Option<&TokenError>,
         rng: &mut Rng,
     ) -> GateTimes {
         let half_to_whole = 0.5 + 0.5 * rng.f64();
@@ -171,7 +173,7 @@ impl RefreshPolicy {
             0 => Duration::ZERO,
             n => doubled(TERMINAL, n, TERMINAL_CAP).mul_f64(half_to_whole),
         };
-        let retry_after = error.retry_after().unwrap_or_default().min(RETRY_AFTER_CAP);
+        let retry_after = error.and_then(TokenError::retry_after).unwrap_or_default();
         let strict = terminal.max(retry_after).mul_f64(up_to_a_tenth);
         GateTimes {
             opens_after: backoff.mul_f64(up_to_a_tenth).max(strict),
@@ -233,8 +235,7 @@ pub(crate) struct GateTimes {
     pub(crate) strict_until: Duration,
 }
 
-/// The cooldown after the forced refresh that follows one with cooldown `previous`, if that one's was not
-/// over by three times its length.
+/// The cooldown after a forced refresh; `previous` is the last one's, if this one recurs within three of it.
 pub(crate) fn cooldown(previous: Option<Duration>) -> Duration {
     match previous {
         Some(previous) => previous.saturating_mul(2).min(COOLDOWN_CAP),
@@ -262,7 +263,6 @@ const BACKOFF: Duration = Duration::from_millis(500);
 const BACKOFF_CAP: Duration = Duration::from_secs(10);
 const TERMINAL: Duration = Duration::from_secs(5);
 const TERMINAL_CAP: Duration = Duration::from_secs(60);
-const RETRY_AFTER_CAP: Duration = Duration::from_secs(300);
 const PAUSE: Duration = Duration::from_millis(200);
 const PAUSE_CAP: Duration = Duration::from_secs(5);
 const COOLDOWN: Duration = Duration::from_secs(5);
@@ -349,8 +349,7 @@ mod tests {
         for (failures, whole) in rows {
             for seed in 0..200 {
                 let rng = &mut Rng::with_seed(seed);
-                let gate =
-                    RefreshPolicy::new().gate(failures, 0, &TokenError::transient("down"), rng);
+                let gate = RefreshPolicy::new().gate(failures, 0, None, rng);
                 let shut = gate.opens_after.as_millis();
                 assert!(
                     (whole / 2..=whole * 11 / 10).contains(&shut),
@@ -366,12 +365,7 @@ mod tests {
         for (terminal, whole) in [(1, 5), (2, 10), (4, 40), (5, 60), (u32::MAX, 60)] {
             for seed in 0..200 {
                 let rng = &mut Rng::with_seed(seed);
-                let gate = RefreshPolicy::new().gate(
-                    u32::MAX,
-                    terminal,
-                    &TokenError::terminal("refused"),
-                    rng,
-                );
+                let gate = RefreshPolicy::new().gate(u32::MAX, terminal, None, rng);
                 let shut = gate.opens_after.as_secs_f64();
                 assert!(shut >= f64::from(whole) * 0.5 && shut <= f64::from(whole.max(10)) * 1.1);
                 assert!(gate.strict_until.as_secs_f64() >= f64::from(whole) * 0.5);
@@ -385,7 +379,7 @@ mod tests {
             let error = TokenError::transient("busy").with_retry_after(Duration::from_secs(asked));
             for seed in 0..200 {
                 let rng = &mut Rng::with_seed(seed);
-                let gate = RefreshPolicy::new().gate(1, 0, &error, rng);
+                let gate = RefreshPolicy::new().gate(1, 0, Some(&error), rng);
                 assert!(gate.opens_after >= Duration::from_secs(least));
                 assert!(gate.opens_after <= Duration::from_secs(least + 1).mul_f64(1.1));
             }

@@ -34,6 +34,10 @@ use crate::{
 ///
 /// The inner service's errors pass through as they are. A token failure is a
 /// [`TokenError`](crate::TokenError), found by a downcast; the request was not sent.
+///
+/// # Panics
+///
+/// Its futures, if they have to wait for a token on a tokio runtime without timers.
 #[derive(Clone)]
 pub struct BearerAuth<S, R> {
     inner: S,

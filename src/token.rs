@@ -8,14 +8,14 @@ use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
 
 use crate::{
-    policy::Schedule,
+    policy::{FLOOR, Schedule},
     time::{Deadline, Now},
 };
 
 /// An access token (RFC 6749 section 1.4) of type Bearer, ready to be sent.
 ///
 /// Clones are cheap and share one header value, which is marked sensitive: hyper keeps it out of
-/// compression tables and nothing prints it. Its text is wiped from memory with the last clone.
+/// compression tables and nothing prints it. The header value is wiped from memory with its last clone.
 #[derive(Clone)]
 pub struct AccessToken(pub(crate) Arc<Inner>);
 
@@ -24,7 +24,8 @@ pub(crate) struct Inner {
     scope: Option<Box<str>>,
     due: Deadline,
     expiry: Deadline,
-    stillborn: bool,
+    /// Until when a token that was past its margin on arrival serves those who waited for it.
+    stillborn: Option<Deadline>,
 }
 
 impl AccessToken {
@@ -44,7 +45,7 @@ impl AccessToken {
             scope: scope.map(String::into_boxed_str),
             due: sent.after(schedule.refresh_after),
             expiry,
-            stillborn: expiry.has_come(now),
+            stillborn: expiry.has_come(now).then(|| now.after(FLOOR)),
         }))
     }
 
@@ -67,7 +68,8 @@ impl AccessToken {
         self.0.scope.as_deref()
     }
 
-    /// Returns when the cache stops handing the token out: its expiry less a margin of at most 10 s.
+    /// Returns when the cache stops handing the token out: its expiry less the margin of
+    /// [`RefreshPolicy::expiry_margin`](crate::RefreshPolicy::expiry_margin).
     ///
     /// By the wall clock; `None` if that lies past the clock's range.
     pub fn usable_until(&self) -> Option<SystemTime> {
@@ -93,9 +95,9 @@ impl AccessToken {
 
     /// Whether the token has died since it arrived.
     ///
-    /// One that was past its margin on arrival never does: those who waited for it use it all the same.
+    /// One that was past its margin on arrival serves for as long as no other one may be asked for.
     pub(crate) fn has_died(&self, now: Now) -> bool {
-        !self.is_alive(now) && !self.0.stillborn
+        !self.is_alive(now) && self.0.stillborn.is_none_or(|until| until.has_come(now))
     }
 
     /// Whether both would look the same to the API: servers hand out one token twice.

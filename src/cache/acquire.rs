@@ -8,15 +8,16 @@ use std::{
 };
 
 use pin_project_lite::pin_project;
-use tokio::{runtime::Handle, time::Instant};
+use tokio::runtime::Handle;
 
 use super::{
-    Entry, Found,
+    entry::{Entry, Found},
     flight::{End, Flight, Waiter},
 };
 use crate::{
     error::{Kind, TokenError},
     policy,
+    time::Now,
     token::AccessToken,
 };
 
@@ -108,7 +109,9 @@ fn wait_for(flight: &Arc<Flight>, impatient: bool, entry: &Entry) -> Result<Wait
         return Err(TokenError::new(Kind::Overloaded, true));
     };
     let until = match impatient {
-        true => flight.overdue().min(Instant::now() + policy::PATIENCE),
+        true => flight
+            .overdue()
+            .min(Now::read().monotonic + policy::PATIENCE),
         false => flight.overdue(),
     };
     Ok(Waiter::new(seat, until))

@@ -16,11 +16,14 @@
 //! The mutex orders everything: who looks after the end sees it, who looked before has its waker in the slab.
 
 use std::{
-    future::Future,
+    future::{Future, poll_fn},
     mem,
-    pin::Pin,
+    pin::{Pin, pin},
     ptr,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, Waker, ready},
     time::Duration,
 };
@@ -33,7 +36,7 @@ use tokio::{
     time::{self, Instant, Sleep},
 };
 
-use super::{Entry, state::Plan, warm};
+use super::{entry::Entry, state::Plan, warm};
 use crate::{
     error::{Kind, TokenError},
     source::{Fetch, TokenResponse},
@@ -68,14 +71,17 @@ pub(crate) enum End {
     Abandoned,
 }
 
-impl End {
-    pub(crate) fn failed(error: TokenError) -> Self {
-        match error.kind() {
-            Kind::Abandoned => Self::Abandoned,
-            _ => Self::Failed(error),
-        }
-    }
+/// What comes of a flight's attempts.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// A token, asked for at this time.
+    Granted(TokenResponse, Now),
+    Failed(TokenError),
+    /// Nothing: the task was dropped.
+    Lost,
+}
 
+impl End {
     /// Emits the event of this end; after a failure no other flight starts for `retry_in`.
     pub(crate) fn report(&self, retry_in: Option<Duration>) {
         match self {
@@ -116,13 +122,14 @@ impl Flight {
         self.inner.lock().end.is_some()
     }
 
-    /// Takes a place among the waiters, if there are fewer than `limit`.
+    /// Takes a place among the waiters, if there are fewer than `limit` or none is needed any more.
     pub(crate) fn seat(self: &Arc<Self>, limit: usize) -> Option<Seat> {
         let mut inner = self.inner.lock();
-        if inner.waiters.len() >= limit {
-            return None;
-        }
-        let slot = inner.waiters.insert(Waker::noop().clone());
+        let slot = match inner.end {
+            Some(_) => None,
+            None if inner.waiters.len() >= limit => return None,
+            None => Some(inner.waiters.insert(Waker::noop().clone())),
+        };
         drop(inner);
         Some(Seat {
             flight: Arc::clone(self),
@@ -142,34 +149,34 @@ impl PartialEq for Flight {
 #[derive(Debug)]
 pub(crate) struct Seat {
     flight: Arc<Flight>,
-    slot: usize,
+    /// Absent if the flight had ended before.
+    slot: Option<usize>,
 }
 
 impl Seat {
     fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        // Cloned and dropped outside of the lock, being foreign code.
+        let mut waker = cx.waker().clone();
         let mut inner = self.flight.inner.lock();
         if let Some(end) = &inner.end {
             return Poll::Ready(end.clone());
         }
-        let waker = &mut inner.waiters[self.slot];
-        if waker.will_wake(cx.waker()) {
-            return Poll::Pending;
+        if let Some(seated) = self.slot.and_then(|slot| inner.waiters.get_mut(slot)) {
+            mem::swap(seated, &mut waker);
         }
-        let old = mem::replace(waker, cx.waker().clone());
         drop(inner);
-        drop(old);
         Poll::Pending
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        let mut inner = self.flight.inner.lock();
-        // The slab was emptied if the flight has ended, and nobody is seated in it after that.
-        let waker = match inner.end {
-            Some(_) => None,
-            None => inner.waiters.try_remove(self.slot),
+        let Some(slot) = self.slot else {
+            return;
         };
+        let mut inner = self.flight.inner.lock();
+        // The slab is empty once the flight has ended.
+        let waker = inner.waiters.try_remove(slot);
         drop(inner);
         drop(waker);
     }
@@ -216,7 +223,11 @@ impl Future for Waiter {
 /// Not to be called with the state locked: a runtime that is shutting down drops the task right here, and
 /// with it the [`Ending`], which takes that lock.
 pub(crate) fn launch(runtime: &Handle, entry: Arc<Entry>, flight: Arc<Flight>, plan: Plan) {
-    let ending = Ending { entry, flight };
+    let ending = Ending {
+        entry,
+        flight,
+        asking: AtomicBool::new(false),
+    };
     runtime.spawn(async move {
         telemetry::flight_started(plan.forced, plan.delay);
         let outcome = fly(&ending, plan).await;
@@ -233,6 +244,8 @@ pub(crate) fn launch(runtime: &Handle, entry: Arc<Entry>, flight: Arc<Flight>, p
 struct Ending {
     entry: Arc<Entry>,
     flight: Arc<Flight>,
+    /// Whether the source is being polled. Only this task writes and reads it.
+    asking: AtomicBool,
 }
 
 impl Drop for Ending {
@@ -240,16 +253,42 @@ impl Drop for Ending {
         if self.flight.has_ended() {
             return;
         }
-        let kind = match std::thread::panicking() {
-            true => Kind::Panicked,
-            false => Kind::Abandoned,
+        // Nothing but a panic leaves the source in the middle of a poll.
+        let outcome = match self.asking.load(Ordering::Relaxed) {
+            true => Outcome::Failed(TokenError::new(Kind::Panicked, true)),
+            false => Outcome::Lost,
         };
-        self.entry
-            .land(&self.flight, Err(TokenError::new(kind, true)));
+        self.entry.land(&self.flight, outcome);
+        // If the flight was off the record already, because landing it panicked.
+        self.flight.end(End::Abandoned);
     }
 }
 
-async fn fly(ending: &Ending, plan: Plan) -> Result<(TokenResponse, Now), TokenError> {
+impl Ending {
+    /// Asks the source once.
+    ///
+    /// Each step of it is fenced: a parked runtime that is driven again comes back late, and neither its timers
+    /// nor the source know that the flight was given up.
+    async fn ask(&self, fetch: Fetch, deadline: Instant) -> Result<TokenResponse, TokenError> {
+        let limit = fetch.timeout;
+        // The source's own code before its first await is fenced too.
+        let mut asked = pin!(async { self.entry.source().fetch(fetch).await });
+        let fenced = poll_fn(|cx| {
+            if self.flight.has_ended() || Now::read().monotonic >= deadline {
+                return Poll::Ready(Err(TokenError::new(Kind::Timeout, true)));
+            }
+            self.asking.store(true, Ordering::Relaxed);
+            let answer = asked.as_mut().poll(cx);
+            self.asking.store(false, Ordering::Relaxed);
+            answer
+        });
+        time::timeout(limit, fenced)
+            .await
+            .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout, true)))
+    }
+}
+
+async fn fly(ending: &Ending, plan: Plan) -> Outcome {
     // A sleep of zero takes up to a millisecond.
     if !plan.delay.is_zero() {
         time::sleep(plan.delay).await;
@@ -257,39 +296,33 @@ async fn fly(ending: &Ending, plan: Plan) -> Result<(TokenResponse, Now), TokenE
     let deadline = plan.deadline;
     time::timeout_at(deadline, attempts(ending, plan))
         .await
-        .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout, true)))
+        .unwrap_or_else(|_| Outcome::Failed(TokenError::new(Kind::Timeout, true)))
 }
 
 /// Asks the source until it answers, says that asking again is of no use, or the plan's attempts are made.
-async fn attempts(ending: &Ending, mut plan: Plan) -> Result<(TokenResponse, Now), TokenError> {
+async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
     let policy = ending.entry.policy();
     let mut attempt = 1;
     loop {
-        // A parked runtime that is driven again comes back late: its time is up before its timers say so.
-        if ending.flight.has_ended() || Instant::now() >= plan.deadline {
-            return Err(TokenError::new(Kind::Timeout, true));
-        }
         let sent = Now::read();
         let fetch = Fetch {
             attempt,
+            timeout: policy.attempt_limit(),
             refresh_token: plan.refresh_token.take(),
         };
-        let answer = time::timeout(policy.attempt_limit(), ending.entry.source().fetch(fetch))
-            .await
-            .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout, true)));
-        let error = match answer {
+        let error = match ending.ask(fetch, plan.deadline).await {
             Ok(response) => {
                 if response.expires_in.is_none() {
                     telemetry::lifetime_assumed(policy.assumed_lifetime());
                 }
                 let sent = response.sent.unwrap_or(sent);
-                return Ok((response, sent));
+                return Outcome::Granted(response, sent);
             }
             Err(error) => error,
         };
         // A server that names a time is not to be asked before; the gate sees to that.
         if !error.is_transient() || error.retry_after().is_some() || attempt >= plan.attempts {
-            return Err(error);
+            return Outcome::Failed(error);
         }
         telemetry::attempt_failed(attempt, &error);
         time::sleep(policy.pause(attempt, &mut Rng::new())).await;
@@ -299,10 +332,7 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Result<(TokenResponse, Now
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        sync::atomic::{AtomicUsize, Ordering},
-        task::Wake,
-    };
+    use std::{sync::atomic::AtomicUsize, task::Wake};
 
     use super::*;
 
@@ -351,7 +381,10 @@ mod tests {
         drop(seat);
         let seat = flight.seat(1);
         flight.end(End::Abandoned);
-        drop(seat);
+        // Those who come late take no place.
+        let late = [flight.seat(1).unwrap(), flight.seat(1).unwrap()];
+        assert!(flight.inner.lock().waiters.is_empty());
+        drop((seat, late));
         assert!(flight.inner.lock().waiters.is_empty());
     }
 
@@ -379,16 +412,14 @@ mod tests {
 /// Models of the races, for `loom`: each execution order of the threads is tried.
 #[cfg(all(test, tower_bearer_loom))]
 mod models {
-    use std::future::poll_fn;
-
     use loom::{future::block_on, thread};
 
     use super::*;
-    use crate::{cache::TokenCache, policy::RefreshPolicy, source::source_fn};
+    use crate::{cache::state::Decision, policy::RefreshPolicy, source::source_fn};
 
     fn entry() -> Arc<Entry> {
         let source = source_fn(|_| async { Err(TokenError::transient("not asked")) });
-        TokenCache::with_policy(source, RefreshPolicy::new()).entry
+        Entry::new(source, RefreshPolicy::new())
     }
 
     /// An entry with a flight on record.
@@ -398,9 +429,9 @@ mod models {
         (entry, flight)
     }
 
-    fn granted() -> Result<(TokenResponse, Now), TokenError> {
+    fn granted() -> Outcome {
         let response = TokenResponse::new("token").unwrap();
-        Ok((response, Now::read()))
+        Outcome::Granted(response, Now::read())
     }
 
     fn wait(mut seat: Seat) -> End {
@@ -450,6 +481,7 @@ mod models {
             let ending = Ending {
                 entry: Arc::clone(&entry),
                 flight,
+                asking: AtomicBool::new(false),
             };
             let runtime = thread::spawn(move || drop(ending));
             assert!(matches!(wait(seat), End::Abandoned));
@@ -459,7 +491,7 @@ mod models {
                 ..Now::read()
             };
             let decision = entry.state.lock().acquire(later);
-            assert!(matches!(decision, crate::cache::Decision::Start));
+            assert!(matches!(decision, Decision::Start));
         });
     }
 
@@ -485,7 +517,7 @@ mod models {
             }
             let end = wait(seat);
             task.join().unwrap();
-            let published = entry.hot.load().is_some();
+            let published = entry.fresh().is_some();
             match given_up {
                 Some(_) => assert!(matches!(end, End::Abandoned) && !published),
                 None => assert!(matches!(end, End::Done(_)) && published),

@@ -194,7 +194,7 @@ impl World {
         let deadline = (flight.plan.deadline - self.origin).as_millis() as u64;
         if now >= deadline {
             let timeout = TokenError::new(Kind::Timeout, true);
-            return self.land(flight, Err(timeout));
+            return self.land(flight, Err(Some(timeout)));
         }
         if !flight.sending {
             flight.sending = true;
@@ -227,7 +227,7 @@ impl World {
         };
         let over = flight.attempt >= u64::from(flight.plan.attempts);
         if over || !error.is_transient() || error.retry_after().is_some() {
-            return self.land(flight, Err(error));
+            return self.land(flight, Err(Some(error)));
         }
         let pause = self.policy.pause(flight.attempt as u32, &mut self.rng);
         flight.sending = false;
@@ -261,7 +261,7 @@ impl World {
         response
     }
 
-    fn land(&mut self, mut flight: InFlight, outcome: Result<TokenResponse, TokenError>) {
+    fn land(&mut self, mut flight: InFlight, outcome: Result<TokenResponse, Option<TokenError>>) {
         let (now, sent) = (self.now(), self.at(flight.sent));
         match outcome {
             Ok(response) => {
@@ -275,7 +275,7 @@ impl World {
             }
             Err(error) => {
                 self.state
-                    .failed(&flight.id, &error, now)
+                    .failed(&flight.id, error.as_ref(), now)
                     .expect("the flight is on record");
             }
         }
@@ -372,12 +372,24 @@ impl World {
                 assert_eq!(Some(flight), self.flight.as_ref().map(|flight| flight.id));
             }
             Refusal::Start => {
-                let stale = alive.is_some_and(|(held, _)| !held.same_text(&sent));
-                assert!(!stale, "law 8: a late 401 costs a token request");
+                let current = alive.is_some_and(|(held, _)| held.same_text(&sent));
+                assert!(current, "law 8: a late 401 costs a token request");
                 self.next_id += 1;
                 let id = self.next_id;
                 let (_, plan) = self.state.begin_forced(|_| id, named, now);
                 self.launch(id, plan, true);
+            }
+            Refusal::Refresh => {
+                assert!(
+                    alive.is_none(),
+                    "law 3: a token that is held is no reason to refresh"
+                );
+                let last = &self.tokens.last().unwrap().0;
+                assert!(
+                    last.same_text(&sent),
+                    "law 8: a late 401 costs a token request"
+                );
+                self.start(now);
             }
             Refusal::Pass => {}
         }
@@ -392,8 +404,8 @@ impl World {
                 flight.parked = true;
                 self.flight = Some(flight);
             }
-            Loss::Drop => self.land(flight, Err(TokenError::new(Kind::Abandoned, true))),
-            Loss::Panic => self.land(flight, Err(TokenError::new(Kind::Panicked, true))),
+            Loss::Drop => self.land(flight, Err(None)),
+            Loss::Panic => self.land(flight, Err(Some(TokenError::new(Kind::Panicked, true)))),
         }
     }
 

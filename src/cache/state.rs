@@ -19,7 +19,7 @@ use fastrand::Rng;
 use tokio::time::Instant;
 
 use crate::{
-    error::{Kind, TokenError},
+    error::TokenError,
     policy::{self, RefreshPolicy},
     source::{RefreshToken, TokenResponse},
     time::{Deadline, Now},
@@ -37,6 +37,8 @@ pub(crate) struct State<F> {
     /// The token has used its exemption from the gate.
     exempted: bool,
     refresh_token: Option<(RefreshToken, Option<Deadline>)>,
+    /// The refresh token that was handed out last.
+    spent: Option<RefreshToken>,
     /// No unforced flight sends before this.
     floor: Option<Deadline>,
     flight: Option<OnRecord<F>>,
@@ -78,6 +80,8 @@ pub(crate) enum Refusal<F> {
     Join(F),
     /// Start a forced flight: it brings another token.
     Start,
+    /// Start the flight that is due anyway, since the token has died.
+    Refresh,
     /// There is no other token to try.
     Pass,
 }
@@ -103,6 +107,7 @@ impl<F: Clone + PartialEq> State<F> {
             rejected: false,
             exempted: false,
             refresh_token: None,
+            spent: None,
             floor: None,
             flight: None,
             flights: 0,
@@ -138,15 +143,20 @@ impl<F: Clone + PartialEq> State<F> {
     /// A 401 counts against the token that was sent (law 8), and only for as much as the cooldown and the
     /// gate allow: while there is no way to another token, it changes nothing.
     pub(crate) fn refused(&mut self, sent: &AccessToken, named: bool, now: Now) -> Refusal<F> {
-        let current = self.attachable(now);
-        let is_current = current.as_ref().is_none_or(|token| token.same_text(sent));
-        match (current, &self.flight) {
+        let is_current = self
+            .token
+            .as_ref()
+            .is_some_and(|token| token.same_text(sent));
+        match (self.attachable(now), &self.flight) {
             (Some(token), _) if !is_current && !self.rejected => Refusal::Replay(token),
             (current, Some(record)) => {
                 self.rejected |= named && is_current && current.is_some();
                 Refusal::Join(record.flight.clone())
             }
-            (_, None) if self.gate.is_open(now) && self.cooldown.is_over(now) => Refusal::Start,
+            (None, None) if is_current && self.may_pass(now) => Refusal::Refresh,
+            (Some(_), None) if self.gate.is_open(now) && self.cooldown.is_over(now) => {
+                Refusal::Start
+            }
             (_, None) => Refusal::Pass,
         }
     }
@@ -169,12 +179,15 @@ impl<F: Clone + PartialEq> State<F> {
         let refresh_token = refresh_token
             .filter(|(_, expiry)| !expiry.is_some_and(|expiry| expiry.has_come(now)))
             .map(|(token, _)| token);
+        if let Some(token) = &refresh_token {
+            self.spent = Some(token.clone());
+        }
         self.record(make, false, delay, refresh_token, now)
     }
 
     /// Puts a flight on record that a 401 forced, as [`Refusal::Start`] asks for.
     ///
-    /// The session may be gone that the refresh token belongs to, so this one starts without it.
+    /// The session may be gone that the refresh token belongs to, so it is forgotten.
     pub(crate) fn begin_forced(
         &mut self,
         make: impl FnOnce(Instant) -> F,
@@ -182,6 +195,7 @@ impl<F: Clone + PartialEq> State<F> {
         now: Now,
     ) -> (F, Plan) {
         self.rejected = named && self.attachable(now).is_some();
+        self.refresh_token = None;
         self.cooldown.begin(now);
         self.record(make, true, Duration::ZERO, None, now)
     }
@@ -198,9 +212,14 @@ impl<F: Clone + PartialEq> State<F> {
         let first = self.floor.is_none();
         let schedule = self.policy.schedule(&response, first, &mut self.rng);
         let token = AccessToken::new(&response.access_token, response.scope, schedule, sent, now);
-        self.refresh_token = response.refresh_token.map(|refresh_token| {
-            let expiry = refresh_token.expires_in.map(|after| sent.after(after));
-            (refresh_token, expiry)
+        // A server that does not rotate its refresh tokens sends the one that it got.
+        let spent = self.spent.as_ref();
+        let refresh_token = response
+            .refresh_token
+            .filter(|token| spent.is_none_or(|spent| !spent.same_text(token)));
+        self.refresh_token = refresh_token.map(|token| {
+            let expiry = token.expires_in.map(|after| sent.after(after));
+            (token, expiry)
         });
         self.token = Some(token.clone());
         self.exempted = false;
@@ -209,9 +228,14 @@ impl<F: Clone + PartialEq> State<F> {
         Some(token)
     }
 
-    /// Takes the failure of `flight` and returns for how long the gate is shut, if the flight is still on
-    /// record.
-    pub(crate) fn failed(&mut self, flight: &F, error: &TokenError, now: Now) -> Option<Duration> {
+    /// Takes the failure of `flight`, or without an error its loss, and returns for how long the gate is shut, if
+    /// the flight is still on record.
+    pub(crate) fn failed(
+        &mut self,
+        flight: &F,
+        error: Option<&TokenError>,
+        now: Now,
+    ) -> Option<Duration> {
         self.close(flight, now)?;
         Some(self.gate.shut(&self.policy, error, &mut self.rng, now))
     }
@@ -226,7 +250,7 @@ impl<F: Clone + PartialEq> State<F> {
             return None;
         }
         let flight = record.flight.clone();
-        self.failed(&flight, &TokenError::new(Kind::Abandoned, true), now);
+        self.failed(&flight, None, now);
         Some(flight)
     }
 
@@ -334,20 +358,20 @@ impl Gate {
     fn shut(
         &mut self,
         policy: &RefreshPolicy,
-        error: &TokenError,
+        error: Option<&TokenError>,
         rng: &mut Rng,
         now: Now,
     ) -> Duration {
         self.failures = self.failures.saturating_add(1);
-        self.terminal = match error.is_transient() {
+        self.terminal = match error.is_none_or(TokenError::is_transient) {
             true => 0,
             false => self.terminal.saturating_add(1),
         };
         let times = policy.gate(self.failures, self.terminal, error, rng);
         self.opens = Some(now.after(times.opens_after));
         self.strict = Some(now.after(times.strict_until));
-        // An abandoned flight says nothing of the server: the next callers wait for a new one.
-        if error.kind() != Kind::Abandoned {
+        // A lost flight says nothing of the server: the next callers wait for a new one.
+        if let Some(error) = error {
             self.remembered = Some(error.clone());
         }
         times.opens_after
@@ -444,7 +468,7 @@ mod tests {
         }
 
         fn fail(&mut self, flight: u32, error: &TokenError) {
-            self.state.failed(&flight, error, self.now).unwrap();
+            self.state.failed(&flight, Some(error), self.now).unwrap();
         }
 
         /// What a caller does, in a word.
@@ -467,6 +491,7 @@ mod tests {
                 Refusal::Replay(token) => format!("replay {}", token.expose_secret()),
                 Refusal::Join(flight) => format!("join {flight}"),
                 Refusal::Start => "start".to_owned(),
+                Refusal::Refresh => "refresh".to_owned(),
                 Refusal::Pass => "pass".to_owned(),
             }
         }
@@ -592,6 +617,19 @@ mod tests {
         assert_eq!(case.refused(&newest, true), "start");
     }
 
+    /// Law 8: without a token to replay with, a late 401 costs nothing either.
+    #[test]
+    fn a_401_about_a_token_that_is_neither_held_nor_was_last_is_passed_on() {
+        let (mut case, old, new) = Case::with_token();
+        case.pass(990.5);
+        assert_eq!(case.refused(&old, true), "pass");
+        // Its own death explains the 401 about the last token: no force, and no cooldown.
+        assert_eq!(case.refused(&new, true), "refresh");
+        let (flight, _) = case.begin();
+        assert_eq!(case.refused(&old, true), format!("join {flight}"));
+        assert_eq!(Case::new().refused(&new, true), "pass");
+    }
+
     #[test]
     fn an_unexplained_401_makes_no_other_request_wait() {
         let (mut case, _, new) = Case::with_token();
@@ -649,7 +687,7 @@ mod tests {
         let (next, plan) = case.begin();
         assert!(plan.delay >= Duration::from_millis(250));
         assert!(case.land(flight, "late", 300).is_none());
-        assert!(case.state.failed(&flight, &down(), case.now).is_none());
+        assert!(case.state.failed(&flight, None, case.now).is_none());
         assert_eq!(case.acquire(), format!("join {next}"));
     }
 
@@ -691,12 +729,21 @@ mod tests {
                 .map(|token| token.expose_secret().to_owned())
         };
         let mut case = Case::new();
-        grant(&mut case, RefreshToken::new("one"));
+        grant(&mut case, RefreshToken::new("zero"));
         let forced = case.begin_forced(true);
         case.fail(forced, &down());
         let (flight, plan) = case.begin();
+        assert_eq!(sent(plan), None);
+        case.fail(flight, &down());
+        grant(&mut case, RefreshToken::new("one"));
+        let (flight, plan) = case.begin();
         assert_eq!(sent(plan).as_deref(), Some("one"));
         case.fail(flight, &down());
+        let (flight, plan) = case.begin();
+        assert_eq!(sent(plan), None);
+        case.fail(flight, &down());
+        // The server sends again what was sent to it.
+        grant(&mut case, RefreshToken::new("one"));
         let (flight, plan) = case.begin();
         assert_eq!(sent(plan), None);
         case.fail(flight, &down());

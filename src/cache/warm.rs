@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::time;
 
-use super::Entry;
+use super::entry::Entry;
 use crate::time::Now;
 
 /// Starts the flight that follows the last one once it is due, unless something else does before.

@@ -36,11 +36,11 @@ pub enum AuthMethod {
     ClientSecretPost,
 }
 
-impl From<AuthMethod> for AuthType {
-    fn from(method: AuthMethod) -> Self {
-        match method {
-            AuthMethod::ClientSecretBasic => Self::BasicAuth,
-            AuthMethod::ClientSecretPost => Self::RequestBody,
+impl AuthMethod {
+    fn auth_type(self) -> AuthType {
+        match self {
+            Self::ClientSecretBasic => AuthType::BasicAuth,
+            Self::ClientSecretPost => AuthType::RequestBody,
         }
     }
 }
@@ -87,7 +87,7 @@ impl ClientCredentialsBuilder {
     pub fn auth_method(mut self, method: AuthMethod) -> Self {
         self.client = self
             .client
-            .map(|client| client.with_auth_type(method.into()));
+            .map(|client| client.with_auth_type(method.auth_type()));
         self
     }
 

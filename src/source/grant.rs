@@ -100,9 +100,8 @@ where
     ) -> AnswerFuture<'a> {
         Box::pin(async move {
             let token = oauth2::RefreshToken::new(token.expose_secret().to_owned());
-            let mut request = self
-                .exchange_refresh_token(&token)
-                .add_scopes(asked.scopes.iter().cloned());
+            // Without a scope, which means the one that was granted: to ask for more is an error.
+            let mut request = self.exchange_refresh_token(&token);
             for (name, value) in &asked.params {
                 request = request.add_extra_param(name, value);
             }

@@ -53,6 +53,8 @@ impl<T: TokenSource> TokenSource for Arc<T> {
 pub struct Fetch {
     /// The number of this attempt within its flight, from 1.
     pub attempt: u32,
+    /// How long the attempt may take before it is dropped.
+    pub timeout: Duration,
     /// The refresh token that came with the last answer, handed out once: the cache forgets it here.
     ///
     /// Absent when there was none, when it has expired, and after the API refused the access token, since
@@ -61,11 +63,12 @@ pub struct Fetch {
 }
 
 impl Fetch {
-    /// Creates a first attempt without a refresh token, as tests of a source need it.
+    /// Creates a first attempt of 10 s without a refresh token, as tests of a source need it.
     #[must_use]
     pub fn new() -> Self {
         Self {
             attempt: 1,
+            timeout: Duration::from_secs(10),
             refresh_token: None,
         }
     }
@@ -171,6 +174,7 @@ impl fmt::Debug for TokenResponse {
 /// A refresh token (RFC 6749 section 1.5), with the lifetime that its server gave it.
 ///
 /// The text is wiped from memory on drop and never printed.
+#[derive(Clone)]
 pub struct RefreshToken {
     text: SecretString,
     pub(crate) expires_in: Option<Duration>,
@@ -178,6 +182,7 @@ pub struct RefreshToken {
 
 impl RefreshToken {
     /// Creates a refresh token that is good until it is refused.
+    #[must_use]
     pub fn new(text: impl Into<String>) -> Self {
         Self {
             text: SecretString::from(text.into()),
@@ -190,6 +195,10 @@ impl RefreshToken {
     pub fn expires_in(mut self, lifetime: Duration) -> Self {
         self.expires_in = Some(lifetime);
         self
+    }
+
+    pub(crate) fn same_text(&self, other: &Self) -> bool {
+        self.expose_secret() == other.expose_secret()
     }
 
     /// Returns the text, to be sent to the token endpoint and nowhere else.
@@ -218,6 +227,7 @@ impl fmt::Debug for RefreshToken {
 /// # Ok(())
 /// # }
 /// ```
+#[must_use]
 pub fn source_fn<F, Fut>(f: F) -> SourceFn<F>
 where
     F: Fn(Fetch) -> Fut + Send + Sync + 'static,

@@ -4,12 +4,7 @@
 //! the body of what it cannot read in its error, where `Debug` shows the token. So the answer passes through
 //! it as an error of the HTTP client, [`Answered`], which it hands on as it is.
 
-use std::{
-    error::Error,
-    fmt, io,
-    pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{error::Error, fmt, io, pin::Pin, sync::Arc};
 
 use bytes::Bytes;
 use http::{Request, Response, header::AUTHORIZATION};
@@ -22,6 +17,7 @@ use tower_service::Service;
 use super::response::Answer;
 use crate::{
     error::{BoxError, Kind, TokenError},
+    sync::Mutex,
     time::Now,
 };
 
@@ -54,11 +50,7 @@ impl Transport {
     }
 
     fn service(&self) -> Erased {
-        // A poisoned lock tells of a clone that panicked, which changed nothing of what was cloned.
-        self.prototype
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.prototype.lock().clone()
     }
 }
 
@@ -137,7 +129,8 @@ fn broken(error: BoxError) -> TokenError {
 
 fn is_timeout(error: &(dyn Error + 'static)) -> bool {
     std::iter::successors(Some(error), |&error| error.source()).any(|error| {
-        error.is::<tokio::time::error::Elapsed>()
+        error.is::<tower::timeout::error::Elapsed>()
+            || error.is::<tokio::time::error::Elapsed>()
             || error
                 .downcast_ref::<io::Error>()
                 .is_some_and(|error| error.kind() == io::ErrorKind::TimedOut)

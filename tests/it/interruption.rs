@@ -4,7 +4,7 @@ use std::{
     pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
         mpsc,
     },
     task::Poll,
@@ -12,6 +12,7 @@ use std::{
 
 use tokio::{
     runtime::{Builder, Runtime},
+    sync::Semaphore,
     time::{self, Instant},
 };
 use tower_bearer::{
@@ -177,6 +178,44 @@ fn callers_are_served_when_the_flights_runtime_is_parked_and_its_late_result_cou
         assert_eq!(now(cache.get()).unwrap().expose_secret(), "token-2");
         assert_eq!(server.requests(), 2);
     }
+}
+
+/// Law 1: an attempt is fenced at each of its steps, not only between attempts.
+#[test]
+fn a_parked_attempt_that_was_given_up_sends_nothing_more_when_it_is_driven_again() {
+    let (begun, sent) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+    let gate = Arc::new(Semaphore::new(0));
+    let source = source_fn({
+        let (begun, sent, gate) = (begun.clone(), sent.clone(), gate.clone());
+        move |_| {
+            let (begun, sent, gate) = (begun.clone(), sent.clone(), gate.clone());
+            async move {
+                // The first attempt is held where a connection would be made.
+                if begun.fetch_add(1, Ordering::SeqCst) == 0 {
+                    gate.acquire().await.unwrap().forget();
+                }
+                sent.fetch_add(1, Ordering::SeqCst);
+                TokenResponse::new("token")
+            }
+        }
+    });
+    let policy = RefreshPolicy::new().flight_timeout(millis(200));
+    let cache = TokenCache::with_policy(source, policy);
+    let parked = current_thread();
+    let stuck = {
+        let _context = parked.enter();
+        caller(&cache)
+    };
+    parked.block_on(until(|| begun.load(Ordering::SeqCst) == 1));
+
+    current_thread()
+        .block_on(async { time::timeout(secs(5), cache.get()).await })
+        .expect("it is served")
+        .unwrap();
+    gate.add_permits(1);
+    let stuck = parked.block_on(async { time::timeout(secs(5), stuck).await });
+    assert!(stuck.expect("it is served").unwrap().is_ok());
+    assert_eq!(sent.load(Ordering::SeqCst), 1);
 }
 
 /// Law 6.
