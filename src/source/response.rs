@@ -21,7 +21,7 @@ use serde::{
     Deserialize, Deserializer,
     de::{IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
-use serde_json::{Value, error::Category};
+use serde_json::{error::Category, value::RawValue};
 
 use super::{RefreshToken, TokenResponse};
 use crate::{
@@ -84,10 +84,10 @@ impl fmt::Debug for Answer {
 struct Document {
     access_token: Text,
     token_type: Text,
-    expires_in: Value,
+    expires_in: Option<Box<RawValue>>,
     refresh_token: Text,
-    refresh_expires_in: Value,
-    refresh_in: Value,
+    refresh_expires_in: Option<Box<RawValue>>,
+    refresh_in: Option<Box<RawValue>>,
     scope: Text,
     error: Text,
 }
@@ -111,9 +111,9 @@ impl Document {
             return Err(malformed("the answer's token_type is not Bearer"));
         }
         Ok(TokenResponse {
-            expires_in: seconds(&self.expires_in),
-            refresh_in: seconds(&self.refresh_in),
-            refresh_token: refresh_token(&self.refresh_token, &self.refresh_expires_in),
+            expires_in: seconds(self.expires_in.as_deref()),
+            refresh_in: seconds(self.refresh_in.as_deref()),
+            refresh_token: refresh_token(&self.refresh_token, self.refresh_expires_in.as_deref()),
             scope: self.scope.get().map(str::to_owned),
             ..TokenResponse::new(access_token)?
         })
@@ -187,7 +187,7 @@ fn is_bearer(token_type: Option<&str>) -> bool {
     token_type.is_some_and(|token_type| token_type.eq_ignore_ascii_case("bearer"))
 }
 
-fn refresh_token(text: &Text, expires_in: &Value) -> Option<RefreshToken> {
+fn refresh_token(text: &Text, expires_in: Option<&RawValue>) -> Option<RefreshToken> {
     let token = RefreshToken::new(text.get()?);
     // Keycloak says 0 for a token that does not expire.
     match seconds(expires_in).filter(|lifetime| !lifetime.is_zero()) {
@@ -198,14 +198,11 @@ fn refresh_token(text: &Text, expires_in: &Value) -> Option<RefreshToken> {
 
 /// Reads a lifetime in seconds: a number or the text of one, and nothing if it makes no sense.
 ///
-/// A `Value` is read rather than a number by a visitor of our own, because its shape depends on serde_json's
-/// `arbitrary_precision`, which any crate of a build can switch on.
-fn seconds(value: &Value) -> Option<Duration> {
-    let seconds = match value {
-        Value::Number(number) => number.as_f64()?,
-        Value::String(text) => text.trim().parse().ok()?,
-        _ => return None,
-    };
+/// The raw text is read, since serde_json refuses a document over a number that fits into no `f64`.
+fn seconds(value: Option<&RawValue>) -> Option<Duration> {
+    let json = value?.get();
+    let text: String = serde_json::from_str(json).unwrap_or_else(|_| json.to_owned());
+    let seconds: f64 = text.trim().parse().ok()?;
     // Also false of NaN.
     if seconds >= 0.0 && seconds.is_finite() {
         Some(Duration::from_secs_f64(seconds.min(LONGEST_SECONDS)))
@@ -407,6 +404,7 @@ mod tests {
             ("9223372036854775808", Some(longest)),
             ("18446744073709551616", Some(longest)),
             ("1e300", Some(longest)),
+            ("1e400", None),
             (r#""1e300""#, Some(longest)),
             ("-1", None),
             (r#""-1""#, None),
