@@ -111,6 +111,7 @@ impl Entry {
             ),
             Decision::Fail(error) => (Found::Error(error), None),
             // Without a runtime there is neither a task for the flight nor a timer for its waiter.
+            Decision::Join(_, Some(token)) if !can_start => (Found::Token(token), None),
             Decision::Start | Decision::Join(..) if !can_start => {
                 (Found::Error(TokenError::new(Kind::NoRuntime, false)), None)
             }

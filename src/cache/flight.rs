@@ -18,12 +18,10 @@
 use std::{
     future::{Future, poll_fn},
     mem,
+    panic::{self, AssertUnwindSafe},
     pin::{Pin, pin},
     ptr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     task::{Context, Poll, Waker, ready},
     time::Duration,
 };
@@ -109,9 +107,7 @@ impl Flight {
         inner.end = Some(end);
         let waiters = mem::take(&mut inner.waiters);
         drop(inner);
-        for (_, waker) in waiters {
-            waker.wake();
-        }
+        Wakers(waiters.into_iter()).all();
     }
 
     pub(crate) fn overdue(&self) -> Instant {
@@ -142,6 +138,23 @@ impl Flight {
 impl PartialEq for Flight {
     fn eq(&self, other: &Self) -> bool {
         ptr::eq(self, other)
+    }
+}
+
+/// Wakers to wake, all of them though one may panic.
+struct Wakers(slab::IntoIter<Waker>);
+
+impl Wakers {
+    fn all(&mut self) {
+        for (_, waker) in &mut self.0 {
+            waker.wake();
+        }
+    }
+}
+
+impl Drop for Wakers {
+    fn drop(&mut self) {
+        self.all();
     }
 }
 
@@ -223,11 +236,7 @@ impl Future for Waiter {
 /// Not to be called with the state locked: a runtime that is shutting down drops the task right here, and
 /// with it the [`Ending`], which takes that lock.
 pub(crate) fn launch(runtime: &Handle, entry: Arc<Entry>, flight: Arc<Flight>, plan: Plan) {
-    let ending = Ending {
-        entry,
-        flight,
-        asking: AtomicBool::new(false),
-    };
+    let ending = Ending { entry, flight };
     runtime.spawn(async move {
         telemetry::flight_started(plan.forced, plan.delay);
         let outcome = fly(&ending, plan).await;
@@ -244,8 +253,6 @@ pub(crate) fn launch(runtime: &Handle, entry: Arc<Entry>, flight: Arc<Flight>, p
 struct Ending {
     entry: Arc<Entry>,
     flight: Arc<Flight>,
-    /// Whether the source is being polled. Only this task writes and reads it.
-    asking: AtomicBool,
 }
 
 impl Drop for Ending {
@@ -253,12 +260,7 @@ impl Drop for Ending {
         if self.flight.has_ended() {
             return;
         }
-        // Nothing but a panic leaves the source in the middle of a poll.
-        let outcome = match self.asking.load(Ordering::Relaxed) {
-            true => Outcome::Failed(TokenError::new(Kind::Panicked, true)),
-            false => Outcome::Lost,
-        };
-        self.entry.land(&self.flight, outcome);
+        self.entry.land(&self.flight, Outcome::Lost);
         // If the flight was off the record already, because landing it panicked.
         self.flight.end(End::Abandoned);
     }
@@ -268,7 +270,7 @@ impl Ending {
     /// Asks the source once.
     ///
     /// Each step of it is fenced: a parked runtime that is driven again comes back late, and neither its timers
-    /// nor the source know that the flight was given up.
+    /// nor the source know that the flight was given up. A panic of the source is an error like others.
     async fn ask(&self, fetch: Fetch, deadline: Instant) -> Result<TokenResponse, TokenError> {
         let limit = fetch.timeout;
         // The source's own code before its first await is fenced too.
@@ -277,10 +279,9 @@ impl Ending {
             if self.flight.has_ended() || Now::read().monotonic >= deadline {
                 return Poll::Ready(Err(TokenError::new(Kind::Timeout, true)));
             }
-            self.asking.store(true, Ordering::Relaxed);
-            let answer = asked.as_mut().poll(cx);
-            self.asking.store(false, Ordering::Relaxed);
-            answer
+            // A future that has panicked is not polled again, so it does not matter how it was left.
+            panic::catch_unwind(AssertUnwindSafe(|| asked.as_mut().poll(cx)))
+                .unwrap_or_else(|_| Poll::Ready(Err(TokenError::new(Kind::Panicked, true))))
         });
         time::timeout(limit, fenced)
             .await
@@ -320,8 +321,11 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
             }
             Err(error) => error,
         };
-        // A server that names a time is not to be asked before; the gate sees to that.
-        if !error.is_transient() || error.retry_after().is_some() || attempt >= plan.attempts {
+        // A server that names a time is not to be asked before, and what has panicked is left alone for a while;
+        // the gate sees to that.
+        let retry =
+            error.is_transient() && error.retry_after().is_none() && !error.is_interrupted();
+        if !retry || attempt >= plan.attempts {
             return Outcome::Failed(error);
         }
         telemetry::attempt_failed(attempt, &error);
@@ -332,7 +336,10 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::atomic::AtomicUsize, task::Wake};
+    use std::{
+        sync::atomic::{AtomicUsize, Ordering},
+        task::Wake,
+    };
 
     use super::*;
 
@@ -386,6 +393,32 @@ mod tests {
         assert!(flight.inner.lock().waiters.is_empty());
         drop((seat, late));
         assert!(flight.inner.lock().waiters.is_empty());
+    }
+
+    #[test]
+    fn a_waker_that_panics_leaves_nobody_asleep() {
+        struct Panics;
+
+        impl Wake for Panics {
+            fn wake(self: Arc<Self>) {
+                panic!("the scripted waker panics");
+            }
+        }
+
+        let flight = flight();
+        let count = Arc::new(Count::default());
+        let mut seats = Vec::new();
+        for waker in [
+            Waker::from(Arc::new(Panics)),
+            Waker::from(Arc::clone(&count)),
+        ] {
+            let mut seat = flight.seat(usize::MAX).unwrap();
+            assert!(seat.poll_end(&mut Context::from_waker(&waker)).is_pending());
+            seats.push(seat);
+        }
+        let end = panic::catch_unwind(AssertUnwindSafe(|| flight.end(End::Abandoned)));
+        assert!(end.is_err());
+        assert_eq!(count.0.load(Ordering::Relaxed), 1);
     }
 
     #[test]
@@ -481,7 +514,6 @@ mod models {
             let ending = Ending {
                 entry: Arc::clone(&entry),
                 flight,
-                asking: AtomicBool::new(false),
             };
             let runtime = thread::spawn(move || drop(ending));
             assert!(matches!(wait(seat), End::Abandoned));

@@ -218,6 +218,35 @@ fn a_parked_attempt_that_was_given_up_sends_nothing_more_when_it_is_driven_again
     assert_eq!(sent.load(Ordering::SeqCst), 1);
 }
 
+/// Law 3: the last resort is for those as well who cannot wait for better.
+#[tokio::test(start_paused = true)]
+async fn outside_of_a_runtime_a_refused_token_is_served_while_its_replacement_is_fetched() {
+    let server = AuthServer::new();
+    let cache = TokenCache::new(server.clone());
+    let token = cache.get().await.unwrap();
+    server.hold();
+    cache.invalidate(&token);
+    settle().await;
+    let elsewhere = std::thread::spawn(move || now(cache.get()));
+    let token = elsewhere.join().unwrap().unwrap();
+    assert_eq!(token.expose_secret(), "token-1");
+}
+
+/// Law 7: a warm cache stays warm.
+#[tokio::test(start_paused = true)]
+async fn a_panic_of_the_source_does_not_end_the_watch_of_a_warm_cache() {
+    let server = AuthServer::new();
+    let policy = RefreshPolicy::new().keep_warm(true);
+    let cache = TokenCache::with_policy(server.clone(), policy);
+    cache.get().await.unwrap();
+    server.set(Answer::Panic);
+    time::sleep(secs(230)).await;
+    assert!(server.requests() >= 2);
+    server.set(Answer::Grant(secs(300)));
+    time::sleep(secs(3_600)).await;
+    assert!(cache.peek().is_some());
+}
+
 /// Law 6.
 #[tokio::test(start_paused = true)]
 async fn a_source_that_hangs_is_given_up_at_the_flights_deadline() {
