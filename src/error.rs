@@ -217,14 +217,17 @@ impl fmt::Debug for TokenError {
 impl fmt::Display for TokenError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.0.kind {
-            Kind::Insecure => "the request's URI may not carry a token",
-            Kind::NoRuntime => "no tokio runtime to fetch a token on",
+            Kind::Insecure => {
+                "the request's URI may not carry a token: it is neither https nor loopback, \
+                 and the setting `dangerous_plain_http` is off"
+            }
+            Kind::NoRuntime => "a token can be fetched within a tokio runtime only",
             Kind::Overloaded => "too many requests are waiting for a token",
             Kind::Transport => "the token endpoint could not be reached",
             Kind::Timeout => "the token request timed out",
             Kind::Rejected => "the authorization server refused the token request",
             Kind::Unavailable => "the token endpoint is not available",
-            Kind::Malformed => "the token endpoint's answer is not a token response",
+            Kind::Malformed => "the answer to the token request is not a token response",
             Kind::Panicked => "the token source panicked",
             Kind::Abandoned => "the token request ended with the runtime that ran it",
             Kind::Custom => "the token source failed",

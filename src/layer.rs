@@ -81,7 +81,8 @@ impl<R> BearerAuthLayer<R> {
     ///
     /// Requests to other origins then pass as they are, without a token of ours. Without this setting,
     /// every https origin and every loopback address gets the token. A request whose URI has no authority,
-    /// as services that are bound to one host take them, gets it in either case.
+    /// as services that are bound to one host take them, gets it in either case. An entry of plain http, other than
+    /// loopback, takes [`dangerous_plain_http`](Self::dangerous_plain_http) as well.
     ///
     /// # Errors
     ///

@@ -54,7 +54,8 @@
 //!   Whoever wants to bound what waits puts a limit above, or sets [`RefreshPolicy::max_waiters`].
 //! - A *buffer* below queues requests that carry their token already.
 //!
-//! A retry policy that heeds what the token endpoint said, for any inner error:
+//! A retry policy that heeds what the token endpoint said, for any inner error (it takes tower's feature `retry`,
+//! and goes above this layer: `.retry(RetryTokens { left: 3 }).layer(BearerAuthLayer::new(source))`):
 //!
 //! ```
 //! use std::time::Duration;
@@ -102,13 +103,14 @@
 //!
 //! Events of `tracing` under the target `tower_bearer`: `flight_started`, `token_received` and `attempt_failed` at
 //! DEBUG, `refresh_token_failed` at INFO, `flight_failed`, `flight_lost` and `lifetime_assumed` at WARN. None
-//! carries a token or a secret.
+//! carries a token or a secret. A [`TokenError`] speaks for its own level; what is behind it, such as a failed
+//! connection, is in its [`source`](std::error::Error::source).
 //!
 //! # Limits
 //!
 //! One cache holds one token. The layer does not follow redirects, does not retry anything but a refused token,
-//! and does not read a response's body. It needs a tokio runtime with timers when a token has to be fetched,
-//! and none for a request that finds one.
+//! and does not read a response's body. It needs a tokio runtime when a token has to be fetched, with timers and,
+//! for the default client, IO (`enable_all`); and none for a request that finds a token.
 //!
 //! # Features
 //!
@@ -147,6 +149,6 @@ pub use crate::{
     token::AccessToken,
 };
 
-#[cfg(doctest)]
+#[cfg(all(doctest, feature = "rustls"))]
 #[doc = include_str!("../README.md")]
 struct Readme;

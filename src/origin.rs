@@ -104,8 +104,7 @@ pub(crate) fn refusal(uri: &Uri) -> TokenError {
     let scheme = uri.scheme_str().unwrap_or("(no scheme)");
     let host = uri.host().unwrap_or_default();
     TokenError::new(Kind::Insecure, false).with_source(format!(
-        "{scheme}://{host} is neither https nor loopback; \
-         the setting `dangerous_plain_http` lets plain http carry tokens"
+        "{scheme}://{host} is not safe from being read on the way"
     ))
 }
 
@@ -404,8 +403,8 @@ mod tests {
         let error = refusal(&uri.parse().unwrap());
         assert!(error.is_insecure_uri());
         assert!(!error.is_transient());
+        assert!(error.to_string().contains("`dangerous_plain_http`"));
         let source = error.source().unwrap().to_string();
-        assert!(source.contains("`dangerous_plain_http`"), "{source}");
         assert!(source.contains("http://api.example.com is"), "{source}");
         assert!(!format!("{error} {error:?} {source}").contains("hunter2"));
     }

@@ -84,6 +84,10 @@ impl ClientCredentials {
     /// The client builds the requests, with its id, its secret and its way to authenticate. Its types for
     /// answers are not used: most servers that differ from the standard would fail to fit them.
     ///
+    /// The last type parameter must be `EndpointSet`, as `set_token_uri` makes it; a bare `BasicClient` in a
+    /// function's signature stands for one without a token URL. To depend on `oauth2` for this, leave out its
+    /// default features.
+    ///
     /// ```
     /// # #[cfg(feature = "rustls")]
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -217,13 +217,25 @@ impl fmt::Debug for RefreshToken {
 
 /// Makes a [`TokenSource`] of an async closure.
 ///
+/// The closure is called once for each attempt, so it clones what its future takes along:
+///
 /// ```
-/// use tower_bearer::{TokenCache, TokenResponse, source_fn};
+/// use std::{path::PathBuf, time::Duration};
+/// use tower_bearer::{TokenCache, TokenError, TokenResponse, source_fn};
 ///
 /// # #[tokio::main(flavor = "current_thread")]
-/// # async fn main() -> Result<(), tower_bearer::TokenError> {
-/// let cache = TokenCache::new(source_fn(|_fetch| async { TokenResponse::new("from-the-vault") }));
-/// assert_eq!(cache.get().await?.expose_secret(), "from-the-vault");
+/// # async fn main() -> Result<(), TokenError> {
+/// let path = PathBuf::from("/var/run/secrets/token");
+/// let cache = TokenCache::new(source_fn(move |_fetch| {
+///     let path = path.clone();
+///     async move {
+///         let read = tokio::fs::read_to_string(path).await;
+///         let text = read.map_err(TokenError::transient)?;
+///         Ok(TokenResponse::new(text.trim())?.expires_in(Duration::from_secs(600)))
+///     }
+/// }));
+/// // Nobody has put one there.
+/// assert!(cache.get().await.unwrap_err().is_transient());
 /// # Ok(())
 /// # }
 /// ```
