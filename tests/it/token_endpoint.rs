@@ -22,7 +22,9 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
 };
-use tower_bearer::{ClientCredentials, Fetch, TokenError, TokenResponse, TokenSource};
+use tower_bearer::{
+    ClientCredentials, Fetch, RefreshPolicy, TokenCache, TokenError, TokenResponse, TokenSource,
+};
 
 const SECRET: &str = "CANARY-client-secret";
 
@@ -144,6 +146,39 @@ async fn an_answer_beyond_the_limit_is_not_read_to_its_end() {
     assert!(written.load(Ordering::Relaxed) < SIZE);
 }
 
+/// Law 6 (T12): each byte comes in time, and the answer never does.
+#[tokio::test]
+async fn an_answer_that_drips_is_cut_at_the_attempts_timeout() {
+    let endpoint = raw(|mut stream| async move {
+        read_request(&mut stream).await;
+        let head = b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n";
+        let mut written = stream.write_all(head).await;
+        while written.is_ok() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            written = stream.write_all(b" ").await;
+        }
+    })
+    .await;
+    let source = ClientCredentials::builder(format!("http://{endpoint}/token"), "id");
+    let policy = RefreshPolicy::new()
+        .attempts(1)
+        .attempt_timeout(Duration::from_millis(200));
+    let cache = TokenCache::with_policy(source.build().unwrap(), policy);
+
+    let error = cache.get().await.unwrap_err();
+
+    assert!(error.is_timeout() && error.is_transient(), "{error:?}");
+}
+
+/// T12: nobody asked for a coding, so none is undone and no bomb goes off.
+#[tokio::test]
+async fn a_compressed_answer_is_not_expanded() {
+    let gzip = [(header::CONTENT_ENCODING, "gzip".to_owned())];
+    let endpoint = answering_with(200, &gzip, "\u{1f}\u{8}\0\0\0").await;
+    let error = fetch(endpoint).await.unwrap_err();
+    assert!(error.is_malformed_response(), "{error:?}");
+}
+
 #[tokio::test]
 async fn a_connection_that_breaks_within_the_answer_is_a_transport_failure() {
     let endpoint = raw(|mut stream| async move {
@@ -224,6 +259,7 @@ async fn a_lifetime_in_quotes_is_understood() {
 async fn a_token_that_cannot_be_used_is_refused() {
     for body in [
         r#"{"access_token":"CANARY\r\nx: y","token_type":"Bearer"}"#,
+        r#"{"access_token":"CANARY\u0000","token_type":"Bearer"}"#,
         r#"{"access_token":"CANARY","token_type":"DPoP"}"#,
         r#"{"access_token":"CANARY"}"#,
         r#"{"access_token":"CANARY","#,
