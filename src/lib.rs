@@ -54,30 +54,33 @@
 //!   Whoever wants to bound what waits puts a limit above, or sets [`RefreshPolicy::max_waiters`].
 //! - A *buffer* below queues requests that carry their token already.
 //!
-//! A retry policy that heeds what the token endpoint said, for any inner error (it takes tower's feature `retry`,
-//! and goes above this layer: `.retry(RetryTokens { left: 3 }).layer(BearerAuthLayer::new(source))`):
+//! A retry policy that heeds what the token endpoint said, for every boxed error (it takes tower's feature
+//! `retry`):
 //!
 //! ```
-//! use std::time::Duration;
+//! use std::{error::Error, time::Duration};
 //!
-//! use http::{Request, Response};
-//! use tower::retry::Policy;
-//! use tower_bearer::{BoxError, TokenError};
+//! use tower::{ServiceBuilder, retry::Policy};
+//! use tower_bearer::{BearerAuthLayer, TokenError};
+//! # use http::{Request, Response};
+//! # use tower_bearer::{BoxError, TokenResponse, source_fn};
+//! # use tower::{ServiceExt, service_fn};
 //!
 //! #[derive(Clone)]
 //! struct RetryTokens {
 //!     left: u32,
 //! }
 //!
-//! impl<B: Clone, R> Policy<Request<B>, Response<R>, BoxError> for RetryTokens {
+//! impl<Req, Res, E> Policy<Req, Res, E> for RetryTokens
+//! where
+//!     Req: Clone,
+//!     E: AsRef<dyn Error + Send + Sync>,
+//! {
 //!     type Future = tokio::time::Sleep;
 //!
-//!     fn retry(
-//!         &mut self,
-//!         _request: &mut Request<B>,
-//!         result: &mut Result<Response<R>, BoxError>,
-//!     ) -> Option<Self::Future> {
-//!         let error = result.as_ref().err()?.downcast_ref::<TokenError>()?;
+//!     fn retry(&mut self, _: &mut Req, result: &mut Result<Res, E>) -> Option<Self::Future> {
+//!         let error = result.as_ref().err()?.as_ref();
+//!         let error = error.downcast_ref::<TokenError>()?;
 //!         if !error.is_transient() || self.left == 0 {
 //!             return None;
 //!         }
@@ -87,11 +90,31 @@
 //!         Some(tokio::time::sleep(pause.mul_f64(1.1)))
 //!     }
 //!
-//!     fn clone_request(&mut self, request: &Request<B>) -> Option<Request<B>> {
+//!     fn clone_request(&mut self, request: &Req) -> Option<Req> {
 //!         Some(request.clone())
 //!     }
 //! }
-//! # let _ = RetryTokens { left: 3 };
+//!
+//! # #[tokio::main(flavor = "current_thread", start_paused = true)]
+//! # async fn main() -> Result<(), BoxError> {
+//! # let calls = std::sync::atomic::AtomicU32::new(0);
+//! # let source = source_fn(move |fetch| {
+//! #     let call = calls.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+//! #     async move {
+//! #         match call {
+//! #             0 => Err(TokenError::transient("busy").with_retry_after(Duration::from_secs(7))),
+//! #             _ => TokenResponse::new("token"),
+//! #         }
+//! #     }
+//! # });
+//! # let client = service_fn(|_: Request<()>| async { Ok::<_, BoxError>(Response::new(())) });
+//! let api = ServiceBuilder::new()
+//!     .retry(RetryTokens { left: 3 })
+//!     .layer(BearerAuthLayer::new(source))
+//!     .service(client);
+//! # assert!(api.oneshot(Request::new(())).await.is_ok());
+//! # Ok(())
+//! # }
 //! ```
 //!
 //! # Without tower
