@@ -1,6 +1,7 @@
 //! What callers see when a token request is lost: with its task, with its runtime, or for want of one.
 
 use std::{
+    convert::Infallible,
     pin::pin,
     sync::{
         Arc,
@@ -10,13 +11,18 @@ use std::{
     task::Poll,
 };
 
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::{BodyExt, Full};
 use tokio::{
     runtime::{Builder, Runtime},
     sync::Semaphore,
     time::{self, Instant},
 };
+use tower::service_fn;
 use tower_bearer::{
-    Fetch, RefreshPolicy, TokenCache, TokenError, TokenResponse, TokenSource, source_fn,
+    ClientCredentials, Fetch, RefreshPolicy, TokenCache, TokenError, TokenResponse, TokenSource,
+    source_fn,
 };
 
 use crate::support::{
@@ -216,6 +222,54 @@ fn a_parked_attempt_that_was_given_up_sends_nothing_more_when_it_is_driven_again
     let stuck = parked.block_on(async { time::timeout(secs(5), stuck).await });
     assert!(stuck.expect("it is served").unwrap().is_ok());
     assert_eq!(sent.load(Ordering::SeqCst), 1);
+}
+
+/// Law 1: nor does it go on to the next request of the refresh ladder.
+#[test]
+fn a_parked_refresh_that_was_given_up_does_not_go_on_to_client_credentials() {
+    let (refreshes, grants) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+    let gate = Arc::new(Semaphore::new(0));
+    let endpoint = service_fn({
+        let (refreshes, grants, gate) = (refreshes.clone(), grants.clone(), gate.clone());
+        move |request: Request<Full<Bytes>>| {
+            let (refreshes, grants, gate) = (refreshes.clone(), grants.clone(), gate.clone());
+            async move {
+                let body = request.into_body().collect().await.unwrap().to_bytes();
+                if body.starts_with(b"grant_type=refresh_token") {
+                    refreshes.fetch_add(1, Ordering::SeqCst);
+                    gate.acquire().await.unwrap().forget();
+                    return Ok(Response::new(Full::<Bytes>::from("{}")));
+                }
+                let number = grants.fetch_add(1, Ordering::SeqCst);
+                // The first token is dead on arrival, and the next one is asked for a second later.
+                let lifetime = if number == 0 { 0 } else { 300 };
+                let answer = format!(
+                    r#"{{"access_token":"t{number}","token_type":"Bearer","expires_in":{lifetime},
+                        "refresh_token":"r{number}"}}"#
+                );
+                Ok::<_, Infallible>(Response::new(Full::from(answer)))
+            }
+        }
+    });
+    let source = ClientCredentials::builder("https://localhost/token", "id").build_with(endpoint);
+    let policy = RefreshPolicy::new().flight_timeout(millis(300));
+    let cache = TokenCache::with_policy(source.unwrap(), policy);
+    let parked = current_thread();
+    parked.block_on(cache.get()).unwrap();
+    let stuck = {
+        let _context = parked.enter();
+        caller(&cache)
+    };
+    parked.block_on(until(|| refreshes.load(Ordering::SeqCst) == 1));
+
+    current_thread()
+        .block_on(async { time::timeout(secs(5), cache.get()).await })
+        .expect("it is served")
+        .unwrap();
+    gate.add_permits(1);
+    let stuck = parked.block_on(async { time::timeout(secs(5), stuck).await });
+    assert!(stuck.expect("it is served").unwrap().is_ok());
+    assert_eq!(grants.load(Ordering::SeqCst), 2);
 }
 
 /// Law 3: the last resort is for those as well who cannot wait for better.
