@@ -186,6 +186,24 @@ fn callers_are_served_when_the_flights_runtime_is_parked_and_its_late_result_cou
     }
 }
 
+/// Starts a flight on `parked` and leaves it once `begun` is one, has a caller served on another runtime, opens
+/// the gate that the flight is held at, and drives it again.
+fn park_and_drive_again(parked: &Runtime, cache: &TokenCache, begun: &AtomicU32, gate: &Semaphore) {
+    let stuck = {
+        let _context = parked.enter();
+        caller(cache)
+    };
+    parked.block_on(until(|| begun.load(Ordering::SeqCst) == 1));
+
+    current_thread()
+        .block_on(async { time::timeout(secs(5), cache.get()).await })
+        .expect("it is served")
+        .unwrap();
+    gate.add_permits(1);
+    let stuck = parked.block_on(async { time::timeout(secs(5), stuck).await });
+    assert!(stuck.expect("it is served").unwrap().is_ok());
+}
+
 /// Law 1: an attempt is fenced at each of its steps, not only between attempts.
 #[test]
 fn a_parked_attempt_that_was_given_up_sends_nothing_more_when_it_is_driven_again() {
@@ -208,19 +226,7 @@ fn a_parked_attempt_that_was_given_up_sends_nothing_more_when_it_is_driven_again
     let policy = RefreshPolicy::new().flight_timeout(millis(200));
     let cache = TokenCache::with_policy(source, policy);
     let parked = current_thread();
-    let stuck = {
-        let _context = parked.enter();
-        caller(&cache)
-    };
-    parked.block_on(until(|| begun.load(Ordering::SeqCst) == 1));
-
-    current_thread()
-        .block_on(async { time::timeout(secs(5), cache.get()).await })
-        .expect("it is served")
-        .unwrap();
-    gate.add_permits(1);
-    let stuck = parked.block_on(async { time::timeout(secs(5), stuck).await });
-    assert!(stuck.expect("it is served").unwrap().is_ok());
+    park_and_drive_again(&parked, &cache, &begun, &gate);
     assert_eq!(sent.load(Ordering::SeqCst), 1);
 }
 
@@ -256,19 +262,7 @@ fn a_parked_refresh_that_was_given_up_does_not_go_on_to_client_credentials() {
     let cache = TokenCache::with_policy(source.unwrap(), policy);
     let parked = current_thread();
     parked.block_on(cache.get()).unwrap();
-    let stuck = {
-        let _context = parked.enter();
-        caller(&cache)
-    };
-    parked.block_on(until(|| refreshes.load(Ordering::SeqCst) == 1));
-
-    current_thread()
-        .block_on(async { time::timeout(secs(5), cache.get()).await })
-        .expect("it is served")
-        .unwrap();
-    gate.add_permits(1);
-    let stuck = parked.block_on(async { time::timeout(secs(5), stuck).await });
-    assert!(stuck.expect("it is served").unwrap().is_ok());
+    park_and_drive_again(&parked, &cache, &refreshes, &gate);
     assert_eq!(grants.load(Ordering::SeqCst), 2);
 }
 
