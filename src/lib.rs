@@ -166,8 +166,8 @@ pub use crate::{
     replay::{CloneBody, EmptyBody, Never, Replay},
     service::BearerAuth,
     source::{
-        AuthMethod, ClientCredentials, ClientCredentialsBuilder, Fetch, RefreshToken, SourceFn,
-        TokenResponse, TokenSource, source_fn,
+        AuthMethod, ClientCredentials, ClientCredentialsBuilder, Fetch, RefreshToken, Revocation,
+        SharedSource, SourceFn, TokenRequest, TokenResponse, TokenSource, source_fn,
     },
     token::AccessToken,
 };

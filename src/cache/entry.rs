@@ -1,6 +1,6 @@
 //! [`Entry`]: all that belongs to one key, and the one place where its state is locked.
 
-use std::{fmt, future::Future, pin::Pin, sync::Arc};
+use std::{fmt, sync::Arc};
 
 use arc_swap::ArcSwapOption;
 use fastrand::Rng;
@@ -14,7 +14,7 @@ use super::{
 use crate::{
     error::{Kind, TokenError},
     policy::RefreshPolicy,
-    source::{Fetch, TokenResponse, TokenSource},
+    source::{ErasedSource, SharedSource, TokenSource},
     sync::Mutex,
     time::{Deadline, Now},
     token::{self, AccessToken},
@@ -22,7 +22,7 @@ use crate::{
 
 /// The source of a key's tokens, the state, and the token for the hot path.
 pub(crate) struct Entry {
-    source: Box<dyn ErasedSource>,
+    source: SharedSource,
     policy: RefreshPolicy,
     /// The token that requests take without a lock; absent while the API has it named invalid.
     ///
@@ -67,7 +67,7 @@ impl Joined {
 impl Entry {
     pub(super) fn new(source: impl TokenSource, policy: RefreshPolicy) -> Arc<Self> {
         Arc::new(Self {
-            source: Box::new(source),
+            source: SharedSource::new(source),
             hot: ArcSwapOption::empty(),
             state: Mutex::new(State::new(policy.clone(), Rng::new())),
             policy,
@@ -79,7 +79,7 @@ impl Entry {
     }
 
     pub(super) fn source(&self) -> &dyn ErasedSource {
-        &*self.source
+        self.source.get()
     }
 
     /// The token, if there is one that is neither due nor refused: without a lock.
@@ -243,22 +243,5 @@ impl Start {
     fn forced(state: &mut State<Arc<Flight>>, named: bool, now: Now) -> Self {
         let (flight, plan) = state.begin_forced(Flight::new, named, now);
         Self { flight, plan }
-    }
-}
-
-/// The object-safe form of [`TokenSource`].
-pub(super) trait ErasedSource: Send + Sync {
-    fn fetch<'a>(
-        &'a self,
-        fetch: Fetch,
-    ) -> Pin<Box<dyn Future<Output = Result<TokenResponse, TokenError>> + Send + 'a>>;
-}
-
-impl<T: TokenSource> ErasedSource for T {
-    fn fetch<'a>(
-        &'a self,
-        fetch: Fetch,
-    ) -> Pin<Box<dyn Future<Output = Result<TokenResponse, TokenError>> + Send + 'a>> {
-        Box::pin(TokenSource::fetch(self, fetch))
     }
 }

@@ -310,6 +310,7 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
             attempt,
             timeout: policy.attempt_limit(),
             refresh_token: plan.refresh_token.take(),
+            ..Fetch::new()
         };
         let error = match ending.ask(fetch, plan.deadline).await {
             Ok(response) => {

@@ -5,18 +5,23 @@ mod client_credentials;
 mod grant;
 #[cfg(feature = "rustls")]
 mod https;
+mod request;
 mod response;
+mod shared;
 mod transport;
 
 use std::{fmt, future::Future, sync::Arc, time::Duration};
 
 use secrecy::{ExposeSecret, SecretString};
 
+pub(crate) use self::shared::ErasedSource;
 pub use self::{
     builder::{AuthMethod, ClientCredentialsBuilder},
     client_credentials::ClientCredentials,
+    request::TokenRequest,
+    shared::SharedSource,
 };
-use crate::{error::TokenError, time::Now};
+use crate::{error::TokenError, time::Now, token::AccessToken};
 
 /// Fetches tokens, one attempt at a time.
 ///
@@ -36,6 +41,31 @@ pub trait TokenSource: Send + Sync + 'static {
     /// is worth another attempt right away.
     fn fetch(&self, fetch: Fetch)
     -> impl Future<Output = Result<TokenResponse, TokenError>> + Send;
+
+    /// Tells the authorization server that these tokens are not needed any more (RFC 7009).
+    ///
+    /// The cache asks for it when it is [shut down](crate::TokenCache::shutdown_and_revoke), and for nothing
+    /// else. The default knows no way and says so.
+    ///
+    /// # Errors
+    ///
+    /// Whatever kept the source from revoking one of them.
+    fn revoke(
+        &self,
+        revocation: Revocation,
+    ) -> impl Future<Output = Result<(), TokenError>> + Send {
+        drop(revocation);
+        async { Err(TokenError::terminal("the source cannot revoke tokens")) }
+    }
+
+    /// Returns whether the next token request would prove the client's identity by something else than the last
+    /// one that was refused for good: the secret has been changed.
+    ///
+    /// Then the cache asks again at once, without waiting for its gate to open. It asks here while it holds a
+    /// terminal error back, as often as requests come, so the answer has to be at hand. `false` by default.
+    fn has_new_credentials(&self) -> bool {
+        false
+    }
 }
 
 impl<T: TokenSource> TokenSource for Arc<T> {
@@ -44,6 +74,17 @@ impl<T: TokenSource> TokenSource for Arc<T> {
         fetch: Fetch,
     ) -> impl Future<Output = Result<TokenResponse, TokenError>> + Send {
         T::fetch(self, fetch)
+    }
+
+    fn revoke(
+        &self,
+        revocation: Revocation,
+    ) -> impl Future<Output = Result<(), TokenError>> + Send {
+        T::revoke(self, revocation)
+    }
+
+    fn has_new_credentials(&self) -> bool {
+        T::has_new_credentials(self)
     }
 }
 
@@ -60,16 +101,26 @@ pub struct Fetch {
     /// Absent when there was none, when it has expired, and after the API refused the access token, since
     /// a session that was revoked takes its refresh token along.
     pub refresh_token: Option<RefreshToken>,
+    /// What the token is for; nothing in particular if the request named nothing.
+    pub request: TokenRequest,
+    /// The claims that the API wants to see in the token: a JSON object, for the parameter `claims` of the token
+    /// request (OpenID Connect Core section 5.5).
+    ///
+    /// Present after a 401 with the error `insufficient_claims`, as Microsoft's continuous access evaluation
+    /// answers.
+    pub claims: Option<String>,
 }
 
 impl Fetch {
-    /// Creates a first attempt of 10 s without a refresh token, as tests of a source need it.
+    /// Creates a first attempt of 10 s for nothing in particular, as tests of a source need it.
     #[must_use]
     pub fn new() -> Self {
         Self {
             attempt: 1,
             timeout: Duration::from_secs(10),
             refresh_token: None,
+            request: TokenRequest::new(),
+            claims: None,
         }
     }
 }
@@ -78,6 +129,17 @@ impl Default for Fetch {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// Tokens that are not needed any more.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Revocation {
+    /// The refresh token, if there is one that was not used; to be revoked first, for some servers take the
+    /// access tokens along.
+    pub refresh_token: Option<RefreshToken>,
+    /// The access token, if there is one that has not expired.
+    pub access_token: Option<AccessToken>,
 }
 
 /// A token as its source got it: the successful answer of RFC 6749 section 5.1.
@@ -98,6 +160,9 @@ pub struct TokenResponse {
     pub(crate) refresh_in: Option<Duration>,
     pub(crate) refresh_token: Option<RefreshToken>,
     pub(crate) scope: Option<String>,
+    pub(crate) requested_scope: Option<String>,
+    pub(crate) ext_expires_in: Option<Duration>,
+    pub(crate) not_before_policy: Option<u64>,
     /// When the request left, if the source knows better than the one who called it.
     pub(crate) sent: Option<Now>,
 }
@@ -122,6 +187,9 @@ impl TokenResponse {
             refresh_in: None,
             refresh_token: None,
             scope: None,
+            requested_scope: None,
+            ext_expires_in: None,
+            not_before_policy: None,
             sent: None,
         })
     }
@@ -156,6 +224,33 @@ impl TokenResponse {
     #[must_use]
     pub fn scope(mut self, scope: impl Into<String>) -> Self {
         self.scope = Some(scope.into());
+        self
+    }
+
+    /// Sets the scope that was asked for, so that a narrower one is noticed.
+    #[must_use]
+    pub fn requested_scope(mut self, scope: impl Into<String>) -> Self {
+        self.requested_scope = Some(scope.into());
+        self
+    }
+
+    /// Sets the lifetime that counts while the token endpoint fails, from when the request was sent, if
+    /// [`RefreshPolicy::extended_lifetime`](crate::RefreshPolicy::extended_lifetime) allows it
+    /// (`ext_expires_in` at Entra ID).
+    #[must_use]
+    pub fn ext_expires_in(mut self, lifetime: Duration) -> Self {
+        self.ext_expires_in = Some(lifetime);
+        self
+    }
+
+    /// Sets the moment before which the server has declared all tokens void, in seconds of its own clock
+    /// (`not-before-policy` at Keycloak).
+    ///
+    /// Only a rise over the value that came with another token of the same source means something: that
+    /// token is dropped.
+    #[must_use]
+    pub fn not_before_policy(mut self, not_before: u64) -> Self {
+        self.not_before_policy = Some(not_before);
         self
     }
 }

@@ -88,6 +88,9 @@ struct Document {
     refresh_token: Text,
     refresh_expires_in: Option<Box<RawValue>>,
     refresh_in: Option<Box<RawValue>>,
+    ext_expires_in: Option<Box<RawValue>>,
+    #[serde(rename = "not-before-policy")]
+    not_before_policy: Option<Box<RawValue>>,
     scope: Text,
     error: Text,
 }
@@ -113,6 +116,9 @@ impl Document {
         Ok(TokenResponse {
             expires_in: seconds(self.expires_in.as_deref()),
             refresh_in: seconds(self.refresh_in.as_deref()),
+            ext_expires_in: seconds(self.ext_expires_in.as_deref()),
+            not_before_policy: number(self.not_before_policy.as_deref())
+                .map(|seconds| seconds as u64),
             refresh_token: refresh_token(&self.refresh_token, self.refresh_expires_in.as_deref()),
             scope: self.scope.get().map(str::to_owned),
             ..TokenResponse::new(access_token)?
@@ -200,15 +206,16 @@ fn refresh_token(text: &Text, expires_in: Option<&RawValue>) -> Option<RefreshTo
 ///
 /// The raw text is read, since serde_json refuses a document over a number that fits into no `f64`.
 fn seconds(value: Option<&RawValue>) -> Option<Duration> {
+    number(value).map(|seconds| Duration::from_secs_f64(seconds.min(LONGEST_SECONDS)))
+}
+
+/// Reads a number that is finite and not negative, or the text of one.
+fn number(value: Option<&RawValue>) -> Option<f64> {
     let json = value?.get();
     let text: String = serde_json::from_str(json).unwrap_or_else(|_| json.to_owned());
-    let seconds: f64 = text.trim().parse().ok()?;
+    let number: f64 = text.trim().parse().ok()?;
     // Also false of NaN.
-    if seconds >= 0.0 && seconds.is_finite() {
-        Some(Duration::from_secs_f64(seconds.min(LONGEST_SECONDS)))
-    } else {
-        None
-    }
+    (number >= 0.0 && number.is_finite()).then_some(number)
 }
 
 /// The error for an answer with an `error` member.

@@ -1,0 +1,206 @@
+//! [`TokenRequest`]: what a token is for, and by that the key under which it is kept.
+
+use std::{fmt, sync::Arc};
+
+use super::{SharedSource, builder::names};
+
+/// What a request's token is for, if not for what its source asks for by itself.
+///
+/// It goes into the extensions of an [`http::Request`], or to [`TokenCache::get_for`](crate::TokenCache::get_for).
+/// Requests that name the same get the same token; each different one has its own token, its own token request
+/// in flight and its own failures. What is the same is told by everything that can change the token: the scopes
+/// as a set, the resources as a set, the parameters, and the source.
+///
+/// ```
+/// use tower_bearer::TokenRequest;
+///
+/// let mut request = http::Request::new(());
+/// request.extensions_mut().insert(
+///     TokenRequest::new()
+///         .scope("sims:read")
+///         .resource("https://api.example.com"),
+/// );
+/// assert_eq!(
+///     TokenRequest::new().scope("a b").scope("c"),
+///     TokenRequest::new().scope("c b").scope("a").scope("b"),
+/// );
+/// ```
+///
+/// Clones are cheap. One that is made once and cloned into each request saves the sorting.
+///
+/// Nothing is checked here. What cannot be asked for, such as a scope with a quote in it, is the error of the
+/// token request, which is then not sent.
+#[derive(Clone, Default, PartialEq, Eq, Hash)]
+pub struct TokenRequest(Arc<Inner>);
+
+#[derive(Clone, Default, PartialEq, Eq, Hash)]
+struct Inner {
+    /// Sorted, each one once.
+    scopes: Vec<String>,
+    /// Sorted, each one once.
+    resources: Vec<String>,
+    /// Sorted by name; those of one name in their order.
+    params: Vec<(String, String)>,
+    source: Option<SharedSource>,
+}
+
+impl TokenRequest {
+    /// Creates a request for what the source asks for by itself.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a scope, or several with a space between them (RFC 6749 section 3.3).
+    ///
+    /// The scopes named here take the place of those that the source was built with.
+    #[must_use]
+    pub fn scope(self, scope: impl AsRef<str>) -> Self {
+        self.map(|inner| {
+            for scope in scope.as_ref().split(' ') {
+                insert(&mut inner.scopes, scope);
+            }
+        })
+    }
+
+    /// Adds a resource that the token is to be good for, an absolute URI without a fragment (RFC 8707
+    /// section 2).
+    ///
+    /// The resources named here take the place of those that the source was built with.
+    #[must_use]
+    pub fn resource(self, uri: impl AsRef<str>) -> Self {
+        self.map(|inner| insert(&mut inner.resources, uri.as_ref()))
+    }
+
+    /// Adds a parameter to the body of the token request, such as `audience`.
+    ///
+    /// It takes the place of a parameter of the same name that the source was built with. Its value is never
+    /// printed.
+    #[must_use]
+    pub fn param(self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        let name = name.into();
+        self.map(|inner| {
+            let place = inner.params.partition_point(|(other, _)| *other <= name);
+            inner.params.insert(place, (name, value.into()));
+        })
+    }
+
+    /// Has the token fetched by this source instead of the cache's own: a tenant's, for example.
+    #[must_use]
+    pub fn source(self, source: SharedSource) -> Self {
+        self.map(|inner| inner.source = Some(source))
+    }
+
+    /// Returns the scopes, sorted and each one once; none for those of the source.
+    pub fn scopes(&self) -> impl ExactSizeIterator<Item = &str> {
+        self.0.scopes.iter().map(String::as_str)
+    }
+
+    /// Returns the resources, sorted and each one once; none for those of the source.
+    pub fn resources(&self) -> impl ExactSizeIterator<Item = &str> {
+        self.0.resources.iter().map(String::as_str)
+    }
+
+    /// Returns the further parameters, sorted by their names.
+    pub fn params(&self) -> impl ExactSizeIterator<Item = (&str, &str)> {
+        self.0
+            .params
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+
+    pub(crate) fn own_source(&self) -> Option<&SharedSource> {
+        self.0.source.as_ref()
+    }
+
+    /// Whether this asks for what the cache's own source asks for by itself.
+    pub(crate) fn is_plain(&self) -> bool {
+        let Inner {
+            scopes,
+            resources,
+            params,
+            source,
+        } = &*self.0;
+        scopes.is_empty() && resources.is_empty() && params.is_empty() && source.is_none()
+    }
+
+    fn map(mut self, change: impl FnOnce(&mut Inner)) -> Self {
+        change(Arc::make_mut(&mut self.0));
+        self
+    }
+}
+
+impl fmt::Debug for TokenRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TokenRequest")
+            .field("scopes", &self.0.scopes)
+            .field("resources", &self.0.resources)
+            .field("params", &names(&self.0.params))
+            .finish_non_exhaustive()
+    }
+}
+
+/// Puts `item` in its place, unless it is there.
+fn insert(items: &mut Vec<String>, item: &str) {
+    if let Err(place) = items.binary_search_by(|other| other.as_str().cmp(item)) {
+        items.insert(place, item.to_owned());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_change_the_token_does_not_tell_requests_apart() {
+        let one = TokenRequest::new()
+            .scope("b a")
+            .scope("c a")
+            .resource("https://b.example")
+            .resource("https://a.example")
+            .param("x", "1")
+            .param("audience", "api");
+        let other = TokenRequest::new()
+            .param("audience", "api")
+            .param("x", "1")
+            .resource("https://a.example")
+            .resource("https://b.example")
+            .resource("https://a.example")
+            .scope("c")
+            .scope("b")
+            .scope("a");
+        assert_eq!(one, other);
+        assert_eq!(one.scopes().collect::<Vec<_>>(), ["a", "b", "c"]);
+    }
+
+    #[test]
+    fn what_can_change_the_token_does() {
+        let new = TokenRequest::new;
+        let all = [
+            new(),
+            new().scope("a"),
+            new().scope("A"),
+            new().scope("a").scope("b"),
+            new().resource("a"),
+            new().param("a", ""),
+            new().param("a", "1"),
+            new().param("a", "1").param("a", "2"),
+            new().param("a", "2").param("a", "1"),
+            new().param("b", "1"),
+        ];
+        for (i, a) in all.iter().enumerate() {
+            for (j, b) in all.iter().enumerate() {
+                assert_eq!(a == b, i == j, "{a:?} {b:?}");
+            }
+        }
+        assert!(new().is_plain());
+        assert!(!all[1..].iter().any(TokenRequest::is_plain));
+    }
+
+    /// Law 9: a parameter may be a secret.
+    #[test]
+    fn debug_shows_no_value_of_a_parameter() {
+        let text = format!("{:?}", TokenRequest::new().param("key", "CANARY"));
+        assert!(text.contains("key") && !text.contains("CANARY"), "{text}");
+    }
+}

@@ -1,0 +1,100 @@
+//! [`SharedSource`]: any source, erased, as one thing that many can hold.
+
+use std::{
+    fmt,
+    future::Future,
+    hash::{Hash, Hasher},
+    pin::Pin,
+    sync::Arc,
+};
+
+use super::{Fetch, Revocation, TokenResponse, TokenSource};
+use crate::error::TokenError;
+
+/// A token source that requests can name as theirs, whatever its type: a tenant's.
+///
+/// Two of them are the same if they are clones of one. So it is made once for each tenant and cloned into
+/// the [`TokenRequest`](crate::TokenRequest)s of its requests; one made anew for every request would find no
+/// token in the cache. Failures that are the endpoint's or the client's fault count for all keys of one source.
+///
+/// ```
+/// use tower_bearer::{SharedSource, TokenCache, TokenRequest, TokenResponse, source_fn};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), tower_bearer::TokenError> {
+/// let cache = TokenCache::new(source_fn(|_| async { TokenResponse::new("ours") }));
+/// let tenant = SharedSource::new(source_fn(|_| async { TokenResponse::new("the-tenants") }));
+///
+/// let token = cache.get_for(&TokenRequest::new().source(tenant)).await?;
+/// assert_eq!(token.expose_secret(), "the-tenants");
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct SharedSource(Arc<dyn ErasedSource>);
+
+impl SharedSource {
+    /// Creates a source that is the same as its clones and no other.
+    #[must_use]
+    pub fn new(source: impl TokenSource) -> Self {
+        Self(Arc::new(source))
+    }
+
+    pub(crate) fn get(&self) -> &dyn ErasedSource {
+        &*self.0
+    }
+
+    /// How many there are of this one.
+    pub(crate) fn handles(&self) -> usize {
+        Arc::strong_count(&self.0)
+    }
+
+    fn address(&self) -> *const () {
+        Arc::as_ptr(&self.0).cast()
+    }
+}
+
+impl PartialEq for SharedSource {
+    fn eq(&self, other: &Self) -> bool {
+        self.address() == other.address()
+    }
+}
+
+impl Eq for SharedSource {}
+
+impl Hash for SharedSource {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.address().hash(state);
+    }
+}
+
+impl fmt::Debug for SharedSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SharedSource").finish_non_exhaustive()
+    }
+}
+
+type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, TokenError>> + Send + 'a>>;
+
+/// The object-safe form of [`TokenSource`].
+pub(crate) trait ErasedSource: Send + Sync {
+    fn fetch(&self, fetch: Fetch) -> BoxFuture<'_, TokenResponse>;
+
+    fn revoke(&self, revocation: Revocation) -> BoxFuture<'_, ()>;
+
+    fn has_new_credentials(&self) -> bool;
+}
+
+impl<T: TokenSource> ErasedSource for T {
+    fn fetch(&self, fetch: Fetch) -> BoxFuture<'_, TokenResponse> {
+        Box::pin(TokenSource::fetch(self, fetch))
+    }
+
+    fn revoke(&self, revocation: Revocation) -> BoxFuture<'_, ()> {
+        Box::pin(TokenSource::revoke(self, revocation))
+    }
+
+    fn has_new_credentials(&self) -> bool {
+        TokenSource::has_new_credentials(self)
+    }
+}
