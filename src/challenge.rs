@@ -1,4 +1,4 @@
-//! Whether an answer is about our token: `WWW-Authenticate` (RFC 9110 section 11.6.1) to a [`Verdict`].
+//! [`Challenge`]: `WWW-Authenticate` (RFC 9110 section 11.6.1), and by it whether an answer is about our token.
 //!
 //! The parser reads the whole grammar of RFC 9110 sections 11.2 and 11.3, since the challenge that matters
 //! may stand behind others of any form. `http-auth` 0.1.10 is no substitute: it rejects token68, so that a
@@ -8,18 +8,24 @@
 //! so do the other values. Three things are read that the grammar does not allow but servers send: tabs for
 //! spaces, parameters after a token68, and parameter names that occur twice (the first one counts).
 
-use std::{borrow::Cow, iter};
+use std::{borrow::Cow, fmt, iter};
 
+use base64::{
+    Engine, alphabet,
+    engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
+};
 use http::{
     HeaderMap, StatusCode,
     header::{HeaderName, WWW_AUTHENTICATE},
 };
 
 /// What an answer says about the token that was sent with its request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     /// The token is invalid, in so many words.
     InvalidToken,
+    /// The token lacks these claims, a JSON object: another one has to be asked for with them.
+    MissingClaims(String),
     /// The request was not authenticated and the server does not say why.
     Unexplained,
     /// The answer is about something that another token would not change.
@@ -40,8 +46,9 @@ pub(crate) fn judge(status: StatusCode, headers: &HeaderMap) -> Verdict {
 }
 
 fn judge_unauthorized(headers: &HeaderMap) -> Verdict {
-    match challenges(headers).map(Claim::of).max() {
+    match Challenge::all(headers).map(Claim::of).max() {
         Some(Claim::InvalidToken) => Verdict::InvalidToken,
+        Some(Claim::MissingClaims(claims)) => Verdict::MissingClaims(claims),
         Some(Claim::Unexplained) | None => Verdict::Unexplained,
         Some(Claim::OtherFault | Claim::OtherScheme) => Verdict::NotOurs,
     }
@@ -63,43 +70,126 @@ enum Claim {
     Unexplained,
     /// The request is at fault, or the token is good and grants too little.
     OtherFault,
+    /// Continuous access evaluation of Entra ID: these claims are to be asked for.
+    MissingClaims(String),
     InvalidToken,
 }
 
 impl Claim {
     fn of(challenge: Challenge<'_>) -> Self {
-        if !challenge.scheme.eq_ignore_ascii_case(b"Bearer") {
+        if !challenge.is_bearer() {
             return Self::OtherScheme;
         }
-        match challenge.param("error").as_deref() {
+        match challenge.raw_param("error").as_deref() {
             Some(b"invalid_token") => Self::InvalidToken,
             Some(b"insufficient_scope" | b"invalid_request") => Self::OtherFault,
+            Some(b"insufficient_claims") => challenge
+                .claims()
+                .map_or(Self::Unexplained, Self::MissingClaims),
             _ => Self::Unexplained,
         }
     }
 }
 
-/// The challenges of all `WWW-Authenticate` values, in their order.
-fn challenges(headers: &HeaderMap) -> impl Iterator<Item = Challenge<'_>> {
-    headers
-        .get_all(WWW_AUTHENTICATE)
-        .iter()
-        .flat_map(|value| Challenges::new(value.as_bytes()))
-}
-
-/// `challenge = auth-scheme [ 1*SP ( token68 / #auth-param ) ]`, less the token68, which nobody asks for.
-#[derive(Clone, Copy, Debug)]
-struct Challenge<'a> {
+/// A challenge of a `WWW-Authenticate` header (RFC 9110 section 11.3): what a server wants to see.
+///
+/// The layer reads the challenges of a 401 by itself. This is for those that it passes on, such as a 403 with
+/// `insufficient_scope` (RFC 6750 section 3.1):
+///
+/// ```
+/// use http::{HeaderMap, HeaderValue, header::WWW_AUTHENTICATE};
+/// use tower_bearer::Challenge;
+///
+/// let mut headers = HeaderMap::new();
+/// headers.insert(
+///     WWW_AUTHENTICATE,
+///     HeaderValue::from_static(r#"Basic realm="a", Bearer error="insufficient_scope", scope="sims:write""#),
+/// );
+/// let challenge = Challenge::all(&headers).find(Challenge::is_bearer);
+/// let challenge = challenge.expect("there is one");
+/// assert_eq!(challenge.error().as_deref(), Some("insufficient_scope"));
+/// assert_eq!(challenge.scope().as_deref(), Some("sims:write"));
+/// ```
+#[derive(Clone, Copy)]
+pub struct Challenge<'a> {
+    // `challenge = auth-scheme [ 1*SP ( token68 / #auth-param ) ]`, less the token68, which nobody asks for.
     scheme: &'a [u8],
     params: Params<'a>,
 }
 
 impl<'a> Challenge<'a> {
-    /// The value of the first parameter of this name.
-    fn param(mut self, name: &str) -> Option<Cow<'a, [u8]>> {
+    /// Reads the challenges of all `WWW-Authenticate` values, in their order.
+    ///
+    /// A syntax error ends the reading of its value, and of no other.
+    pub fn all(headers: &'a HeaderMap) -> impl Iterator<Item = Self> {
+        headers
+            .get_all(WWW_AUTHENTICATE)
+            .iter()
+            .flat_map(|value| Challenges::new(value.as_bytes()))
+    }
+
+    /// Returns the authentication scheme as the server spells it.
+    pub fn scheme(&self) -> &'a str {
+        // A token is ASCII.
+        std::str::from_utf8(self.scheme).unwrap_or_default()
+    }
+
+    /// Returns whether the scheme is `Bearer`, in any case.
+    pub fn is_bearer(&self) -> bool {
+        self.scheme.eq_ignore_ascii_case(b"Bearer")
+    }
+
+    /// Returns the value of the first parameter of this name, in any case, without quotes and escapes.
+    ///
+    /// Bytes that are no UTF-8 are replaced.
+    pub fn param(&self, name: &str) -> Option<Cow<'a, str>> {
+        Some(match self.raw_param(name)? {
+            Cow::Borrowed(value) => String::from_utf8_lossy(value),
+            Cow::Owned(value) => Cow::Owned(String::from_utf8_lossy(&value).into_owned()),
+        })
+    }
+
+    /// Returns the `error` of a Bearer challenge (RFC 6750 section 3), such as `insufficient_scope`.
+    pub fn error(&self) -> Option<Cow<'a, str>> {
+        self.param("error")
+    }
+
+    /// Returns the `scope` that a Bearer challenge wants to see (RFC 6750 section 3).
+    pub fn scope(&self) -> Option<Cow<'a, str>> {
+        self.param("scope")
+    }
+
+    fn raw_param(mut self, name: &str) -> Option<Cow<'a, [u8]>> {
         self.params
             .find(|param| param.name.eq_ignore_ascii_case(name.as_bytes()))
             .map(|param| param.value())
+    }
+
+    /// The claims of a claims challenge: a JSON object, in base64 of either alphabet.
+    fn claims(self) -> Option<String> {
+        let encoded = self.raw_param("claims")?;
+        let url_safe = encoded.iter().any(|byte| b"-_".contains(byte));
+        let alphabet = match url_safe {
+            true => &alphabet::URL_SAFE,
+            false => &alphabet::STANDARD,
+        };
+        let config =
+            GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
+        let json = GeneralPurpose::new(alphabet, config).decode(encoded).ok()?;
+        let object: serde_json::Map<_, _> = serde_json::from_slice(&json).ok()?;
+        serde_json::to_string(&object).ok()
+    }
+}
+
+impl fmt::Debug for Challenge<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut map = f.debug_struct("Challenge");
+        map.field("scheme", &self.scheme());
+        for param in self.params {
+            let name = std::str::from_utf8(param.name).unwrap_or_default();
+            map.field(name, &String::from_utf8_lossy(&param.value()));
+        }
+        map.finish()
     }
 }
 
@@ -322,6 +412,7 @@ mod tests {
     }
 
     /// Judges 401 answers, each given as its `WWW-Authenticate` values.
+    #[track_caller]
     fn assert_all(expected: Verdict, answers: &[&[&str]]) {
         for values in answers {
             let verdict = judge(StatusCode::UNAUTHORIZED, &headers(values));
@@ -360,13 +451,55 @@ mod tests {
         assert_all(Verdict::InvalidToken, answers);
     }
 
+    /// Continuous access evaluation: the claims come in base64, padded or not, of either alphabet.
+    #[test]
+    fn missing_claims_are_read() {
+        let claims = r#"{"access_token":{"nbf":{"essential":true,"value":"1>?~"}}}"#;
+        let standard =
+            "eyJhY2Nlc3NfdG9rZW4iOnsibmJmIjp7ImVzc2VudGlhbCI6dHJ1ZSwidmFsdWUiOiIxPj9+In19fQ==";
+        for encoded in [
+            standard.to_owned(),
+            standard.replace('+', "-"),
+            standard.replace('=', ""),
+        ] {
+            let value = format!(
+                r#"Bearer realm="", error="insufficient_claims", claims="{encoded}", Basic"#
+            );
+            assert_all(Verdict::MissingClaims(claims.to_owned()), &[&[&value]]);
+            let invalid = format!("{value}, Bearer error=invalid_token");
+            assert_all(Verdict::InvalidToken, &[&[&invalid]]);
+        }
+    }
+
+    #[test]
+    fn a_caller_reads_what_is_passed_on() {
+        let headers = headers(&[
+            r#"Basic realm="a \"b\"", Bearer scope="c d", ERROR=insufficient_scope"#,
+            "Negotiate abc==",
+        ]);
+        let all: Vec<_> = Challenge::all(&headers).collect();
+        assert_eq!(all.len(), 3);
+        assert_eq!(all[0].param("Realm").as_deref(), Some(r#"a "b""#));
+        assert_eq!(all[0].error(), None);
+        assert!(all[1].is_bearer());
+        assert_eq!(all[1].error().as_deref(), Some("insufficient_scope"));
+        assert_eq!(all[1].scope().as_deref(), Some("c d"));
+        assert_eq!(all[2].scheme(), "Negotiate");
+        assert!(format!("{:?}", all[1]).contains(r#"scope: "c d""#));
+    }
+
     #[test]
     fn a_401_without_a_known_reason_is_unexplained() {
         let answers: &[&[&str]] = &[
             &["Bearer"],
             &[r#"Bearer realm="a", Basic realm="b""#],
             &["Basic", "Bearer"],
-            &["Bearer error=insufficient_claims, claims=e30"],
+            // Claims that are none: absent, no base64, no JSON, no object.
+            &["Bearer error=insufficient_claims"],
+            &[r#"Bearer error=insufficient_claims, claims="e""#],
+            &["Bearer error=insufficient_claims, claims=Z3Jt"],
+            &["Bearer error=insufficient_claims, claims=W10"],
+            &["Bearer claims=e30"],
             &["Bearer error='invalid_token'"],
             &[r#"Bearer error="""#],
             &[r#"Bearer error_description="invalid_token""#],
@@ -484,7 +617,7 @@ mod tests {
     fn parse(headers: &HeaderMap) -> Vec<Parsed> {
         let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
         let param = |param: Param<'_>| (text(param.name), param.value().into_owned());
-        challenges(headers)
+        Challenge::all(headers)
             .map(|challenge| {
                 (
                     text(challenge.scheme),

@@ -47,6 +47,10 @@ pub(crate) enum Kind {
     NoRuntime,
     /// The limit of waiting requests is reached.
     Overloaded,
+    /// The limit of keys is reached.
+    TooManyKeys,
+    /// The cache was shut down.
+    ShutDown,
     /// The token endpoint could not be reached, or the connection broke.
     Transport,
     /// An attempt, or all of them together, took too long.
@@ -167,6 +171,17 @@ impl TokenError {
         self.0.kind == Kind::Overloaded
     }
 
+    /// Returns `true` if the cache holds tokens for as many
+    /// [`TokenRequest`](crate::TokenRequest)s as it may, all of them in use.
+    pub fn is_too_many_keys(&self) -> bool {
+        self.0.kind == Kind::TooManyKeys
+    }
+
+    /// Returns `true` if the cache was [shut down](crate::TokenCache::shutdown).
+    pub fn is_shut_down(&self) -> bool {
+        self.0.kind == Kind::ShutDown
+    }
+
     /// Returns `true` if a token had to be fetched outside of a tokio runtime.
     pub fn is_no_runtime(&self) -> bool {
         self.0.kind == Kind::NoRuntime
@@ -223,6 +238,8 @@ impl fmt::Display for TokenError {
             }
             Kind::NoRuntime => "a token can be fetched within a tokio runtime only",
             Kind::Overloaded => "too many requests are waiting for a token",
+            Kind::TooManyKeys => "the cache is full of tokens that are in use",
+            Kind::ShutDown => "the token cache was shut down",
             Kind::Transport => "the token endpoint could not be reached",
             Kind::Timeout => "the token request timed out",
             Kind::Rejected => "the authorization server refused the token request",

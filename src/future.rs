@@ -13,7 +13,7 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use crate::{
-    cache::{Acquire, Remedy},
+    cache::{Acquire, Complaint, Remedy},
     challenge::{self, Verdict},
     error::{BoxError, TokenError},
     replay::Replay,
@@ -100,7 +100,10 @@ where
         replay: R,
         settings: Arc<Settings>,
     ) -> Self {
-        let acquire = settings.cache.acquire();
+        let acquire = match settings.cache.acquire(request.extensions().get()) {
+            Ok(acquire) => acquire,
+            Err(error) => return Self::refused(error),
+        };
         let waiting = Box::pin(Waiting {
             request: Some(request),
             service,
@@ -234,12 +237,13 @@ where
     where
         S: Service<Request<B>, Response = Response<ResBody>>,
     {
-        let named = match challenge::judge(answer.status(), answer.headers()) {
-            Verdict::InvalidToken => true,
-            Verdict::Unexplained if self.settings.heed_unexplained => false,
+        let complaint = match challenge::judge(answer.status(), answer.headers()) {
+            Verdict::InvalidToken => Complaint::Invalid,
+            Verdict::MissingClaims(claims) => Complaint::Claims(claims),
+            Verdict::Unexplained if self.settings.heed_unexplained => Complaint::Unexplained,
             Verdict::Unexplained | Verdict::NotOurs => return Judged::Answer(answer),
         };
-        let remedy = self.settings.cache.refused(&self.token, named);
+        let remedy = self.settings.cache.refused(&self.token, complaint);
         let Some(kept) = self.kept else {
             return Judged::Answer(answer);
         };
@@ -359,13 +363,13 @@ where
                 PhaseProj::Readying { token } => {
                     ready!(this.service.poll_ready(cx)).map_err(Into::into)?;
                     // Getting ready takes its time: the token may have been replaced, or have died.
-                    let current = this.settings.cache.attach();
+                    let current = this.settings.cache.attach(Some(token.request()));
                     let current = current.filter(|current| this.turn.allows(current));
                     if current.is_none() && *this.rounds > 0 && token.has_died(Now::read()) {
                         *this.rounds -= 1;
                         // The next wait is one without readiness again.
                         *this.service = this.service.clone();
-                        let acquire = this.settings.cache.acquire();
+                        let acquire = this.settings.cache.acquire(Some(token.request()))?;
                         Phase::Acquiring { acquire }
                     } else {
                         let request = this

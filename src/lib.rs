@@ -159,12 +159,13 @@ mod token;
 
 pub use crate::{
     cache::TokenCache,
+    challenge::Challenge,
     error::{BoxError, ConfigError, TokenError},
     future::ResponseFuture,
     layer::BearerAuthLayer,
     policy::RefreshPolicy,
     replay::{CloneBody, EmptyBody, Never, Replay},
-    service::BearerAuth,
+    service::{BearerAuth, WithoutToken},
     source::{
         AuthMethod, ClientCredentials, ClientCredentialsBuilder, Fetch, RefreshToken, Revocation,
         SharedSource, SourceFn, TokenRequest, TokenResponse, TokenSource, source_fn,

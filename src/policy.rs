@@ -32,6 +32,8 @@ pub struct RefreshPolicy {
     flight_timeout: Duration,
     attempts: u32,
     max_waiters: Option<usize>,
+    max_keys: usize,
+    extended_lifetime: bool,
     keep_warm: bool,
 }
 
@@ -47,6 +49,8 @@ impl RefreshPolicy {
             flight_timeout: Duration::from_secs(30),
             attempts: 3,
             max_waiters: None,
+            max_keys: 16_384,
+            extended_lifetime: false,
             keep_warm: false,
         }
     }
@@ -115,11 +119,34 @@ impl RefreshPolicy {
         self
     }
 
+    /// Sets for how many [`TokenRequest`](crate::TokenRequest)s a cache keeps tokens at a time: default 16,384.
+    ///
+    /// One makes room for a new one when it has neither a token that lives, nor a token request under way, nor a
+    /// failure that is waited out. If there is none such, the new one gets an error of
+    /// [`TokenError::is_too_many_keys`]. The token that is for nothing in particular does not count.
+    #[must_use]
+    pub const fn max_keys(mut self, limit: usize) -> Self {
+        self.max_keys = limit;
+        self
+    }
+
+    /// Sets whether a token that has expired is used while the token endpoint fails, for as long as the server
+    /// said in `ext_expires_in`: default `false`.
+    ///
+    /// Entra ID grants that lifetime for outages of its own; its APIs accept such tokens then. It counts only
+    /// while the last token request failed with a transient error.
+    #[must_use]
+    pub const fn extended_lifetime(mut self, allowed: bool) -> Self {
+        self.extended_lifetime = allowed;
+        self
+    }
+
     /// Sets whether a token is refreshed without a request that asks for it: default `false`.
     ///
     /// An idle service costs no token requests by default, and the first request after a quiet time waits
     /// for one. A warm cache starts with its first token and ends with its last handle; if the runtime ends that
-    /// the last token request ran on, it takes the next request to go on.
+    /// the last token request ran on, it takes the next request to go on. Tokens for a
+    /// [`TokenRequest`](crate::TokenRequest) are not kept warm: a key that nobody asks for any more would never cool.
     #[must_use]
     pub const fn keep_warm(mut self, keep_warm: bool) -> Self {
         self.keep_warm = keep_warm;
@@ -154,6 +181,10 @@ impl RefreshPolicy {
         Schedule {
             refresh_after: refresh_after.max(FLOOR),
             expires_after: lifetime - self.expiry_margin.min(lifetime.mul_f64(0.1)),
+            extended_after: response
+                .ext_expires_in
+                .filter(|_| self.extended_lifetime)
+                .map(|extended| extended.min(MAX_LIFETIME)),
         }
     }
 
@@ -207,6 +238,10 @@ impl RefreshPolicy {
         self.max_waiters.unwrap_or(usize::MAX)
     }
 
+    pub(crate) fn key_limit(&self) -> usize {
+        self.max_keys
+    }
+
     pub(crate) fn stays_warm(&self) -> bool {
         self.keep_warm
     }
@@ -225,6 +260,8 @@ pub(crate) struct Schedule {
     pub(crate) refresh_after: Duration,
     /// From here on the token is not attached any more.
     pub(crate) expires_after: Duration,
+    /// From here on it is not even attached while the token endpoint fails.
+    pub(crate) extended_after: Option<Duration>,
 }
 
 /// How long a gate stays shut.

@@ -90,6 +90,9 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
+        if request.extensions().get::<WithoutToken>().is_some() {
+            return ResponseFuture::bare(self.inner.call(request));
+        }
         if self.settings.keep_existing && request.headers().contains_key(AUTHORIZATION) {
             return ResponseFuture::bare(self.inner.call(request));
         }
@@ -100,7 +103,7 @@ where
                 return ResponseFuture::refused(origin::refusal(request.uri()));
             }
         }
-        match self.settings.cache.attach() {
+        match self.settings.cache.attach(request.extensions().get()) {
             Some(token) => {
                 let settings = Arc::clone(&self.settings);
                 ResponseFuture::send(&mut self.inner, request, token, &self.replay, settings)
@@ -116,6 +119,20 @@ where
         }
     }
 }
+
+/// Sends a request without a token of ours, when it is among the request's extensions.
+///
+/// Such a request passes as it is, with the `Authorization` that it may bring along, wherever it goes; a 401 to it
+/// says nothing about a token.
+///
+/// ```
+/// use tower_bearer::WithoutToken;
+///
+/// let mut request = http::Request::new(());
+/// request.extensions_mut().insert(WithoutToken);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WithoutToken;
 
 impl<S: fmt::Debug, R: fmt::Debug> fmt::Debug for BearerAuth<S, R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -93,3 +93,26 @@ pub(crate) fn flight_lost() {
         "token request lost with the runtime that ran it",
     );
 }
+
+/// The server has granted less than was asked for, which the API may miss.
+pub(crate) fn scope_narrowed(token: &AccessToken) {
+    let missing = token.missing_scopes().collect::<Vec<_>>().join(" ");
+    event!(
+        name: "scope_narrowed",
+        target: TARGET,
+        Level::WARN,
+        missing,
+        "the token was granted for fewer scopes than were asked for",
+    );
+}
+
+/// There is no room for a token of another key: all of the `limit` are in use.
+pub(crate) fn keys_full(limit: usize) {
+    event!(
+        name: "keys_full",
+        target: TARGET,
+        Level::WARN,
+        limit,
+        "the cache is full of tokens that are in use, requests for others fail",
+    );
+}

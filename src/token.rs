@@ -4,11 +4,12 @@ use std::{fmt, sync::Arc, time::SystemTime};
 
 use bytes::Bytes;
 use http::HeaderValue;
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::ExposeSecret;
 use zeroize::Zeroizing;
 
 use crate::{
     policy::{FLOOR, Schedule},
+    source::{TokenRequest, TokenResponse},
     time::{Deadline, Now},
 };
 
@@ -21,31 +22,38 @@ pub struct AccessToken(pub(crate) Arc<Inner>);
 
 pub(crate) struct Inner {
     header: HeaderValue,
+    request: TokenRequest,
     scope: Option<Box<str>>,
+    requested_scope: Option<Box<str>>,
     due: Deadline,
     expiry: Deadline,
+    /// Until when it counts while the token endpoint fails.
+    extended: Option<Deadline>,
     /// Until when a token that was past its margin on arrival serves those who waited for it.
     stillborn: Option<Deadline>,
+    not_before: u64,
 }
 
 impl AccessToken {
-    /// Makes the token that was asked for at `sent` and arrived at `now`.
-    ///
-    /// `text` has been checked: it is visible ASCII.
+    /// Makes the token that was asked for at `sent`, by `request`, and arrived at `now`.
     pub(crate) fn new(
-        text: &SecretString,
-        scope: Option<String>,
+        response: TokenResponse,
+        request: TokenRequest,
         schedule: Schedule,
         sent: Now,
         now: Now,
     ) -> Self {
         let expiry = sent.after(schedule.expires_after);
         Self(Arc::new(Inner {
-            header: header_value(text.expose_secret()),
-            scope: scope.map(String::into_boxed_str),
+            header: header_value(response.access_token.expose_secret()),
+            request,
+            scope: response.scope.map(String::into_boxed_str),
+            requested_scope: response.requested_scope.map(String::into_boxed_str),
             due: sent.after(schedule.refresh_after),
             expiry,
+            extended: schedule.extended_after.map(|after| sent.after(after)),
             stillborn: expiry.has_come(now).then(|| now.after(FLOOR)),
+            not_before: response.not_before_policy.unwrap_or_default(),
         }))
     }
 
@@ -68,6 +76,27 @@ impl AccessToken {
         self.0.scope.as_deref()
     }
 
+    /// Returns the scopes that were asked for and not granted, if the server named what it granted.
+    ///
+    /// A server grants less than was asked for without an error (RFC 6749 section 3.3), and the API is the one
+    /// to complain, with `insufficient_scope`.
+    pub fn missing_scopes(&self) -> impl Iterator<Item = &str> {
+        let granted = self.0.scope.as_deref();
+        let requested = self
+            .0
+            .requested_scope
+            .as_deref()
+            .filter(|_| granted.is_some());
+        let is_granted =
+            move |scope: &str| granted.is_some_and(|all| scopes(all).any(|one| one == scope));
+        scopes(requested.unwrap_or_default()).filter(move |scope| !is_granted(scope))
+    }
+
+    /// Returns what the token was asked for.
+    pub fn request(&self) -> &TokenRequest {
+        &self.0.request
+    }
+
     /// Returns when the cache stops handing the token out: its expiry less the margin of
     /// [`RefreshPolicy::expiry_margin`](crate::RefreshPolicy::expiry_margin).
     ///
@@ -78,6 +107,17 @@ impl AccessToken {
 
     pub(crate) fn is_alive(&self, now: Now) -> bool {
         self.0.is_alive(now)
+    }
+
+    /// Whether the token counts as long as the token endpoint fails.
+    pub(crate) fn is_extended(&self, now: Now) -> bool {
+        self.0
+            .extended
+            .is_some_and(|extended| !extended.has_come(now))
+    }
+
+    pub(crate) fn not_before(&self) -> u64 {
+        self.0.not_before
     }
 
     pub(crate) fn is_due(&self, now: Now) -> bool {
@@ -112,8 +152,10 @@ impl Inner {
     }
 
     /// Whether a request may take the token and think no further.
-    pub(crate) fn is_fresh(&self, now: Now) -> bool {
-        self.is_alive(now) && !self.due.has_come(now)
+    ///
+    /// Unless it came with a lower `not_before` than another one since.
+    pub(crate) fn is_fresh(&self, not_before: u64, now: Now) -> bool {
+        self.is_alive(now) && !self.due.has_come(now) && self.not_before >= not_before
     }
 }
 
@@ -124,6 +166,10 @@ impl fmt::Debug for AccessToken {
             .field("usable_until", &self.usable_until())
             .finish_non_exhaustive()
     }
+}
+
+fn scopes(text: &str) -> impl Iterator<Item = &str> {
+    text.split(' ').filter(|scope| !scope.is_empty())
 }
 
 fn header_value(text: &str) -> HeaderValue {

@@ -73,7 +73,9 @@ impl Future for Acquire {
                     (Some(End::Done(token)), _) => return Poll::Ready(Ok(token)),
                     // Refused by the API, but not by all of it, and better than nothing.
                     (_, Some(fallback)) => return Poll::Ready(Ok(fallback)),
-                    (Some(End::Failed(error)), None) => return Poll::Ready(Err(error)),
+                    (Some(End::Failed(error)), None) => {
+                        return Poll::Ready(this.entry.last_resort().ok_or(error));
+                    }
                     (Some(End::Abandoned) | None, None) => {}
                 }
             }

@@ -1,20 +1,29 @@
 //! [`Entry`]: all that belongs to one key, and the one place where its state is locked.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use arc_swap::ArcSwapOption;
 use fastrand::Rng;
 use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
 
 use super::{
     acquire::Acquire,
+    endpoint::Endpoint,
     flight::{self, End, Flight, Outcome},
+    gate::{KeyId, SharedGate},
     state::{Decision, Plan, Refusal, State},
 };
 use crate::{
     error::{Kind, TokenError},
     policy::RefreshPolicy,
-    source::{ErasedSource, SharedSource, TokenSource},
+    source::{ErasedSource, Revocation, TokenRequest},
     sync::Mutex,
     time::{Deadline, Now},
     token::{self, AccessToken},
@@ -22,8 +31,12 @@ use crate::{
 
 /// The source of a key's tokens, the state, and the token for the hot path.
 pub(crate) struct Entry {
-    source: SharedSource,
-    policy: RefreshPolicy,
+    endpoint: Arc<Endpoint>,
+    policy: Arc<RefreshPolicy>,
+    /// Whether the token is refreshed without a request that asks for it.
+    warm: bool,
+    /// Cancelled when the cache is shut down.
+    closing: CancellationToken,
     /// The token that requests take without a lock; absent while the API has it named invalid.
     ///
     /// Written with the state locked, so that it follows the state in order.
@@ -65,11 +78,20 @@ impl Joined {
 }
 
 impl Entry {
-    pub(super) fn new(source: impl TokenSource, policy: RefreshPolicy) -> Arc<Self> {
+    pub(super) fn new(
+        request: TokenRequest,
+        endpoint: Arc<Endpoint>,
+        policy: Arc<RefreshPolicy>,
+        closing: CancellationToken,
+    ) -> Arc<Self> {
+        static IDS: AtomicU64 = AtomicU64::new(0);
+        let id: KeyId = IDS.fetch_add(1, Ordering::Relaxed);
         Arc::new(Self {
-            source: SharedSource::new(source),
+            endpoint,
+            warm: policy.stays_warm() && request.is_plain(),
+            closing,
             hot: ArcSwapOption::empty(),
-            state: Mutex::new(State::new(policy.clone(), Rng::new())),
+            state: Mutex::new(State::new(id, request, Arc::clone(&policy), Rng::new())),
             policy,
         })
     }
@@ -79,45 +101,59 @@ impl Entry {
     }
 
     pub(super) fn source(&self) -> &dyn ErasedSource {
-        self.source.get()
+        self.endpoint.source()
+    }
+
+    pub(super) fn stays_warm(&self) -> bool {
+        self.warm
+    }
+
+    pub(super) fn closing(&self) -> &CancellationToken {
+        &self.closing
+    }
+
+    /// The token for a request that has no time to wait; starts a refresh that is due.
+    pub(super) fn attach(self: &Arc<Self>) -> Option<AccessToken> {
+        self.fresh().or_else(|| self.use_or_refresh())
     }
 
     /// The token, if there is one that is neither due nor refused: without a lock.
     pub(super) fn fresh(&self) -> Option<AccessToken> {
         let now = Now::read();
         let token = self.hot.load();
-        let token = token.as_ref().filter(|token| token.is_fresh(now))?;
+        let not_before = self.endpoint.not_before();
+        let token = token
+            .as_ref()
+            .filter(|token| token.is_fresh(not_before, now))?;
         Some(AccessToken(Arc::clone(token)))
     }
 
     /// The token, if there is one that may be attached without a wait; starts a refresh that is due.
-    pub(super) fn use_or_refresh(self: &Arc<Self>) -> Option<AccessToken> {
-        self.look(|state, now, can_start| match state.acquire(now) {
+    fn use_or_refresh(self: &Arc<Self>) -> Option<AccessToken> {
+        self.look(|mut view| match view.acquire() {
             Decision::Use(token) => (Some(token), None),
-            Decision::UseAndStart(token) => {
-                (Some(token), can_start.then(|| Start::unforced(state, now)))
-            }
+            Decision::UseAndStart(token) => (Some(token), view.start_if_possible()),
             Decision::Start | Decision::Join(..) | Decision::Fail(_) => (None, None),
         })
     }
 
     /// What a caller gets who can wait; starts the flight that it will wait for.
     pub(super) fn find(self: &Arc<Self>) -> Found {
-        self.look(|state, now, can_start| match state.acquire(now) {
-            Decision::Use(token) => (Found::Token(token), None),
-            Decision::UseAndStart(token) => (
-                Found::Token(token),
-                can_start.then(|| Start::unforced(state, now)),
-            ),
-            Decision::Fail(error) => (Found::Error(error), None),
-            // Without a runtime there is neither a task for the flight nor a timer for its waiter.
-            Decision::Join(_, Some(token)) if !can_start => (Found::Token(token), None),
-            Decision::Start | Decision::Join(..) if !can_start => {
-                (Found::Error(TokenError::new(Kind::NoRuntime, false)), None)
+        self.look(|mut view| match (view.acquire(), view.obstacle) {
+            (_, Some(Kind::ShutDown)) => {
+                (Found::Error(TokenError::new(Kind::ShutDown, false)), None)
             }
-            Decision::Join(flight, fallback) => (Found::Flight(flight, fallback), None),
-            Decision::Start => {
-                let start = Start::unforced(state, now);
+            (Decision::Use(token), _) => (Found::Token(token), None),
+            (Decision::UseAndStart(token), _) => (Found::Token(token), view.start_if_possible()),
+            (Decision::Fail(error), _) => (Found::Error(error), None),
+            // Without a runtime there is neither a task for the flight nor a timer for its waiter.
+            (Decision::Join(_, Some(token)), Some(_)) => (Found::Token(token), None),
+            (Decision::Start | Decision::Join(..), Some(kind)) => {
+                (Found::Error(TokenError::new(kind, false)), None)
+            }
+            (Decision::Join(flight, fallback), None) => (Found::Flight(flight, fallback), None),
+            (Decision::Start, None) => {
+                let start = view.start();
                 (Found::Flight(Arc::clone(&start.flight), None), Some(start))
             }
         })
@@ -125,32 +161,55 @@ impl Entry {
 
     /// Starts the flight that is due, for nobody in particular.
     pub(super) fn refresh_if_due(self: &Arc<Self>) {
-        self.look(|state, now, can_start| match state.acquire(now) {
-            Decision::UseAndStart(_) | Decision::Start if can_start => {
-                ((), Some(Start::unforced(state, now)))
-            }
+        self.look(|mut view| match view.acquire() {
+            Decision::UseAndStart(_) | Decision::Start => ((), view.start_if_possible()),
             _ => ((), None),
         });
+    }
+
+    /// The token, if there is one that may be attached; starts nothing.
+    pub(super) fn peek(&self) -> Option<AccessToken> {
+        let now = Now::read();
+        let state = self.state.lock();
+        let shared = self.endpoint.gate.lock();
+        let token = state.attachable(now);
+        let token = token.or_else(|| state.last_resort(&shared, now));
+        token.filter(|token| token.not_before() >= self.endpoint.not_before())
+    }
+
+    /// A token that has died, for those whose flight has failed.
+    pub(super) fn last_resort(&self) -> Option<AccessToken> {
+        let state = self.state.lock();
+        let shared = self.endpoint.gate.lock();
+        state.last_resort(&shared, Now::read())
     }
 
     /// How many flights there were, and when the next one is due.
     pub(super) fn watch(&self) -> (u64, Option<Deadline>) {
         let state = self.state.lock();
-        (state.flights(), state.next_due())
+        let shared = self.endpoint.gate.lock();
+        (state.flights(), state.next_due(&shared))
+    }
+
+    /// Whether nothing is lost if this entry is forgotten.
+    pub(super) fn is_idle(&self, now: Now) -> bool {
+        let state = self.state.lock();
+        let shared = self.endpoint.gate.lock();
+        state.is_idle(&shared, now)
     }
 
     /// What a request can do whose `token` was refused; starts the flight that brings another one.
-    pub(super) fn refused(self: &Arc<Self>, token: &AccessToken, named: bool) -> Remedy {
+    pub(super) fn refused(self: &Arc<Self>, token: &AccessToken, complaint: Complaint) -> Remedy {
         let join = |flight| {
             let entry = Arc::clone(self);
             Remedy::Wait(Joined { entry, flight })
         };
-        self.look(|state, now, can_start| {
-            let start = match state.refused(token, named, now) {
-                Refusal::Replay(token) => return (Remedy::Token(token), None),
-                Refusal::Join(flight) if can_start => return (join(flight), None),
-                Refusal::Start if can_start => Start::forced(state, named, now),
-                Refusal::Refresh if can_start => Start::unforced(state, now),
+        self.look(|mut view| {
+            let start = match (view.refused(token, &complaint), view.obstacle) {
+                (Refusal::Replay(token), _) => return (Remedy::Token(token), None),
+                (Refusal::Join(flight), None) => return (join(flight), None),
+                (Refusal::Start, None) => view.start_forced(complaint),
+                (Refusal::Refresh, None) => view.start(),
                 _ => return (Remedy::Nothing, None),
             };
             (join(Arc::clone(&start.flight)), Some(start))
@@ -166,18 +225,25 @@ impl Entry {
             Outcome::Granted(..) | Outcome::Lost => None,
         };
         let mut state = self.state.lock();
-        let _remembered = state.remembered();
+        let mut shared = self.endpoint.gate.lock();
+        let _remembered = state.remembered(&shared);
         let mut retry_in = None;
         let end = match outcome {
             Outcome::Granted(response, sent) => {
-                state.succeeded(flight, response, sent, now).map(End::Done)
+                let not_before = response.not_before_policy;
+                let token = state.succeeded(&mut shared, flight, response, sent, now);
+                if let (Some(_), Some(not_before)) = (&token, not_before) {
+                    self.endpoint.set_not_before(not_before);
+                }
+                token.map(End::Done)
             }
             Outcome::Failed(_) | Outcome::Lost => {
-                retry_in = state.failed(flight, error.as_ref(), now);
+                retry_in = state.failed(&mut shared, flight, error.as_ref(), now);
                 retry_in.map(|_| error.clone().map_or(End::Abandoned, End::Failed))
             }
         };
         self.publish(&state);
+        drop(shared);
         drop(state);
         if let Some(end) = end {
             flight.end(end.clone());
@@ -185,20 +251,44 @@ impl Entry {
         }
     }
 
-    /// Decides something with the state locked, and does afterwards what must not be done under the lock.
+    /// Ends the flight, if there is one, and returns the tokens, which nobody gets from here any more.
     ///
-    /// `decide` is told whether there is a runtime to start a flight on.
-    fn look<T>(
-        self: &Arc<Self>,
-        decide: impl FnOnce(&mut State<Arc<Flight>>, Now, bool) -> (T, Option<Start>),
-    ) -> T {
-        let runtime = Handle::try_current().ok();
-        let now = Now::read();
+    /// The cache is to be `closing` by then, so that no other flight starts.
+    pub(super) fn close(&self) -> Revocation {
         let mut state = self.state.lock();
-        let overdue = state.give_up_overdue(now);
-        let (found, start) = decide(&mut state, now, runtime.is_some());
+        let (flight, revocation) = state.close_for_good(Now::read());
         self.publish(&state);
         drop(state);
+        if let Some(flight) = flight {
+            flight.end(End::Failed(TokenError::new(Kind::ShutDown, false)));
+        }
+        revocation
+    }
+
+    /// Decides something with the state locked, and does afterwards what must not be done under the lock.
+    fn look<T>(self: &Arc<Self>, decide: impl FnOnce(View<'_>) -> (T, Option<Start>)) -> T {
+        let runtime = Handle::try_current().ok();
+        let now = Now::read();
+        self.endpoint.heed_new_credentials(now);
+        let mut state = self.state.lock();
+        let mut shared = self.endpoint.gate.lock();
+        let void = state.heed_not_before(self.endpoint.not_before());
+        let overdue = state.give_up_overdue(&mut shared, now);
+        let obstacle = match &runtime {
+            _ if self.closing.is_cancelled() => Some(Kind::ShutDown),
+            Some(_) => None,
+            None => Some(Kind::NoRuntime),
+        };
+        let (found, start) = decide(View {
+            state: &mut state,
+            shared: &mut shared,
+            now,
+            obstacle,
+        });
+        self.publish(&state);
+        drop(shared);
+        drop(state);
+        drop(void);
         // First of all, since wakers and subscribers are foreign code and may panic.
         if let (Some(runtime), Some(start)) = (runtime, start) {
             flight::launch(&runtime, Arc::clone(self), start.flight, start.plan);
@@ -224,7 +314,48 @@ impl fmt::Debug for Entry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Entry")
             .field("policy", &self.policy)
+            .field("warm", &self.warm)
             .finish_non_exhaustive()
+    }
+}
+
+/// What a decision is made of, all of it locked.
+struct View<'a> {
+    state: &'a mut State<Arc<Flight>>,
+    shared: &'a mut SharedGate,
+    now: Now,
+    /// Why no flight can start, if so.
+    obstacle: Option<Kind>,
+}
+
+impl View<'_> {
+    fn acquire(&self) -> Decision<Arc<Flight>> {
+        self.state.acquire(self.shared, self.now)
+    }
+
+    fn refused(&mut self, token: &AccessToken, complaint: &Complaint) -> Refusal<Arc<Flight>> {
+        self.state
+            .refused(self.shared, token, complaint.names_token(), self.now)
+    }
+
+    fn start(&mut self) -> Start {
+        let (flight, plan) = self.state.begin(self.shared, Flight::new, self.now);
+        Start { flight, plan }
+    }
+
+    fn start_if_possible(&mut self) -> Option<Start> {
+        self.obstacle.is_none().then(|| self.start())
+    }
+
+    fn start_forced(&mut self, complaint: Complaint) -> Start {
+        let named = complaint.names_token();
+        let (flight, mut plan) = self
+            .state
+            .begin_forced(self.shared, Flight::new, named, self.now);
+        if let Complaint::Claims(claims) = complaint {
+            plan.claims = Some(claims);
+        }
+        Start { flight, plan }
     }
 }
 
@@ -234,14 +365,19 @@ struct Start {
     plan: Plan,
 }
 
-impl Start {
-    fn unforced(state: &mut State<Arc<Flight>>, now: Now) -> Self {
-        let (flight, plan) = state.begin(Flight::new, now);
-        Self { flight, plan }
-    }
+/// What the API has said of a token that it refused.
+#[derive(Debug)]
+pub(crate) enum Complaint {
+    /// That it is invalid.
+    Invalid,
+    /// That it lacks these claims, and so is as good as invalid.
+    Claims(String),
+    /// Nothing.
+    Unexplained,
+}
 
-    fn forced(state: &mut State<Arc<Flight>>, named: bool, now: Now) -> Self {
-        let (flight, plan) = state.begin_forced(Flight::new, named, now);
-        Self { flight, plan }
+impl Complaint {
+    fn names_token(&self) -> bool {
+        !matches!(self, Self::Unexplained)
     }
 }

@@ -71,6 +71,10 @@ pub(crate) enum End {
 
 /// What comes of a flight's attempts.
 #[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one per flight, and it moves twice"
+)]
 pub(crate) enum Outcome {
     /// A token, asked for at this time.
     Granted(TokenResponse, Now),
@@ -83,7 +87,12 @@ impl End {
     /// Emits the event of this end; after a failure no other flight starts for `retry_in`.
     pub(crate) fn report(&self, retry_in: Option<Duration>) {
         match self {
-            Self::Done(token) => telemetry::token_received(token),
+            Self::Done(token) => {
+                telemetry::token_received(token);
+                if token.missing_scopes().next().is_some() {
+                    telemetry::scope_narrowed(token);
+                }
+            }
             Self::Failed(error) => telemetry::flight_failed(error, retry_in),
             Self::Abandoned => telemetry::flight_lost(),
         }
@@ -237,16 +246,17 @@ impl Future for Waiter {
 /// with it the [`Ending`], which takes that lock.
 pub(crate) fn launch(runtime: &Handle, entry: Arc<Entry>, flight: Arc<Flight>, plan: Plan) {
     let ending = Ending { entry, flight };
-    runtime.spawn(async move {
+    let closing = ending.entry.closing().clone();
+    runtime.spawn(closing.run_until_cancelled_owned(async move {
         telemetry::flight_started(plan.forced, plan.delay);
         let outcome = fly(&ending, plan).await;
         let entry = Arc::clone(&ending.entry);
         entry.land(&ending.flight, outcome);
         drop(ending);
-        if entry.policy().stays_warm() {
+        if entry.stays_warm() {
             warm::keep(entry).await;
         }
-    });
+    }));
 }
 
 /// Ends a flight whose task is dropped or panics before it has landed.
@@ -310,7 +320,8 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
             attempt,
             timeout: policy.attempt_limit(),
             refresh_token: plan.refresh_token.take(),
-            ..Fetch::new()
+            request: plan.request.clone(),
+            claims: plan.claims.clone(),
         };
         let error = match ending.ask(fetch, plan.deadline).await {
             Ok(response) => {
@@ -449,17 +460,33 @@ mod models {
     use loom::{future::block_on, thread};
 
     use super::*;
-    use crate::{cache::state::Decision, policy::RefreshPolicy, source::source_fn};
+    use tokio_util::sync::CancellationToken;
+
+    use crate::{
+        cache::{endpoint::Endpoint, gate::SharedGate, state::Decision},
+        policy::RefreshPolicy,
+        source::{SharedSource, TokenRequest, source_fn},
+    };
 
     fn entry() -> Arc<Entry> {
         let source = source_fn(|_| async { Err(TokenError::transient("not asked")) });
-        Entry::new(source, RefreshPolicy::new())
+        let endpoint = Endpoint::new(SharedSource::new(source));
+        Entry::new(
+            TokenRequest::new(),
+            Arc::new(endpoint),
+            Arc::new(RefreshPolicy::new()),
+            CancellationToken::new(),
+        )
     }
 
     /// An entry with a flight on record.
     fn in_flight() -> (Arc<Entry>, Arc<Flight>) {
         let entry = entry();
-        let (flight, _) = entry.state.lock().begin(Flight::new, Now::read());
+        let (flight, _) =
+            entry
+                .state
+                .lock()
+                .begin(&mut SharedGate::default(), Flight::new, Now::read());
         (entry, flight)
     }
 
@@ -523,7 +550,7 @@ mod models {
                 monotonic: Instant::now() + Duration::from_secs(1),
                 ..Now::read()
             };
-            let decision = entry.state.lock().acquire(later);
+            let decision = entry.state.lock().acquire(&SharedGate::default(), later);
             assert!(matches!(decision, Decision::Start));
         });
     }
@@ -542,10 +569,16 @@ mod models {
                 monotonic: flight.overdue(),
                 ..Now::read()
             };
-            let given_up = entry.state.lock().give_up_overdue(overdue);
+            let given_up = entry
+                .state
+                .lock()
+                .give_up_overdue(&mut SharedGate::default(), overdue);
             if let Some(flight) = &given_up {
                 // The fence is up: the next flight is on record when the late result comes.
-                entry.state.lock().begin(Flight::new, overdue);
+                entry
+                    .state
+                    .lock()
+                    .begin(&mut SharedGate::default(), Flight::new, overdue);
                 flight.end(End::Abandoned);
             }
             let end = wait(seat);

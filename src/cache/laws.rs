@@ -4,17 +4,23 @@
 //! steps, and plays the part of the flights and of the server. It notes every flight, and afterwards the notes
 //! are held against the figures that the crate promises.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use fastrand::Rng;
 use proptest::prelude::{Just, ProptestConfig, Strategy, any, prop_oneof, proptest};
 use tokio::time::Instant;
 
-use super::state::{Decision, Plan, Refusal, State};
+use super::{
+    gate::SharedGate,
+    state::{Decision, Plan, Refusal, State},
+};
 use crate::{
     error::{Kind, TokenError},
     policy::{GRACE, RefreshPolicy},
-    source::{RefreshToken, TokenResponse},
+    source::{RefreshToken, TokenRequest, TokenResponse},
     time::{Deadline, Now},
     token::AccessToken,
 };
@@ -44,7 +50,9 @@ enum Answer {
         refresh_token: bool,
     },
     Transient,
+    Unreachable,
     Terminal,
+    InvalidClient,
     RetryAfter(u64),
     Hang,
 }
@@ -91,6 +99,7 @@ struct World {
     monotonic: u64,
     wall: i64,
     state: State<u64>,
+    shared: SharedGate,
     rng: Rng,
     policy: RefreshPolicy,
     answer: Answer,
@@ -112,7 +121,13 @@ impl World {
             epoch: SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000),
             monotonic: 0,
             wall: 0,
-            state: State::new(policy.clone(), Rng::with_seed(seed)),
+            state: State::new(
+                1,
+                TokenRequest::new(),
+                Arc::new(policy.clone()),
+                Rng::with_seed(seed),
+            ),
+            shared: SharedGate::default(),
             rng: Rng::with_seed(seed ^ 1),
             policy,
             answer: Answer::Transient,
@@ -218,7 +233,11 @@ impl World {
                 return self.land(flight, Ok(response));
             }
             Answer::Transient => TokenError::transient("down"),
+            Answer::Unreachable => TokenError::new(Kind::Transport, true),
             Answer::Terminal => TokenError::terminal("refused"),
+            Answer::InvalidClient => {
+                TokenError::new(Kind::Rejected, false).with_oauth_error("invalid_client")
+            }
             Answer::RetryAfter(seconds) => {
                 flight.note.retry_after = 1_000 * (*seconds).min(300);
                 TokenError::transient("busy").with_retry_after(Duration::from_secs(*seconds))
@@ -265,7 +284,9 @@ impl World {
         let (now, sent) = (self.now(), self.at(flight.sent));
         match outcome {
             Ok(response) => {
-                let token = self.state.succeeded(&flight.id, response, sent, now);
+                let token = self
+                    .state
+                    .succeeded(&mut self.shared, &flight.id, response, sent, now);
                 let token = token.expect("the flight is on record");
                 let opens = token.due().remaining(sent);
                 flight.note.success = Some((flight.sent, opens.as_millis() as u64));
@@ -275,7 +296,7 @@ impl World {
             }
             Err(error) => {
                 self.state
-                    .failed(&flight.id, error.as_ref(), now)
+                    .failed(&mut self.shared, &flight.id, error.as_ref(), now)
                     .expect("the flight is on record");
             }
         }
@@ -322,7 +343,7 @@ impl World {
             .filter(|(_, expiry)| !expiry.has_come(now))
             .cloned();
         let refused = self.state.unquestioned().is_none();
-        match (self.state.acquire(now), alive) {
+        match (self.state.acquire(&self.shared, now), alive) {
             (Decision::Use(token), Some((held, _))) => assert!(token.same_text(&held)),
             (Decision::UseAndStart(token), Some((held, _))) => {
                 assert!(token.same_text(&held));
@@ -349,7 +370,7 @@ impl World {
     fn start(&mut self, now: Now) {
         self.next_id += 1;
         let id = self.next_id;
-        let (_, plan) = self.state.begin(|_| id, now);
+        let (_, plan) = self.state.begin(&mut self.shared, |_| id, now);
         self.launch(id, plan, false);
     }
 
@@ -366,7 +387,7 @@ impl World {
             .last()
             .filter(|(_, expiry)| !expiry.has_come(now))
             .cloned();
-        match self.state.refused(&sent, named, now) {
+        match self.state.refused(&self.shared, &sent, named, now) {
             Refusal::Replay(token) => assert!(!token.same_text(&sent)),
             Refusal::Join(flight) => {
                 assert_eq!(Some(flight), self.flight.as_ref().map(|flight| flight.id));
@@ -376,7 +397,9 @@ impl World {
                 assert!(current, "law 8: a late 401 costs a token request");
                 self.next_id += 1;
                 let id = self.next_id;
-                let (_, plan) = self.state.begin_forced(|_| id, named, now);
+                let (_, plan) = self
+                    .state
+                    .begin_forced(&mut self.shared, |_| id, named, now);
                 self.launch(id, plan, true);
             }
             Refusal::Refresh => {
@@ -411,7 +434,7 @@ impl World {
 
     /// Whoever looks at the state gives up an overdue flight first. Its late result counts for nothing.
     fn give_up(&mut self, now: Now) {
-        let Some(id) = self.state.give_up_overdue(now) else {
+        let Some(id) = self.state.give_up_overdue(&mut self.shared, now) else {
             return;
         };
         let mut flight = self.flight.take().expect("the flight was on record");
@@ -419,7 +442,9 @@ impl World {
         assert!(flight.parked, "a flight that is driven ends in time");
         let late = TokenResponse::new("late").unwrap();
         assert!(
-            self.state.succeeded(&id, late, now, now).is_none(),
+            self.state
+                .succeeded(&mut self.shared, &id, late, now, now)
+                .is_none(),
             "law 1: the fence has a hole"
         );
         flight.note.end = self.monotonic;
@@ -578,7 +603,9 @@ fn answers() -> impl Strategy<Value = Answer> {
             Answer::Grant { lifetime, same_text, refresh_token }
         }),
         2 => Just(Answer::Transient),
+        1 => Just(Answer::Unreachable),
         1 => Just(Answer::Terminal),
+        1 => Just(Answer::InvalidClient),
         1 => (0_u64..400).prop_map(Answer::RetryAfter),
         1 => Just(Answer::Hang),
     ]

@@ -1,8 +1,11 @@
 //! [`TokenCache`]: the handle that all users of a token share.
 
 mod acquire;
+mod endpoint;
 mod entry;
 mod flight;
+mod gate;
+mod keys;
 #[cfg(test)]
 mod laws;
 mod state;
@@ -10,13 +13,25 @@ mod warm;
 
 use std::{fmt, sync::Arc};
 
-use self::entry::Entry;
-pub(crate) use self::{acquire::Acquire, entry::Remedy};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+pub(crate) use self::{
+    acquire::Acquire,
+    entry::{Complaint, Remedy},
+};
+use self::{endpoint::Endpoint, entry::Entry, keys::Keys};
 use crate::{
-    error::TokenError, policy::RefreshPolicy, source::TokenSource, time::Now, token::AccessToken,
+    error::{Kind, TokenError},
+    policy::RefreshPolicy,
+    source::{Revocation, SharedSource, TokenRequest, TokenSource},
+    token::AccessToken,
 };
 
-/// Keeps a token and replaces it, with at most one token request in flight.
+/// Keeps tokens and replaces them, with at most one token request in flight for each.
+///
+/// There is one token for whoever asks for nothing in particular, and one for each [`TokenRequest`] that tells
+/// what its token is for. What is said below of the token is true of each of them.
 ///
 /// Clones are cheap and share everything. One cache can feed many [`BearerAuthLayer`](crate::BearerAuthLayer)s
 /// and, without tower, anything else that needs a token: a gRPC interceptor, a WebSocket handshake, a
@@ -42,7 +57,9 @@ use crate::{
 /// ```
 #[derive(Clone)]
 pub struct TokenCache {
-    entry: Arc<Entry>,
+    /// For requests that name nothing: without a look into the map.
+    plain: Arc<Entry>,
+    keys: Arc<Keys>,
 }
 
 impl TokenCache {
@@ -55,8 +72,13 @@ impl TokenCache {
     /// Creates an empty cache.
     #[must_use]
     pub fn with_policy(source: impl TokenSource, policy: RefreshPolicy) -> Self {
+        let endpoint = Arc::new(Endpoint::new(SharedSource::new(source)));
+        let policy = Arc::new(policy);
+        let closing = CancellationToken::new();
+        let keys = Keys::new(Arc::clone(&policy), Arc::clone(&endpoint), closing.clone());
         Self {
-            entry: Entry::new(source, policy),
+            plain: Entry::new(TokenRequest::new(), endpoint, policy, closing),
+            keys: Arc::new(keys),
         }
     }
 
@@ -82,9 +104,26 @@ impl TokenCache {
     ///
     /// If it has to wait on a tokio runtime without timers.
     pub async fn get(&self) -> Result<AccessToken, TokenError> {
-        match self.attach() {
+        self.get_for(&TokenRequest::new()).await
+    }
+
+    /// Returns a token for what `request` names, as [`get`](Self::get) does for nothing in particular.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`get`](Self::get).
+    ///
+    /// # Errors
+    ///
+    /// As [`get`](Self::get), and [`TokenError::is_too_many_keys`] if there is no room for another token.
+    ///
+    /// # Panics
+    ///
+    /// As [`get`](Self::get).
+    pub async fn get_for(&self, request: &TokenRequest) -> Result<AccessToken, TokenError> {
+        match self.attach(Some(request)) {
             Some(token) => Ok(token),
-            None => self.acquire().await,
+            None => self.acquire(Some(request))?.await,
         }
     }
 
@@ -92,36 +131,131 @@ impl TokenCache {
     ///
     /// Causes no token request.
     pub fn peek(&self) -> Option<AccessToken> {
-        let now = Now::read();
-        self.entry.state.lock().attachable(now)
+        self.plain.peek()
+    }
+
+    /// Returns the current token for what `request` names, if there is one that may be sent.
+    ///
+    /// Causes no token request.
+    pub fn peek_for(&self, request: &TokenRequest) -> Option<AccessToken> {
+        self.entry(request)?.peek()
     }
 
     /// Tells the cache that `token` was refused: what a 401 with the challenge `invalid_token` does.
     ///
-    /// Only the token that the cache holds can be refused; one that it has replaced is of no interest. A
+    /// Only a token that the cache holds can be refused; one that it has replaced is of no interest. A
     /// replacement is fetched in the background, at most one per cooldown: 5 s, doubling to 60 s while refusals
     /// go on. Callers of [`get`](Self::get) wait for it for at most 1 s and use the old token after that. During
     /// the cooldown, after a failed token request whose retry is not due, and without a tokio runtime,
     /// nothing happens.
     pub fn invalidate(&self, token: &AccessToken) {
-        self.refused(token, true);
+        self.refused(token, Complaint::Invalid);
+    }
+
+    /// Ends all background work: token requests under way, and the watch over tokens that are
+    /// [kept warm](RefreshPolicy::keep_warm).
+    ///
+    /// The tokens are forgotten, and whoever waits for one or asks from now on gets an error of
+    /// [`TokenError::is_shut_down`]. This holds for all clones of the cache and cannot be undone.
+    pub fn shutdown(&self) {
+        self.close();
+    }
+
+    /// Ends all background work as [`shutdown`](Self::shutdown) does, and has the tokens revoked (RFC 7009): the
+    /// refresh tokens, which end their sessions, and the access tokens.
+    ///
+    /// To be called when no request is under way any more. A token that the server grants at this moment is not
+    /// known and lives on. Up to 16 keys' tokens are revoked at a time; the future has no timeout of its own.
+    ///
+    /// # Cancel safety
+    ///
+    /// The cache is shut down at the first poll. Dropping the future after that leaves tokens unrevoked.
+    ///
+    /// # Errors
+    ///
+    /// The first error; the other tokens are revoked all the same. A source that cannot revoke tokens gives a
+    /// terminal one.
+    ///
+    /// # Panics
+    ///
+    /// If there are tokens to be revoked and no tokio runtime.
+    pub async fn shutdown_and_revoke(&self) -> Result<(), TokenError> {
+        let mut revocations = self.close().into_iter();
+        let mut tasks = JoinSet::new();
+        let mut outcome = Ok(());
+        loop {
+            while tasks.len() < REVOCATIONS {
+                let Some((entry, revocation)) = revocations.next() else {
+                    break;
+                };
+                tasks.spawn(async move { entry.source().revoke(revocation).await });
+            }
+            match tasks.join_next().await {
+                Some(revoked) => {
+                    let panicked = |_| Err(TokenError::new(Kind::Panicked, false));
+                    outcome = outcome.and(revoked.unwrap_or_else(panicked));
+                }
+                None => return outcome,
+            }
+        }
+    }
+
+    /// Ends everything and returns what may be revoked.
+    fn close(&self) -> Vec<(Arc<Entry>, Revocation)> {
+        self.plain.closing().cancel();
+        let mut entries = self.keys.take();
+        entries.push(Arc::clone(&self.plain));
+        let mut revocations = Vec::new();
+        for entry in entries {
+            let revocation = entry.close();
+            if revocation.refresh_token.is_some() || revocation.access_token.is_some() {
+                revocations.push((entry, revocation));
+            }
+        }
+        revocations
     }
 
     /// The token for a request that has no time to wait; starts a refresh that is due.
-    pub(crate) fn attach(&self) -> Option<AccessToken> {
-        self.entry.fresh().or_else(|| self.entry.use_or_refresh())
+    pub(crate) fn attach(&self, request: Option<&TokenRequest>) -> Option<AccessToken> {
+        match keyed(request) {
+            None => self.plain.attach(),
+            // The error of a full map is for `acquire` to return.
+            Some(request) => self.keys.get_or_insert(request).ok()?.attach(),
+        }
     }
 
     /// Waits for a token.
-    pub(crate) fn acquire(&self) -> Acquire {
-        Acquire::new(Arc::clone(&self.entry))
+    pub(crate) fn acquire(&self, request: Option<&TokenRequest>) -> Result<Acquire, TokenError> {
+        let entry = match keyed(request) {
+            None => Arc::clone(&self.plain),
+            Some(request) => self.keys.get_or_insert(request)?,
+        };
+        Ok(Acquire::new(entry))
     }
 
-    /// Hears that the API refused `token`, and either `named` it invalid or gave no word of it.
-    pub(crate) fn refused(&self, token: &AccessToken, named: bool) -> Remedy {
-        self.entry.refused(token, named)
+    /// Hears that the API refused `token`, and what it said of it.
+    pub(crate) fn refused(&self, token: &AccessToken, complaint: Complaint) -> Remedy {
+        match self.entry(token.request()) {
+            Some(entry) => entry.refused(token, complaint),
+            None => Remedy::Nothing,
+        }
+    }
+
+    fn entry(&self, request: &TokenRequest) -> Option<Arc<Entry>> {
+        match keyed(Some(request)) {
+            None => Some(Arc::clone(&self.plain)),
+            Some(request) => self.keys.get(request),
+        }
     }
 }
+
+/// The request, if it names anything.
+fn keyed(request: Option<&TokenRequest>) -> Option<&TokenRequest> {
+    request.filter(|request| !request.is_plain())
+}
+
+/// How many keys' tokens are revoked at a time.
+const REVOCATIONS: usize = 16;
 
 // This rules out that a cache is a source for another one, whose retries would add up with its own.
 impl<T: TokenSource> From<T> for TokenCache {
@@ -134,7 +268,7 @@ impl fmt::Debug for TokenCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TokenCache")
             .field("token", &self.peek())
-            .field("policy", self.entry.policy())
+            .field("policy", self.plain.policy())
             .finish_non_exhaustive()
     }
 }

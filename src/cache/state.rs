@@ -1,27 +1,30 @@
 //! The decisions of the cache, as a pure state machine: (state, event, now) -> decision.
 //!
 //! Nothing here locks, waits, spawns or reads a clock. `F` stands for a flight, of which the machine only
-//! needs to know whether two are the same one.
+//! needs to know whether two are the same one. The gate that a key shares with the others of its source is an
+//! argument of whatever needs it.
 //!
 //! # Invariants
 //!
 //! 1. At most one flight is on record. Only its own end, or its being overdue, takes it off (law 1).
 //! 2. A result counts only while its flight is on record: a flight that was given up is fenced.
-//! 3. Only a newer token displaces a token. No failure and no 401 does (law 3).
+//! 3. Only a newer token displaces a token, or the server's word that all tokens up to then are void. No
+//!    failure and no 401 does (law 3).
 //! 4. A token is named rejected only while a flight is on record.
 //! 5. A flight starts only past the floor and through an open gate, but for the one exemption that each token
 //!    has at its expiry; a forced one, past the cooldown instead of the floor (law 2).
 //! 6. Every gate, cooldown and floor is a moment that comes: nothing closes for good (law 7).
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use fastrand::Rng;
 use tokio::time::Instant;
 
+use super::gate::{KeyId, OwnGate, SharedGate};
 use crate::{
     error::TokenError,
     policy::{self, RefreshPolicy},
-    source::{RefreshToken, TokenResponse},
+    source::{RefreshToken, Revocation, TokenRequest, TokenResponse},
     time::{Deadline, Now},
     token::AccessToken,
 };
@@ -29,7 +32,9 @@ use crate::{
 /// What is known about one key's token.
 #[derive(Debug)]
 pub(crate) struct State<F> {
-    policy: RefreshPolicy,
+    policy: Arc<RefreshPolicy>,
+    /// What the token is for.
+    request: TokenRequest,
     rng: Rng,
     token: Option<AccessToken>,
     /// The API has said that the token is invalid, and the flight on record is to replace it.
@@ -44,7 +49,7 @@ pub(crate) struct State<F> {
     flight: Option<OnRecord<F>>,
     /// How many flights have been on record.
     flights: u64,
-    gate: Gate,
+    gate: OwnGate,
     cooldown: Cooldown,
 }
 
@@ -53,6 +58,7 @@ struct OnRecord<F> {
     flight: F,
     /// When its waiters give it up. By the monotonic clock alone, as their timers are.
     overdue: Instant,
+    began: Instant,
     forced: bool,
 }
 
@@ -96,12 +102,22 @@ pub(crate) struct Plan {
     pub(crate) attempts: u32,
     pub(crate) forced: bool,
     pub(crate) refresh_token: Option<RefreshToken>,
+    /// What the token is for.
+    pub(crate) request: TokenRequest,
+    /// The claims that the API has missed in the token.
+    pub(crate) claims: Option<String>,
 }
 
 impl<F: Clone + PartialEq> State<F> {
-    pub(crate) fn new(policy: RefreshPolicy, rng: Rng) -> Self {
+    pub(crate) fn new(
+        key: KeyId,
+        request: TokenRequest,
+        policy: Arc<RefreshPolicy>,
+        rng: Rng,
+    ) -> Self {
         Self {
             policy,
+            request,
             rng,
             token: None,
             rejected: false,
@@ -111,30 +127,35 @@ impl<F: Clone + PartialEq> State<F> {
             floor: None,
             flight: None,
             flights: 0,
-            gate: Gate::default(),
+            gate: OwnGate::new(key),
             cooldown: Cooldown::default(),
         }
     }
 
     /// What a caller who wants a token at `now` does.
-    pub(crate) fn acquire(&self, now: Now) -> Decision<F> {
+    pub(crate) fn acquire(&self, shared: &SharedGate, now: Now) -> Decision<F> {
         let flight = self.flight.as_ref().map(|record| &record.flight);
+        let open = self.gate.is_open(shared, now);
         match (self.attachable(now), flight) {
-            (Some(token), Some(flight)) if self.rejected && self.gate.failures == 0 => {
+            (Some(token), Some(flight)) if self.rejected && self.gate.failures(shared) == 0 => {
                 Decision::Join(flight.clone(), Some(token))
             }
-            (Some(token), None) if token.is_due(now) && self.gate.is_open(now) => {
-                Decision::UseAndStart(token)
-            }
+            (Some(token), None) if token.is_due(now) && open => Decision::UseAndStart(token),
             (Some(token), _) => Decision::Use(token),
-            (None, Some(flight)) => match &self.gate.remembered {
-                Some(error) => Decision::Fail(error.clone()),
-                None => Decision::Join(flight.clone(), None),
-            },
-            (None, None) => match &self.gate.remembered {
-                Some(error) if !self.may_pass(now) => Decision::Fail(error.clone()),
-                _ => Decision::Start,
-            },
+            (None, flight) => {
+                let may_start = flight.is_none() && self.may_pass(shared, now);
+                match (self.last_resort(shared, now), flight) {
+                    (Some(token), _) if may_start => Decision::UseAndStart(token),
+                    (Some(token), _) => Decision::Use(token),
+                    (None, None) if may_start => Decision::Start,
+                    (None, flight) => match (self.gate.remembered(shared), flight) {
+                        (Some(error), _) => Decision::Fail(error.clone()),
+                        (None, Some(flight)) => Decision::Join(flight.clone(), None),
+                        // Shut by a flight that was lost: the next one waits for it to open.
+                        (None, None) => Decision::Start,
+                    },
+                }
+            }
         }
     }
 
@@ -142,7 +163,13 @@ impl<F: Clone + PartialEq> State<F> {
     ///
     /// A 401 counts against the token that was sent (law 8), and only for as much as the cooldown and the
     /// gate allow: while there is no way to another token, it changes nothing.
-    pub(crate) fn refused(&mut self, sent: &AccessToken, named: bool, now: Now) -> Refusal<F> {
+    pub(crate) fn refused(
+        &mut self,
+        shared: &SharedGate,
+        sent: &AccessToken,
+        named: bool,
+        now: Now,
+    ) -> Refusal<F> {
         let is_current = self
             .token
             .as_ref()
@@ -153,8 +180,8 @@ impl<F: Clone + PartialEq> State<F> {
                 self.rejected |= named && is_current && current.is_some();
                 Refusal::Join(record.flight.clone())
             }
-            (None, None) if is_current && self.may_pass(now) => Refusal::Refresh,
-            (Some(_), None) if self.gate.is_open(now) && self.cooldown.is_over(now) => {
+            (None, None) if is_current && self.may_pass(shared, now) => Refusal::Refresh,
+            (Some(_), None) if self.gate.is_open(shared, now) && self.cooldown.is_over(now) => {
                 Refusal::Start
             }
             (_, None) => Refusal::Pass,
@@ -164,13 +191,18 @@ impl<F: Clone + PartialEq> State<F> {
     /// Puts a flight on record, as [`Decision::Start`] and [`Decision::UseAndStart`] ask for.
     ///
     /// `make` makes it of the moment at which it is overdue.
-    pub(crate) fn begin(&mut self, make: impl FnOnce(Instant) -> F, now: Now) -> (F, Plan) {
+    pub(crate) fn begin(
+        &mut self,
+        shared: &mut SharedGate,
+        make: impl FnOnce(Instant) -> F,
+        now: Now,
+    ) -> (F, Plan) {
         let mut delay = remaining(self.floor, now);
-        if !self.gate.is_open(now) {
-            if self.is_exempt(now) {
+        if !self.gate.is_open(shared, now) {
+            if self.is_exempt(shared, now) {
                 self.exempted = true;
             } else {
-                delay = delay.max(remaining(self.gate.opens, now));
+                delay = delay.max(remaining(self.gate.opens(shared), now));
             }
         }
         // Each refresh token is handed out once, whatever becomes of it: servers that rotate them take a
@@ -182,7 +214,7 @@ impl<F: Clone + PartialEq> State<F> {
         if let Some(token) = &refresh_token {
             self.spent = Some(token.clone());
         }
-        self.record(make, false, delay, refresh_token, now)
+        self.record(shared, make, false, delay, refresh_token, now)
     }
 
     /// Puts a flight on record that a 401 forced, as [`Refusal::Start`] asks for.
@@ -190,6 +222,7 @@ impl<F: Clone + PartialEq> State<F> {
     /// The session may be gone that the refresh token belongs to, so it is forgotten.
     pub(crate) fn begin_forced(
         &mut self,
+        shared: &mut SharedGate,
         make: impl FnOnce(Instant) -> F,
         named: bool,
         now: Now,
@@ -197,34 +230,36 @@ impl<F: Clone + PartialEq> State<F> {
         self.rejected = named && self.attachable(now).is_some();
         self.refresh_token = None;
         self.cooldown.begin(now);
-        self.record(make, true, Duration::ZERO, None, now)
+        self.record(shared, make, true, Duration::ZERO, None, now)
     }
 
     /// Takes the result of `flight` and returns the token, if the flight is still on record.
     pub(crate) fn succeeded(
         &mut self,
+        shared: &mut SharedGate,
         flight: &F,
-        response: TokenResponse,
+        mut response: TokenResponse,
         sent: Now,
         now: Now,
     ) -> Option<AccessToken> {
         self.close(flight, now)?;
         let first = self.floor.is_none();
         let schedule = self.policy.schedule(&response, first, &mut self.rng);
-        let token = AccessToken::new(&response.access_token, response.scope, schedule, sent, now);
         // A server that does not rotate its refresh tokens sends the one that it got.
         let spent = self.spent.as_ref();
         let refresh_token = response
             .refresh_token
+            .take()
             .filter(|token| spent.is_none_or(|spent| !spent.same_text(token)));
         self.refresh_token = refresh_token.map(|token| {
             let expiry = token.expires_in.map(|after| sent.after(after));
             (token, expiry)
         });
+        let token = AccessToken::new(response, self.request.clone(), schedule, sent, now);
         self.token = Some(token.clone());
         self.exempted = false;
         self.floor = Some(sent.after(policy::FLOOR));
-        self.gate = Gate::default();
+        self.gate.open(shared, sent);
         Some(token)
     }
 
@@ -232,26 +267,39 @@ impl<F: Clone + PartialEq> State<F> {
     /// the flight is still on record.
     pub(crate) fn failed(
         &mut self,
+        shared: &mut SharedGate,
         flight: &F,
         error: Option<&TokenError>,
         now: Now,
     ) -> Option<Duration> {
-        self.close(flight, now)?;
-        Some(self.gate.shut(&self.policy, error, &mut self.rng, now))
+        let began = self.close(flight, now)?;
+        let (policy, rng) = (&self.policy, &mut self.rng);
+        Some(self.gate.shut(shared, policy, error, rng, began, now))
     }
 
     /// Takes an overdue flight off the record and returns it, so that its waiters can be told.
     ///
     /// Whoever looks at the state does this first. It is the fence of law 6: from here on the flight's
     /// result counts for nothing.
-    pub(crate) fn give_up_overdue(&mut self, now: Now) -> Option<F> {
+    pub(crate) fn give_up_overdue(&mut self, shared: &mut SharedGate, now: Now) -> Option<F> {
         let record = self.flight.as_ref()?;
         if now.monotonic < record.overdue {
             return None;
         }
         let flight = record.flight.clone();
-        self.failed(&flight, None, now);
+        self.failed(shared, &flight, None, now);
         Some(flight)
+    }
+
+    /// Drops a token that the server has declared void: it came with a lower `not_before` than another token
+    /// since. The refresh token of its session goes with it.
+    pub(crate) fn heed_not_before(&mut self, not_before: u64) -> Option<AccessToken> {
+        let void = self
+            .token
+            .take_if(|token| token.not_before() < not_before)?;
+        self.refresh_token = None;
+        self.rejected = false;
+        Some(void)
     }
 
     /// The token, if it may be attached: alive, rejected or not.
@@ -259,14 +307,27 @@ impl<F: Clone + PartialEq> State<F> {
         self.token.clone().filter(|token| token.is_alive(now))
     }
 
+    /// A token that has died, if its server lets it count on while the token endpoint fails.
+    pub(crate) fn last_resort(&self, shared: &SharedGate, now: Now) -> Option<AccessToken> {
+        let outage = self
+            .gate
+            .remembered(shared)
+            .is_some_and(TokenError::is_transient);
+        let token = self.token.as_ref().filter(|_| outage)?;
+        token.is_extended(now).then(|| token.clone())
+    }
+
     /// The token that requests may take without asking here, as long as it is fresh.
     pub(crate) fn unquestioned(&self) -> Option<&AccessToken> {
         self.token.as_ref().filter(|_| !self.rejected)
     }
 
-    /// What callers get who cannot wait for a flight.
-    pub(crate) fn remembered(&self) -> Option<TokenError> {
-        self.gate.remembered.clone()
+    /// What callers get who cannot wait for a flight: the key's own error and the shared one.
+    pub(crate) fn remembered(&self, shared: &SharedGate) -> [Option<TokenError>; 2] {
+        [
+            self.gate.own_remembered().cloned(),
+            shared.remembered().cloned(),
+        ]
     }
 
     /// How many flights have been on record.
@@ -275,13 +336,43 @@ impl<F: Clone + PartialEq> State<F> {
     }
 
     /// When to look whether a refresh is due, if there is anything to refresh.
-    pub(crate) fn next_due(&self) -> Option<Deadline> {
+    pub(crate) fn next_due(&self, shared: &SharedGate) -> Option<Deadline> {
         let due = self.token.as_ref()?.due();
-        Some(self.gate.opens.map_or(due, |opens| opens.latest(due)))
+        let opens = self.gate.opens(shared);
+        Some(opens.map_or(due, |opens| opens.latest(due)))
+    }
+
+    /// Whether nothing is lost if this is forgotten, and nothing is asked for sooner for it.
+    pub(crate) fn is_idle(&self, shared: &SharedGate, now: Now) -> bool {
+        let is_dead = self
+            .token
+            .as_ref()
+            .is_none_or(|token| !token.is_alive(now) && !token.is_extended(now));
+        is_dead
+            && self.flight.is_none()
+            && self.gate.is_open(shared, now)
+            && self.cooldown.is_over(now)
+            && remaining(self.floor, now).is_zero()
+    }
+
+    /// Gives up everything: the flight on record, to be told, and the tokens, to be revoked.
+    pub(crate) fn close_for_good(&mut self, now: Now) -> (Option<F>, Revocation) {
+        let flight = self.flight.take().map(|record| record.flight);
+        let token = self.token.take();
+        let refresh_token = self.refresh_token.take();
+        let lives = |expiry: Option<Deadline>| expiry.is_none_or(|expiry| !expiry.has_come(now));
+        let revocation = Revocation {
+            refresh_token: refresh_token
+                .filter(|(_, expiry)| lives(*expiry))
+                .map(|(token, _)| token),
+            access_token: token.filter(|token| token.is_alive(now)),
+        };
+        (flight, revocation)
     }
 
     fn record(
         &mut self,
+        shared: &mut SharedGate,
         make: impl FnOnce(Instant) -> F,
         forced: bool,
         delay: Duration,
@@ -290,91 +381,50 @@ impl<F: Clone + PartialEq> State<F> {
     ) -> (F, Plan) {
         let deadline = now.monotonic + delay + self.policy.flight_limit();
         let overdue = deadline + policy::GRACE;
+        let attempts = self.policy.attempts_after(self.gate.failures(shared));
+        self.gate.pass(shared, now, overdue);
         let flight = make(overdue);
         self.flights += 1;
         self.flight = Some(OnRecord {
             flight: flight.clone(),
             overdue,
+            began: now.monotonic,
             forced,
         });
         let plan = Plan {
             delay,
             deadline,
-            attempts: self.policy.attempts_after(self.gate.failures),
+            attempts,
             forced,
             refresh_token,
+            request: self.request.clone(),
+            claims: None,
         };
         (flight, plan)
     }
 
-    /// Takes `flight` off the record, if it is on it.
-    fn close(&mut self, flight: &F, now: Now) -> Option<()> {
+    /// Takes `flight` off the record, if it is on it, and returns when it was put there.
+    fn close(&mut self, flight: &F, now: Now) -> Option<Instant> {
         let record = self.flight.take_if(|record| record.flight == *flight)?;
         self.rejected = false;
         if record.forced {
             self.cooldown.end(now);
         }
-        Some(())
+        Some(record.began)
     }
 
     /// Whether a flight may start now, with nothing attachable.
-    fn may_pass(&self, now: Now) -> bool {
-        self.gate.is_open(now) || self.is_exempt(now)
+    fn may_pass(&self, shared: &SharedGate, now: Now) -> bool {
+        self.gate.is_open(shared, now) || self.is_exempt(shared, now)
     }
 
     /// Whether the token has just died and its one flight past a backoff gate is still to be had.
-    fn is_exempt(&self, now: Now) -> bool {
+    fn is_exempt(&self, shared: &SharedGate, now: Now) -> bool {
         let died = self
             .token
             .as_ref()
             .is_some_and(|token| !token.is_alive(now));
-        died && !self.exempted && self.gate.is_lenient(now)
-    }
-}
-
-/// What failed flights leave behind: how many there were and when the next may start.
-///
-/// A success opens it; a 401 never does.
-#[derive(Debug, Default)]
-struct Gate {
-    failures: u32,
-    terminal: u32,
-    opens: Option<Deadline>,
-    /// Until then the gate is shut even for a token at hard expiry.
-    strict: Option<Deadline>,
-    /// What callers get who cannot wait for a flight.
-    remembered: Option<TokenError>,
-}
-
-impl Gate {
-    fn is_open(&self, now: Now) -> bool {
-        self.opens.is_none_or(|opens| opens.has_come(now))
-    }
-
-    fn is_lenient(&self, now: Now) -> bool {
-        self.strict.is_none_or(|strict| strict.has_come(now))
-    }
-
-    fn shut(
-        &mut self,
-        policy: &RefreshPolicy,
-        error: Option<&TokenError>,
-        rng: &mut Rng,
-        now: Now,
-    ) -> Duration {
-        self.failures = self.failures.saturating_add(1);
-        self.terminal = match error.is_none_or(TokenError::is_transient) {
-            true => 0,
-            false => self.terminal.saturating_add(1),
-        };
-        let times = policy.gate(self.failures, self.terminal, error, rng);
-        self.opens = Some(now.after(times.opens_after));
-        self.strict = Some(now.after(times.strict_until));
-        // A lost flight says nothing of the server: the next callers wait for a new one.
-        if let Some(error) = error {
-            self.remembered = Some(error.clone());
-        }
-        times.opens_after
+        died && !self.exempted && self.gate.is_lenient(shared, now)
     }
 }
 
@@ -415,6 +465,7 @@ mod tests {
     /// A state and a clock, with flights named by numbers.
     struct Case {
         state: State<u32>,
+        shared: SharedGate,
         now: Now,
         flights: u32,
     }
@@ -422,7 +473,13 @@ mod tests {
     impl Case {
         fn new() -> Self {
             Self {
-                state: State::new(RefreshPolicy::new(), Rng::with_seed(1)),
+                state: State::new(
+                    1,
+                    TokenRequest::new(),
+                    Arc::new(RefreshPolicy::new()),
+                    Rng::with_seed(1),
+                ),
+                shared: SharedGate::default(),
                 now: Now::read(),
                 flights: 0,
             }
@@ -446,13 +503,15 @@ mod tests {
         fn begin(&mut self) -> (u32, Plan) {
             self.flights += 1;
             let id = self.flights;
-            self.state.begin(|_| id, self.now)
+            self.state.begin(&mut self.shared, |_| id, self.now)
         }
 
         fn begin_forced(&mut self, named: bool) -> u32 {
             self.flights += 1;
             let id = self.flights;
-            self.state.begin_forced(|_| id, named, self.now).0
+            self.state
+                .begin_forced(&mut self.shared, |_| id, named, self.now)
+                .0
         }
 
         fn grant(&mut self, text: &str, lifetime: u64) -> AccessToken {
@@ -464,16 +523,19 @@ mod tests {
             let response = TokenResponse::new(text)
                 .unwrap()
                 .expires_in(Duration::from_secs(lifetime));
-            self.state.succeeded(&flight, response, self.now, self.now)
+            self.state
+                .succeeded(&mut self.shared, &flight, response, self.now, self.now)
         }
 
         fn fail(&mut self, flight: u32, error: &TokenError) {
-            self.state.failed(&flight, Some(error), self.now).unwrap();
+            self.state
+                .failed(&mut self.shared, &flight, Some(error), self.now)
+                .unwrap();
         }
 
         /// What a caller does, in a word.
         fn acquire(&self) -> String {
-            match self.state.acquire(self.now) {
+            match self.state.acquire(&self.shared, self.now) {
                 Decision::Use(token) => format!("use {}", token.expose_secret()),
                 Decision::UseAndStart(token) => format!("use {} and start", token.expose_secret()),
                 Decision::Start => "start".to_owned(),
@@ -487,7 +549,7 @@ mod tests {
 
         /// What becomes of a 401 about `token`, in a word.
         fn refused(&mut self, token: &AccessToken, named: bool) -> String {
-            match self.state.refused(token, named, self.now) {
+            match self.state.refused(&self.shared, token, named, self.now) {
                 Refusal::Replay(token) => format!("replay {}", token.expose_secret()),
                 Refusal::Join(flight) => format!("join {flight}"),
                 Refusal::Start => "start".to_owned(),
@@ -679,15 +741,22 @@ mod tests {
         let mut case = Case::new();
         let (flight, plan) = case.begin();
         case.now.monotonic = plan.deadline;
-        assert_eq!(case.state.give_up_overdue(case.now), None);
+        assert_eq!(case.state.give_up_overdue(&mut case.shared, case.now), None);
         case.pass(0.5);
-        assert_eq!(case.state.give_up_overdue(case.now), Some(flight));
+        assert_eq!(
+            case.state.give_up_overdue(&mut case.shared, case.now),
+            Some(flight)
+        );
         // Nothing is known against the server, so callers wait for the gate and the next flight.
         assert_eq!(case.acquire(), "start");
         let (next, plan) = case.begin();
         assert!(plan.delay >= Duration::from_millis(250));
         assert!(case.land(flight, "late", 300).is_none());
-        assert!(case.state.failed(&flight, None, case.now).is_none());
+        assert!(
+            case.state
+                .failed(&mut case.shared, &flight, None, case.now)
+                .is_none()
+        );
         assert_eq!(case.acquire(), format!("join {next}"));
     }
 
@@ -715,6 +784,114 @@ mod tests {
         assert_eq!(case.acquire(), "start");
     }
 
+    fn hinted(text: &str) -> TokenResponse {
+        TokenResponse::new(text)
+            .unwrap()
+            .expires_in(Duration::from_secs(1_000))
+            .ext_expires_in(Duration::from_secs(5_000))
+    }
+
+    /// A dead token counts on while the endpoint fails, if user and server allow it, and nobody waits.
+    #[test]
+    fn an_extended_token_is_used_in_an_outage_only() {
+        for (allowed, error, expected) in [
+            (true, down(), "use token"),
+            (false, down(), "fail"),
+            (true, TokenError::terminal("refused"), "fail"),
+        ] {
+            let mut case = Case::new();
+            case.state.policy = Arc::new(RefreshPolicy::new().extended_lifetime(allowed));
+            let (flight, _) = case.begin();
+            let now = case.now;
+            let landed = case
+                .state
+                .succeeded(&mut case.shared, &flight, hinted("token"), now, now);
+            assert!(landed.is_some());
+            case.pass(1_500.0);
+            // Nothing is known against the endpoint: the token is dead.
+            assert_eq!(case.acquire(), "start");
+            let (flight, _) = case.begin();
+            assert_eq!(case.acquire(), format!("join {flight}"));
+            case.fail(flight, &error);
+            case.state.exempted = true;
+            assert_eq!(case.acquire(), expected, "{error}");
+            if expected != "fail" {
+                case.pass(0.6);
+                assert_eq!(case.acquire(), "use token and start");
+                let (flight, _) = case.begin();
+                assert_eq!(case.acquire(), "use token");
+                // Until its extended life is over.
+                case.fail(flight, &error);
+                case.pass(3_500.0);
+                assert_eq!(case.acquire(), "start");
+            }
+        }
+    }
+
+    /// Keycloak: whoever raises `not-before-policy` has voided the tokens that came before.
+    #[test]
+    fn a_rise_of_not_before_drops_a_token_and_its_refresh_token() {
+        let mut case = Case::new();
+        let (flight, _) = case.begin();
+        let response = hinted("old")
+            .not_before_policy(7)
+            .refresh_token(RefreshToken::new("refresh"));
+        let now = case.now;
+        case.state
+            .succeeded(&mut case.shared, &flight, response, now, now)
+            .unwrap();
+        assert!(case.state.heed_not_before(7).is_none());
+        // A server that was set back, or one of several that has not heard of it yet.
+        assert!(case.state.heed_not_before(0).is_none());
+        assert_eq!(case.acquire(), "use old");
+        assert!(case.state.heed_not_before(8).is_some());
+        assert_eq!(case.acquire(), "start");
+        let (_, plan) = case.begin();
+        assert!(plan.refresh_token.is_none());
+        // Law 2: the floor holds.
+        assert_eq!(plan.delay, policy::FLOOR);
+    }
+
+    #[test]
+    fn only_what_has_nothing_to_lose_is_idle() {
+        let mut case = Case::new();
+        let idle = |case: &Case| case.state.is_idle(&case.shared, case.now);
+        assert!(idle(&case));
+        let (flight, _) = case.begin();
+        assert!(!idle(&case), "a flight");
+        case.land(flight, "token", 1).unwrap();
+        assert!(!idle(&case), "a live token");
+        case.pass(0.95);
+        assert!(!idle(&case), "the floor");
+        case.pass(0.1);
+        assert!(idle(&case));
+        let (flight, _) = case.begin();
+        case.fail(flight, &down());
+        assert!(!idle(&case), "a shut gate");
+        case.pass(1.0);
+        assert!(idle(&case));
+    }
+
+    #[test]
+    fn what_is_closed_hands_out_all_that_lives() {
+        let mut case = Case::new();
+        let (flight, _) = case.begin();
+        let response = hinted("token").refresh_token(RefreshToken::new("refresh"));
+        let now = case.now;
+        case.state
+            .succeeded(&mut case.shared, &flight, response, now, now)
+            .unwrap();
+        case.pass(800.0);
+        let flight = case.begin_forced(false);
+        let (ended, revocation) = case.state.close_for_good(case.now);
+        assert_eq!(ended, Some(flight));
+        assert_eq!(revocation.access_token.unwrap().expose_secret(), "token");
+        // It was forgotten with the refusal of its access token.
+        assert!(revocation.refresh_token.is_none());
+        assert!(case.land(flight, "late", 300).is_none());
+        assert_eq!(case.acquire(), "start");
+    }
+
     #[test]
     fn a_refresh_token_is_handed_out_once_in_time_and_never_by_force() {
         let grant = |case: &mut Case, refresh_token: RefreshToken| {
@@ -722,7 +899,9 @@ mod tests {
             let response = TokenResponse::new("token").unwrap();
             let response = response.refresh_token(refresh_token);
             let now = case.now;
-            case.state.succeeded(&flight, response, now, now).unwrap();
+            case.state
+                .succeeded(&mut case.shared, &flight, response, now, now)
+                .unwrap();
         };
         let sent = |plan: Plan| {
             plan.refresh_token

@@ -1,0 +1,500 @@
+//! Gates: what failed flights leave behind, for a key and for all keys of a source.
+//!
+//! Each failure shuts the gate of its key. One that tells of the endpoint or of the client (no connection, `429`,
+//! `Retry-After`, `invalid_client`) shuts the [`SharedGate`] too, and no key's flights start while that is
+//! shut. One that tells of what was asked for (`invalid_scope`) does not, so that a key that is refused
+//! keeps no other back. Of the rest (a timeout, a `500`) nobody can say whose fault it is. Once two keys have had
+//! one, with no success between them, such a failure shuts the shared gate as well, but only for the keys that
+//! have failed: whoever has not is free to find out.
+//!
+//! When a shared gate opens, one key goes first, and those whom it binds wait for what comes of it.
+
+use std::time::Duration;
+
+use fastrand::Rng;
+use http::StatusCode;
+use tokio::time::Instant;
+
+use crate::{
+    error::TokenError,
+    policy::RefreshPolicy,
+    time::{Deadline, Now},
+};
+
+/// Tells the keys of one source apart.
+pub(crate) type KeyId = u64;
+
+/// How many flights failed in a row and when the next may start.
+///
+/// A success opens it; a 401 never does.
+#[derive(Debug, Default)]
+struct Gate {
+    failures: u32,
+    terminal: u32,
+    opens: Option<Deadline>,
+    /// Until then the gate is shut even for a token at hard expiry.
+    strict: Option<Deadline>,
+    /// What callers get who cannot wait for a flight.
+    remembered: Option<TokenError>,
+}
+
+impl Gate {
+    fn is_open(&self, now: Now) -> bool {
+        self.opens.is_none_or(|opens| opens.has_come(now))
+    }
+
+    fn is_lenient(&self, now: Now) -> bool {
+        self.strict.is_none_or(|strict| strict.has_come(now))
+    }
+
+    fn shut(
+        &mut self,
+        policy: &RefreshPolicy,
+        error: Option<&TokenError>,
+        rng: &mut Rng,
+        now: Now,
+    ) -> Duration {
+        self.failures = self.failures.saturating_add(1);
+        self.terminal = match error.is_none_or(TokenError::is_transient) {
+            true => 0,
+            false => self.terminal.saturating_add(1),
+        };
+        let times = policy.gate(self.failures, self.terminal, error, rng);
+        self.opens = Some(now.after(times.opens_after));
+        self.strict = Some(now.after(times.strict_until));
+        // A lost flight says nothing of the server: the next callers wait for a new one.
+        if let Some(error) = error {
+            self.remembered = Some(error.clone());
+        }
+        times.opens_after
+    }
+}
+
+/// The gate of an authorization server as one client finds it.
+#[derive(Debug, Default)]
+pub(crate) struct SharedGate {
+    gate: Gate,
+    /// Whether it binds the keys as well that have not failed themselves.
+    certain: bool,
+    /// When it was shut: a success that was asked for before says nothing against it.
+    shut: Option<Instant>,
+    /// The key that had the last failure of which nobody can say whose fault it is.
+    suspect: Option<KeyId>,
+    /// The key that tries whether the endpoint is well again, and until when it is waited for.
+    probe: Option<(KeyId, Instant)>,
+    /// How often the client was refused and has got other credentials since.
+    renewals: u64,
+}
+
+impl SharedGate {
+    fn is_open(&self, key: KeyId, now: Now) -> bool {
+        let waits = |(other, until)| other != key && now.monotonic < until;
+        self.gate.is_open(now) && !self.probe.is_some_and(waits)
+    }
+
+    /// Whether a refusal of the client is held back from all keys, which other credentials would end.
+    pub(crate) fn is_refused(&self, now: Now) -> bool {
+        self.gate.terminal > 0 && !self.gate.is_open(now)
+    }
+
+    /// Opens the gates that a refusal of the client has shut, since its credentials are others now.
+    pub(crate) fn renew(&mut self) {
+        if self.gate.terminal > 0 {
+            self.forget();
+            self.renewals += 1;
+        }
+    }
+
+    pub(crate) fn remembered(&self) -> Option<&TokenError> {
+        self.gate.remembered.as_ref()
+    }
+
+    fn forget(&mut self) {
+        *self = Self {
+            renewals: self.renewals,
+            ..Self::default()
+        };
+    }
+}
+
+/// The gates that a key's flights have to pass: its own, and the one that it shares.
+#[derive(Debug)]
+pub(crate) struct OwnGate {
+    key: KeyId,
+    gate: Gate,
+    /// The renewals there had been when the client was refused, if that has shut the gate.
+    refused: Option<u64>,
+}
+
+impl OwnGate {
+    pub(crate) fn new(key: KeyId) -> Self {
+        Self {
+            key,
+            gate: Gate::default(),
+            refused: None,
+        }
+    }
+
+    pub(crate) fn is_open(&self, shared: &SharedGate, now: Now) -> bool {
+        let own = self.gate.is_open(now) || self.is_renewed(shared);
+        own && self
+            .binding(shared)
+            .is_none_or(|shared| shared.is_open(self.key, now))
+    }
+
+    /// Whether a token at hard expiry may pass, open or not.
+    pub(crate) fn is_lenient(&self, shared: &SharedGate, now: Now) -> bool {
+        let own = self.gate.is_lenient(now) || self.is_renewed(shared);
+        own && self
+            .binding(shared)
+            .is_none_or(|shared| shared.gate.is_lenient(now))
+    }
+
+    pub(crate) fn failures(&self, shared: &SharedGate) -> u32 {
+        let shared = self.binding(shared).map(|shared| shared.gate.failures);
+        self.gate.failures.max(shared.unwrap_or_default())
+    }
+
+    /// What callers get who cannot wait for a flight.
+    pub(crate) fn remembered<'a>(&'a self, shared: &'a SharedGate) -> Option<&'a TokenError> {
+        let shared = self.binding(shared).and_then(SharedGate::remembered);
+        shared.or_else(|| self.own_remembered())
+    }
+
+    pub(crate) fn own_remembered(&self) -> Option<&TokenError> {
+        self.gate.remembered.as_ref()
+    }
+
+    /// When both are open.
+    pub(crate) fn opens(&self, shared: &SharedGate) -> Option<Deadline> {
+        let own = self.gate.opens.filter(|_| !self.is_renewed(shared));
+        let shared = self.binding(shared).and_then(|shared| shared.gate.opens);
+        match (own, shared) {
+            (Some(own), Some(shared)) => Some(own.latest(shared)),
+            (own, shared) => own.or(shared),
+        }
+    }
+
+    /// Takes note of a flight that starts, to be over at `until`.
+    pub(crate) fn pass(&self, shared: &mut SharedGate, now: Now, until: Instant) {
+        let probed = shared.probe.is_some_and(|(_, until)| now.monotonic < until);
+        if self.binding(shared).is_some() && !probed {
+            shared.probe = Some((self.key, until));
+        }
+    }
+
+    /// Opens the gates after a success that was asked for at `sent`.
+    pub(crate) fn open(&mut self, shared: &mut SharedGate, sent: Now) {
+        *self = Self::new(self.key);
+        self.end_probe(shared);
+        shared.suspect = None;
+        if shared.shut.is_none_or(|shut| shut <= sent.monotonic) {
+            shared.forget();
+        }
+    }
+
+    /// Shuts the gates that `error` tells of, or the key's own for a flight that was lost, and returns for how
+    /// long the key's own is shut. The flight `began` when it was put on record.
+    pub(crate) fn shut(
+        &mut self,
+        shared: &mut SharedGate,
+        policy: &RefreshPolicy,
+        error: Option<&TokenError>,
+        rng: &mut Rng,
+        began: Instant,
+        now: Now,
+    ) -> Duration {
+        let was_probe = self.end_probe(shared);
+        let fault = Fault::of(error);
+        let everybodys = match fault {
+            Fault::Endpoint | Fault::Client => true,
+            Fault::Either => {
+                let before = shared.suspect.replace(self.key);
+                shared.gate.failures > 0 || before.is_some_and(|key| key != self.key)
+            }
+            Fault::Key => false,
+            Fault::Request => {
+                // The endpoint has answered, and it knows the client.
+                if was_probe {
+                    shared.forget();
+                }
+                false
+            }
+        };
+        // A thousand flights that were in the air together are one failure of the endpoint.
+        let is_known = shared.shut.is_some_and(|shut| began < shut)
+            && !shared.gate.is_open(now)
+            && error.is_none_or(|error| error.is_transient() && error.retry_after().is_none());
+        if everybodys && !is_known {
+            // With the same sample of chance: for a key that is the only one, both open at the same time.
+            shared.gate.shut(policy, error, &mut rng.clone(), now);
+            shared.shut = Some(now.monotonic);
+            shared.certain |= fault != Fault::Either;
+        }
+        self.refused = (fault == Fault::Client).then_some(shared.renewals);
+        self.gate.shut(policy, error, rng, now)
+    }
+
+    /// The shared gate, if it holds this key back.
+    fn binding<'a>(&self, shared: &'a SharedGate) -> Option<&'a SharedGate> {
+        let binds = shared.gate.failures > 0 && (shared.certain || self.gate.failures > 0);
+        binds.then_some(shared)
+    }
+
+    /// Whether the client was refused with credentials that it does not use any more.
+    fn is_renewed(&self, shared: &SharedGate) -> bool {
+        self.refused
+            .is_some_and(|renewals| renewals != shared.renewals)
+    }
+
+    /// Ends the probe that this key's flight was, if it was one.
+    fn end_probe(&self, shared: &mut SharedGate) -> bool {
+        shared.probe.take_if(|(key, _)| *key == self.key).is_some()
+    }
+}
+
+/// Whose fault a failure is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    Endpoint,
+    /// Of the client, whose credentials all keys share.
+    Client,
+    /// The endpoint's or the key's.
+    Either,
+    /// The key's alone, whatever it is.
+    Key,
+    /// Of what the key asks for: the server has said so.
+    Request,
+}
+
+impl Fault {
+    fn of(error: Option<&TokenError>) -> Self {
+        let Some(error) = error else {
+            return Self::Key;
+        };
+        let is_busy =
+            error.retry_after().is_some() || error.status() == Some(StatusCode::TOO_MANY_REQUESTS);
+        match error.oauth_error() {
+            _ if error.is_transport() || is_busy => Self::Endpoint,
+            _ if error.is_interrupted() => Self::Key,
+            _ if error.is_transient() => Self::Either,
+            Some("invalid_client" | "unauthorized_client") => Self::Client,
+            Some(_) => Self::Request,
+            None => Self::Key,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+
+    /// Some keys of one source, and a clock.
+    struct Case {
+        shared: SharedGate,
+        keys: Vec<OwnGate>,
+        now: Now,
+    }
+
+    impl Case {
+        fn new() -> Self {
+            Self {
+                shared: SharedGate::default(),
+                keys: (0..3).map(OwnGate::new).collect(),
+                now: Now::read(),
+            }
+        }
+
+        fn pass(&mut self, seconds: u64) {
+            self.now.monotonic += Duration::from_secs(seconds);
+            self.now.wall += Duration::from_secs(seconds);
+        }
+
+        fn fail(&mut self, key: usize, error: &TokenError) {
+            let (policy, rng) = (RefreshPolicy::new(), &mut Rng::with_seed(7));
+            let (shared, now) = (&mut self.shared, self.now);
+            self.keys[key].shut(shared, &policy, Some(error), rng, now.monotonic, now);
+        }
+
+        fn start(&mut self, key: usize) {
+            let until = self.now.monotonic + Duration::from_secs(30);
+            self.keys[key].pass(&mut self.shared, self.now, until);
+        }
+
+        fn succeed(&mut self, key: usize, sent: Now) {
+            self.keys[key].open(&mut self.shared, sent);
+        }
+
+        /// Which keys' flights may start.
+        fn open(&self) -> [bool; 3] {
+            [0, 1, 2].map(|key: usize| self.keys[key].is_open(&self.shared, self.now))
+        }
+    }
+
+    fn rejected(code: &str) -> TokenError {
+        TokenError::new(Kind::Rejected, false).with_oauth_error(code)
+    }
+
+    #[test]
+    fn what_tells_of_the_endpoint_or_the_client_binds_all_keys() {
+        let too_many =
+            TokenError::new(Kind::Unavailable, true).with_status(StatusCode::TOO_MANY_REQUESTS);
+        let retry_after = TokenError::transient("busy").with_retry_after(Duration::from_secs(9));
+        for error in [
+            TokenError::new(Kind::Transport, true),
+            too_many,
+            retry_after,
+            rejected("invalid_client"),
+            rejected("unauthorized_client"),
+        ] {
+            let mut case = Case::new();
+            case.fail(0, &error);
+            assert_eq!(case.open(), [false; 3], "{error}");
+        }
+    }
+
+    #[test]
+    fn what_tells_of_the_request_binds_its_key_alone() {
+        for error in [
+            rejected("invalid_scope"),
+            rejected("invalid_target"),
+            TokenError::terminal("refused"),
+            TokenError::new(Kind::Panicked, true),
+        ] {
+            let mut case = Case::new();
+            case.fail(0, &error);
+            case.fail(1, &error);
+            assert_eq!(case.open(), [false, false, true], "{error}");
+        }
+    }
+
+    #[test]
+    fn two_keys_bear_witness_against_the_endpoint_and_bind_themselves() {
+        let timeout = TokenError::new(Kind::Timeout, true);
+        let mut case = Case::new();
+        case.fail(0, &timeout);
+        case.fail(0, &timeout);
+        assert_eq!(case.shared.gate.failures, 0);
+        case.fail(1, &timeout);
+        assert_eq!(case.shared.gate.failures, 1);
+        assert_eq!(case.open(), [false, false, true]);
+        // The first one's own gate has opened, and the shared one has not.
+        let busy = TokenError::new(Kind::Unavailable, true);
+        for _ in 0..6 {
+            case.fail(1, &busy);
+        }
+        case.pass(2);
+        assert!(case.keys[0].gate.is_open(case.now));
+        assert_eq!(case.open(), [false, false, true]);
+    }
+
+    #[test]
+    fn a_success_between_them_clears_the_endpoint() {
+        let timeout = TokenError::new(Kind::Timeout, true);
+        let mut case = Case::new();
+        case.fail(0, &timeout);
+        case.succeed(2, case.now);
+        case.fail(1, &timeout);
+        assert_eq!(case.shared.gate.failures, 0);
+    }
+
+    #[test]
+    fn one_key_goes_first_when_a_shared_gate_opens() {
+        let mut case = Case::new();
+        case.fail(0, &TokenError::new(Kind::Transport, true));
+        case.pass(1);
+        assert_eq!(case.open(), [true; 3]);
+        case.start(2);
+        assert_eq!(case.open(), [false, false, true]);
+        // It tells by its success, or by its failure, or by neither and is waited for no longer.
+        case.pass(31);
+        assert_eq!(case.open(), [true; 3]);
+        case.start(1);
+        case.fail(1, &TokenError::new(Kind::Transport, true));
+        assert_eq!(case.open(), [false; 3]);
+        case.pass(2);
+        case.start(1);
+        case.succeed(1, case.now);
+        assert_eq!(case.open(), [true; 3]);
+        assert_eq!(case.keys[2].failures(&case.shared), 0);
+    }
+
+    #[test]
+    fn a_refusal_of_what_was_asked_for_shows_that_the_endpoint_is_well() {
+        let mut case = Case::new();
+        case.fail(0, &TokenError::new(Kind::Transport, true));
+        case.pass(1);
+        case.start(1);
+        case.fail(1, &rejected("invalid_scope"));
+        assert_eq!(case.open(), [true, false, true]);
+    }
+
+    #[test]
+    fn a_success_that_was_asked_for_before_says_nothing() {
+        let mut case = Case::new();
+        let sent = case.now;
+        case.pass(1);
+        let error = TokenError::transient("busy").with_retry_after(Duration::from_secs(60));
+        case.fail(0, &error);
+        case.succeed(1, sent);
+        assert_eq!(case.open(), [false; 3]);
+    }
+
+    #[test]
+    fn flights_that_fail_together_are_one_failure() {
+        let (policy, rng) = (RefreshPolicy::new(), &mut Rng::with_seed(7));
+        let mut case = Case::new();
+        let began = case.now.monotonic;
+        case.pass(1);
+        let error = TokenError::new(Kind::Transport, true);
+        for key in &mut case.keys {
+            key.shut(
+                &mut case.shared,
+                &policy,
+                Some(&error),
+                rng,
+                began,
+                case.now,
+            );
+        }
+        assert_eq!(case.shared.gate.failures, 1);
+        // What it asks for is heeded all the same.
+        let error = error.with_retry_after(Duration::from_secs(60));
+        let key = &mut case.keys[1];
+        key.shut(
+            &mut case.shared,
+            &policy,
+            Some(&error),
+            rng,
+            began,
+            case.now,
+        );
+        case.pass(59);
+        assert_eq!(case.open(), [false; 3]);
+    }
+
+    /// Law 2: whatever becomes of other keys, a key's own failures keep it back.
+    #[test]
+    fn another_keys_success_opens_no_own_gate() {
+        let mut case = Case::new();
+        case.fail(0, &TokenError::new(Kind::Transport, true));
+        case.succeed(1, case.now);
+        assert_eq!(case.open(), [false, true, true]);
+    }
+
+    #[test]
+    fn other_credentials_open_what_a_refusal_of_the_client_has_shut() {
+        let mut case = Case::new();
+        case.fail(0, &rejected("invalid_scope"));
+        case.fail(1, &rejected("invalid_client"));
+        assert!(case.shared.is_refused(case.now));
+        case.shared.renew();
+        assert!(!case.shared.is_refused(case.now));
+        assert_eq!(case.open(), [false, true, true]);
+        assert!(case.keys[1].is_lenient(&case.shared, case.now));
+        // The next refusal holds again.
+        case.fail(1, &rejected("invalid_client"));
+        assert_eq!(case.open(), [false; 3]);
+    }
+}

@@ -1,0 +1,147 @@
+//! [`Keys`]: the entries of all requests that name what their token is for.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::{endpoint::Endpoint, entry::Entry};
+use crate::{
+    error::{Kind, TokenError},
+    policy::RefreshPolicy,
+    source::TokenRequest,
+    telemetry,
+    time::Now,
+};
+
+/// The entries by their keys, as many as the policy allows.
+///
+/// An entry makes room when nothing is lost with it: no token that lives, no flight, no gate that is shut. It
+/// is in use as long as anybody but the map holds it, so a flight keeps its entry, and a key never has two.
+pub(super) struct Keys {
+    policy: Arc<RefreshPolicy>,
+    /// Of the cache's own source.
+    endpoint: Arc<Endpoint>,
+    closing: CancellationToken,
+    map: RwLock<Map>,
+}
+
+#[derive(Default)]
+struct Map {
+    entries: HashMap<TokenRequest, Arc<Entry>>,
+    /// The endpoints of other sources, by the address of the source, which each one keeps alive.
+    endpoints: HashMap<usize, Weak<Endpoint>>,
+    /// When room was looked for the last time.
+    swept: Option<Instant>,
+}
+
+impl Keys {
+    pub(super) fn new(
+        policy: Arc<RefreshPolicy>,
+        endpoint: Arc<Endpoint>,
+        closing: CancellationToken,
+    ) -> Self {
+        Self {
+            policy,
+            endpoint,
+            closing,
+            map: RwLock::default(),
+        }
+    }
+
+    pub(super) fn get(&self, request: &TokenRequest) -> Option<Arc<Entry>> {
+        self.read().entries.get(request).cloned()
+    }
+
+    pub(super) fn get_or_insert(&self, request: &TokenRequest) -> Result<Arc<Entry>, TokenError> {
+        if let Some(entry) = self.get(request) {
+            return Ok(entry);
+        }
+        let mut map = self.write();
+        if let Some(entry) = map.entries.get(request) {
+            return Ok(Arc::clone(entry));
+        }
+        if self.closing.is_cancelled() {
+            return Err(TokenError::new(Kind::ShutDown, false));
+        }
+        let limit = self.policy.key_limit();
+        let mut evicted = None;
+        if map.entries.len() >= limit {
+            evicted = map.sweep(Now::read());
+        }
+        let full = map.entries.len() >= limit;
+        let entry = (!full).then(|| {
+            let endpoint = map.endpoint(request, &self.endpoint);
+            let (policy, closing) = (Arc::clone(&self.policy), self.closing.clone());
+            let entry = Entry::new(request.clone(), endpoint, policy, closing);
+            map.entries.insert(request.clone(), Arc::clone(&entry));
+            entry
+        });
+        drop(map);
+        if full && evicted.is_some() {
+            telemetry::keys_full(limit);
+        }
+        // Dropped here, since entries hold errors and sources, which are foreign code.
+        drop(evicted);
+        entry.ok_or_else(|| TokenError::new(Kind::TooManyKeys, true))
+    }
+
+    /// Takes all entries out.
+    pub(super) fn take(&self) -> Vec<Arc<Entry>> {
+        let map = std::mem::take(&mut *self.write());
+        map.entries.into_values().collect()
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Map> {
+        self.map.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Map> {
+        self.map.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Map {
+    /// The endpoint of the source that `request` names, or of the cache's `own`.
+    fn endpoint(&mut self, request: &TokenRequest, own: &Arc<Endpoint>) -> Arc<Endpoint> {
+        let Some(source) = request.own_source() else {
+            return Arc::clone(own);
+        };
+        let known = self.endpoints.entry(source.address()).or_default();
+        known.upgrade().unwrap_or_else(|| {
+            let endpoint = Arc::new(Endpoint::new(source.clone()));
+            *known = Arc::downgrade(&endpoint);
+            endpoint
+        })
+    }
+
+    /// Takes out all entries that are of no use any more, at most once in a while: each one has to be looked at.
+    fn sweep(&mut self, now: Now) -> Option<Vec<(TokenRequest, Arc<Entry>)>> {
+        let recent = |swept: Instant| now.monotonic < swept + SWEEP_INTERVAL;
+        if self.swept.is_some_and(recent) {
+            return None;
+        }
+        self.swept = Some(now.monotonic);
+        // With the map locked nobody gets hold of an entry that nobody holds.
+        let idle: Vec<_> = self
+            .entries
+            .iter()
+            .filter(|(_, entry)| Arc::strong_count(entry) == 1 && entry.is_idle(now))
+            .map(|(request, _)| request.clone())
+            .collect();
+        let evicted = idle
+            .into_iter()
+            .filter_map(|request| self.entries.remove_entry(&request))
+            .collect();
+        self.endpoints
+            .retain(|_, endpoint| endpoint.strong_count() > 0);
+        Some(evicted)
+    }
+}
+
+/// How often room is looked for in a cache that is full.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
