@@ -95,6 +95,16 @@ impl TokenError {
         self.map(|inner| inner.retry_after = Some(retry_after.min(RETRY_AFTER_CAP)))
     }
 
+    /// Sets the `error` code that the authorization server gave (RFC 6749 section 5.2), which is shown wherever the
+    /// error is.
+    ///
+    /// `invalid_client` and `unauthorized_client`, in a terminal error, hold back all keys of the source; any other
+    /// code only the key that was asked for.
+    #[must_use]
+    pub fn with_oauth_error(self, code: &str) -> Self {
+        self.map(|inner| inner.oauth_error = Some(code.into()))
+    }
+
     pub(crate) fn new(kind: Kind, transient: bool) -> Self {
         Self(Arc::new(Inner {
             kind,
@@ -112,10 +122,6 @@ impl TokenError {
 
     pub(crate) fn with_status(self, status: StatusCode) -> Self {
         self.map(|inner| inner.status = Some(status))
-    }
-
-    pub(crate) fn with_oauth_error(self, code: &str) -> Self {
-        self.map(|inner| inner.oauth_error = Some(code.into()))
     }
 
     /// Returns `true` if the same request may succeed later without anybody's doing.

@@ -117,6 +117,27 @@
 //! # }
 //! ```
 //!
+//! # Tokens for different things
+//!
+//! A request can say what its token is for, by a [`TokenRequest`] among its extensions: scopes, resources,
+//! parameters, or a tenant's own source. Each different one is a key of the cache, with its own token, its own
+//! token request in flight and its own refresh token. A key whose token request hangs or is refused keeps no other
+//! key waiting; a server that is busy or unreachable, or refuses the client, is left alone by all keys of the
+//! source. A request with [`WithoutToken`] among its extensions passes as it is.
+//!
+//! ```
+//! use http::Request;
+//! use tower_bearer::TokenRequest;
+//!
+//! # fn main() -> Result<(), http::Error> {
+//! let request = Request::get("https://api.example.com/sims")
+//!     .extension(TokenRequest::new().scope("sims:read"))
+//!     .body(())?;
+//! # let _ = request;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # Without tower
 //!
 //! A [`TokenCache`] is useful by itself, and may feed layers at the same time: [`TokenCache::get`] returns a
@@ -125,13 +146,13 @@
 //! # What one sees
 //!
 //! Events of `tracing` under the target `tower_bearer`: `flight_started`, `token_received` and `attempt_failed` at
-//! DEBUG, `refresh_token_failed` at INFO, `flight_failed`, `flight_lost` and `lifetime_assumed` at WARN. None
-//! carries a token or a secret. A [`TokenError`] speaks for its own level; what is behind it, such as a failed
+//! DEBUG, `refresh_token_failed` at INFO, `flight_failed`, `flight_lost`, `lifetime_assumed`, `scope_narrowed` and
+//! `keys_full` at WARN. None carries a token or a secret. A [`TokenError`] speaks for its own level; what is behind it, such as a failed
 //! connection, is in its [`source`](std::error::Error::source).
 //!
 //! # Limits
 //!
-//! One cache holds one token. The layer does not follow redirects, does not retry anything but a refused token,
+//! The layer does not follow redirects, does not retry anything but a refused token,
 //! and does not read a response's body. It needs a tokio runtime when a token has to be fetched, with timers and,
 //! for the default client, IO (`enable_all`); and none for a request that finds a token.
 //!

@@ -61,8 +61,9 @@ pub trait TokenSource: Send + Sync + 'static {
     /// Returns whether the next token request would prove the client's identity by something else than the last
     /// one that was refused for good: the secret has been changed.
     ///
-    /// Then the cache asks again at once, without waiting for its gate to open. It asks here while it holds a
-    /// terminal error back, as often as requests come, so the answer has to be at hand. `false` by default.
+    /// Then the cache asks for a token at once, without waiting for its gate to open. It asks here while it remembers a
+    /// terminal `invalid_client` or `unauthorized_client`, as often as requests come, so the answer has to be at
+    /// hand. `false` by default.
     fn has_new_credentials(&self) -> bool {
         false
     }

@@ -1,0 +1,457 @@
+//! Requests that name what their token is for, on one cache.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use http::{Request, StatusCode, header::AUTHORIZATION};
+use tokio::{
+    task::JoinSet,
+    time::{self, Instant},
+};
+use tower::{Layer, ServiceExt};
+use tower_bearer::{
+    BearerAuthLayer, CloneBody, Fetch, RefreshPolicy, RefreshToken, SharedSource, TokenCache,
+    TokenError, TokenRequest, TokenResponse, TokenSource, WithoutToken,
+};
+
+use crate::support::{
+    Answer, Api, AuthServer, INVALID_TOKEN, all, get, millis, now, secs, seed, settle, timed,
+    unauthorized,
+};
+
+/// An authorization server that answers by the scope that is asked for, with tokens `SCOPE-N`.
+#[derive(Clone, Default)]
+struct ByScope {
+    answers: Arc<Mutex<HashMap<String, Answer>>>,
+    otherwise: Arc<Mutex<Option<Answer>>>,
+    seen: Arc<Mutex<Vec<Seen>>>,
+    latency: Duration,
+}
+
+/// The scope that was asked for and the refresh token that came along.
+type Seen = (String, Option<String>);
+
+impl ByScope {
+    fn set(&self, scope: &str, answer: Answer) {
+        self.answers
+            .lock()
+            .unwrap()
+            .insert(scope.to_owned(), answer);
+    }
+
+    fn set_all(&self, answer: Answer) {
+        *self.otherwise.lock().unwrap() = Some(answer);
+    }
+
+    fn requests(&self) -> usize {
+        self.seen.lock().unwrap().len()
+    }
+
+    fn requests_for(&self, scope: &str) -> usize {
+        let seen = self.seen.lock().unwrap();
+        seen.iter().filter(|(seen, _)| seen == scope).count()
+    }
+
+    fn refresh_tokens(&self) -> Vec<(String, String)> {
+        let seen = self.seen.lock().unwrap();
+        let sent = |(scope, token): &Seen| Some((scope.clone(), token.clone()?));
+        seen.iter().filter_map(sent).collect()
+    }
+}
+
+impl TokenSource for ByScope {
+    async fn fetch(&self, fetch: Fetch) -> Result<TokenResponse, TokenError> {
+        let scope = fetch.request.scopes().collect::<Vec<_>>().join("+");
+        let sent = fetch
+            .refresh_token
+            .map(|token| token.expose_secret().to_owned());
+        let number = {
+            let mut seen = self.seen.lock().unwrap();
+            seen.push((scope.clone(), sent));
+            seen.iter().filter(|(seen, _)| *seen == scope).count()
+        };
+        time::sleep(self.latency).await;
+        let own = self.answers.lock().unwrap().get(&scope).cloned();
+        let answer = own.or_else(|| self.otherwise.lock().unwrap().clone());
+        match answer {
+            None => {
+                let token = TokenResponse::new(format!("{scope}-{number}"))?.expires_in(secs(300));
+                Ok(token.refresh_token(RefreshToken::new(format!("refresh-{scope}-{number}"))))
+            }
+            Some(Answer::Grant(lifetime)) => {
+                Ok(TokenResponse::new(format!("{scope}-{number}"))?.expires_in(lifetime))
+            }
+            Some(Answer::Fail(error)) => Err(error),
+            Some(Answer::Hang) => std::future::pending().await,
+            Some(answer) => panic!("not scripted: {answer:?}"),
+        }
+    }
+}
+
+fn for_scope(scope: &str) -> TokenRequest {
+    TokenRequest::new().scope(scope)
+}
+
+fn request_for(key: &TokenRequest) -> Request<String> {
+    let mut request = get();
+    request.extensions_mut().insert(key.clone());
+    request
+}
+
+async fn text(cache: &TokenCache, scope: &str) -> String {
+    let token = cache.get_for(&for_scope(scope)).await.unwrap();
+    token.expose_secret().to_owned()
+}
+
+fn refused() -> TokenError {
+    TokenError::terminal("refused")
+}
+
+/// Law 1, per key: a thousand requests for ten keys cost ten token requests, each with its own token.
+#[tokio::test(start_paused = true)]
+async fn each_key_has_one_flight_and_one_token() {
+    let server = ByScope {
+        latency: millis(50),
+        ..ByScope::default()
+    };
+    let api = Api::echoing();
+    let layer = BearerAuthLayer::new(server.clone());
+    let service = layer.layer(api.clone());
+    let start = Instant::now();
+    let mut tasks = Vec::new();
+    for number in 0..1_000 {
+        let scope = format!("scope-{}", number % 10);
+        let request = request_for(&for_scope(&scope));
+        let service = service.clone();
+        tasks.push(tokio::spawn(async move {
+            let answer = service.oneshot(request).await.unwrap();
+            assert_eq!(*answer.body(), format!("{scope}-1"));
+        }));
+    }
+    all(tasks).await;
+    assert_eq!(server.requests(), 10);
+    // Side by side, not one after the other.
+    assert!(start.elapsed() < millis(100), "{:?}", start.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_the_same_is_asked_for_once() {
+    let server = ByScope::default();
+    let cache = TokenCache::new(server.clone());
+    assert_eq!(text(&cache, "b a").await, "a+b-1");
+    assert_eq!(text(&cache, "a b a").await, "a+b-1");
+    // What can change the token makes another key.
+    cache
+        .get_for(&for_scope("a b").param("audience", "x"))
+        .await
+        .unwrap();
+    cache
+        .get_for(&for_scope("a b").resource("https://x.example"))
+        .await
+        .unwrap();
+    assert_eq!(server.requests(), 3);
+    // A request that names nothing is one without any.
+    cache.get().await.unwrap();
+    cache.get_for(&TokenRequest::new()).await.unwrap();
+    assert_eq!(server.requests(), 4);
+    assert!(cache.peek().is_some());
+    assert!(cache.peek_for(&for_scope("a b")).is_some());
+    assert!(cache.peek_for(&for_scope("c")).is_none());
+    assert_eq!(server.requests(), 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_key_has_its_own_ladder() {
+    let server = ByScope::default();
+    let cache = TokenCache::new(server.clone());
+    for scope in ["a", "b"] {
+        text(&cache, scope).await;
+    }
+    time::sleep(secs(291)).await;
+    for scope in ["a", "b"] {
+        assert_eq!(text(&cache, scope).await, format!("{scope}-2"));
+    }
+    let sent = ["a", "b"].map(|scope| (scope.to_owned(), format!("refresh-{scope}-1")));
+    assert_eq!(server.refresh_tokens(), sent);
+}
+
+/// A key whose token request hangs, or is refused, costs no other key a moment.
+#[tokio::test(start_paused = true)]
+async fn a_slow_or_refused_key_never_blocks_another() {
+    let hang = Answer::Hang;
+    let refusal = Answer::Fail(refused());
+    let down = Answer::Fail(TokenError::transient("down"));
+    for answer in [hang, refusal, down] {
+        let server = ByScope::default();
+        let cache = TokenCache::new(server.clone());
+        for bad in ["bad-1", "bad-2", "bad-3"] {
+            server.set(bad, answer.clone());
+        }
+        for round in 0..100 {
+            for bad in ["bad-1", "bad-2", "bad-3"] {
+                let cache = cache.clone();
+                tokio::spawn(async move { cache.get_for(&for_scope(bad)).await.map(drop) });
+            }
+            let good = format!("good-{round}");
+            let (got, took) = timed(text(&cache, &good)).await;
+            assert_eq!(got, format!("{good}-1"), "{answer:?}");
+            assert_eq!(took, Duration::ZERO, "{answer:?}");
+            time::sleep(secs(1)).await;
+        }
+        // Law 2, of each bad key: what it does is bounded whatever the others do.
+        assert!(
+            (3..=20).contains(&server.requests_for("bad-1")),
+            "{answer:?}"
+        );
+    }
+}
+
+/// Law 2, across keys: an endpoint that is down is asked by one key at a time, not by each of them.
+#[tokio::test(start_paused = true)]
+async fn an_outage_is_shared_by_all_keys() {
+    seed(1);
+    let server = ByScope::default();
+    let cache = TokenCache::new(server.clone());
+    let keys: Vec<_> = (0..500).map(|key| format!("key-{key}")).collect();
+    server.set_all(Answer::Fail(TokenError::transient("503")));
+    let call_all = async || {
+        for key in &keys {
+            let (cache, key) = (cache.clone(), for_scope(key));
+            tokio::spawn(async move { cache.get_for(&key).await.map(drop) });
+        }
+        time::sleep(millis(500)).await;
+    };
+    // Each key finds out by itself, with up to three attempts.
+    for _ in 0..4 {
+        call_all().await;
+    }
+    let before = server.requests();
+    assert!((500..=1_500 + 20).contains(&before), "{before}");
+    // From then on they are as one.
+    for _ in 0..120 {
+        call_all().await;
+    }
+    let during = server.requests() - before;
+    assert!((3..=30).contains(&during), "{during} in a minute");
+
+    // After the outage one goes first, and all follow.
+    *server.otherwise.lock().unwrap() = None;
+    let recovery = Instant::now();
+    while keys
+        .iter()
+        .any(|key| cache.peek_for(&for_scope(key)).is_none())
+    {
+        call_all().await;
+        assert!(recovery.elapsed() < secs(25), "law 7");
+    }
+}
+
+/// A busy server and a refused client hold for all keys at once: other keys would hear the same.
+#[tokio::test(start_paused = true)]
+async fn what_tells_of_the_server_holds_for_every_key() {
+    let server = ByScope::default();
+    let busy = TokenError::transient("busy").with_retry_after(secs(60));
+    server.set("first", Answer::Fail(busy));
+    let cache = TokenCache::new(server.clone());
+    cache.get_for(&for_scope("first")).await.unwrap_err();
+    for scope in ["second", "third"] {
+        let error = now(cache.get_for(&for_scope(scope))).unwrap_err();
+        assert_eq!(error.retry_after(), Some(secs(60)));
+    }
+    assert_eq!(server.requests(), 1);
+    time::sleep(secs(67)).await;
+    assert_eq!(text(&cache, "second").await, "second-1");
+}
+
+/// Law 8, per key: a 401 replaces the token that was sent, and no other key's.
+#[tokio::test(start_paused = true)]
+async fn a_401_is_about_the_token_of_its_key() {
+    let server = ByScope::default();
+    let api = Api::refusing("a-1", || unauthorized(INVALID_TOKEN));
+    let layer = BearerAuthLayer::new(server.clone()).replay(CloneBody);
+    let service = layer.layer(api.clone());
+    let send = |scope: &str| service.clone().oneshot(request_for(&for_scope(scope)));
+    assert_eq!(send("b").await.unwrap().body(), "b-1");
+    assert_eq!(send("a").await.unwrap().body(), "a-2");
+    assert_eq!(send("b").await.unwrap().body(), "b-1");
+    assert_eq!(api.tokens(), ["b-1", "a-1", "a-2", "b-1"]);
+    let token = layer.cache().peek_for(&for_scope("b")).unwrap();
+    layer.cache().invalidate(&token);
+    settle().await;
+    assert_eq!(send("b").await.unwrap().body(), "b-2");
+    assert_eq!(server.requests(), 4);
+}
+
+/// A tenant's own source: its token, its credentials, its failures.
+#[tokio::test(start_paused = true)]
+async fn a_tenant_brings_its_own_source() {
+    let ours = AuthServer::new();
+    let cache = TokenCache::new(ours.clone());
+    let tenants: Vec<_> = (0..2_000)
+        .map(|_| {
+            let server = AuthServer::new();
+            let key = TokenRequest::new().source(SharedSource::new(server.clone()));
+            (server, key)
+        })
+        .collect();
+    let unreachable = TokenError::transient("busy").with_retry_after(secs(100));
+    tenants[7].0.set(Answer::Fail(unreachable));
+    let mut tasks = JoinSet::new();
+    for _ in 0..3 {
+        for (number, (_, key)) in tenants.iter().enumerate() {
+            let (cache, key) = (cache.clone(), key.clone());
+            tasks.spawn(async move { (number, cache.get_for(&key).await.is_ok()) });
+        }
+    }
+    for (number, served) in tasks.join_all().await {
+        assert_eq!(served, number != 7);
+    }
+    for (server, _) in &tenants {
+        assert_eq!(server.requests(), 1);
+    }
+    assert_eq!(ours.requests(), 0);
+    // The clone of a source is the same source, with the same gate.
+    let other = tenants[7].1.clone().scope("other");
+    assert!(
+        now(cache.get_for(&other))
+            .unwrap_err()
+            .retry_after()
+            .is_some()
+    );
+    assert_eq!(
+        now(cache.get_for(&tenants[8].1)).unwrap().expose_secret(),
+        "token-1"
+    );
+}
+
+/// As many keys as the policy allows have tokens; one more gets an error, and room once one has died.
+#[tokio::test(start_paused = true)]
+async fn the_number_of_keys_is_bounded() {
+    let server = ByScope::default();
+    server.set_all(Answer::Grant(secs(300)));
+    server.set("short", Answer::Grant(secs(20)));
+    let cache = TokenCache::with_policy(server.clone(), RefreshPolicy::new().max_keys(3));
+    for scope in ["short", "a", "b"] {
+        text(&cache, scope).await;
+    }
+    let error = now(cache.get_for(&for_scope("c"))).unwrap_err();
+    assert!(error.is_too_many_keys() && error.is_transient());
+    // The token for nothing in particular takes no place, and those who have one keep it.
+    cache.get().await.unwrap();
+    assert_eq!(text(&cache, "short").await, "short-1");
+    let service = BearerAuthLayer::new(cache.clone()).layer(Api::echoing());
+    let error = service
+        .oneshot(request_for(&for_scope("c")))
+        .await
+        .unwrap_err();
+    assert!(
+        error
+            .downcast_ref::<TokenError>()
+            .unwrap()
+            .is_too_many_keys()
+    );
+
+    time::sleep(secs(30)).await;
+    assert_eq!(text(&cache, "c").await, "c-1");
+    assert_eq!(text(&cache, "a").await, "a-1");
+    assert!(
+        now(cache.get_for(&for_scope("short")))
+            .unwrap_err()
+            .is_too_many_keys()
+    );
+    assert_eq!(server.requests_for("short"), 1);
+}
+
+/// A key that is waited for, or waits for its gate, keeps its place, and with it its failures.
+#[tokio::test(start_paused = true)]
+async fn a_key_in_use_is_not_evicted() {
+    let server = ByScope::default();
+    server.set("hangs", Answer::Hang);
+    server.set("refused", Answer::Fail(refused()));
+    let cache = TokenCache::with_policy(server.clone(), RefreshPolicy::new().max_keys(2));
+    let waits = tokio::spawn({
+        let cache = cache.clone();
+        async move { cache.get_for(&for_scope("hangs")).await.map(drop) }
+    });
+    cache.get_for(&for_scope("refused")).await.unwrap_err();
+    time::sleep(secs(2)).await;
+    assert!(
+        now(cache.get_for(&for_scope("new")))
+            .unwrap_err()
+            .is_too_many_keys()
+    );
+    // The gate of the one opens, while the other still flies.
+    time::sleep(secs(6)).await;
+    assert_eq!(text(&cache, "new").await, "new-1");
+    assert_eq!(server.requests_for("hangs"), 1);
+    waits.abort();
+}
+
+/// 20,000 keys on a cache for 16,384: the first ones are served, the others refused, and nothing is asked twice.
+#[tokio::test(start_paused = true)]
+async fn twenty_thousand_keys_fit_as_far_as_there_is_room() {
+    let server = AuthServer::new();
+    let cache = TokenCache::new(server.clone());
+    let keys: Vec<_> = (0..20_000)
+        .map(|key| for_scope(&format!("key-{key}")))
+        .collect();
+    let mut served = 0;
+    for key in &keys {
+        match cache.get_for(key).await {
+            Ok(_) => served += 1,
+            Err(error) => assert!(error.is_too_many_keys()),
+        }
+    }
+    assert_eq!(served, 16_384);
+    assert_eq!(server.requests(), 16_384);
+    let alive = tokio::runtime::Handle::current()
+        .metrics()
+        .num_alive_tasks();
+    assert_eq!(alive, 0, "a key leaks a task");
+    // Once their tokens are dead the late ones get theirs.
+    time::sleep(secs(301)).await;
+    for key in &keys[16_384..] {
+        cache.get_for(key).await.unwrap();
+    }
+}
+
+/// A key that nobody asks for any more costs nothing.
+#[tokio::test(start_paused = true)]
+async fn keep_warm_is_for_the_token_without_a_key() {
+    let server = ByScope::default();
+    server.set_all(Answer::Grant(secs(60)));
+    let cache = TokenCache::with_policy(server.clone(), RefreshPolicy::new().keep_warm(true));
+    cache.get().await.unwrap();
+    text(&cache, "a").await;
+    time::sleep(secs(600)).await;
+    assert!(server.requests_for("") > 5);
+    assert_eq!(server.requests_for("a"), 1);
+}
+
+/// Law 9: never anonymous, unless the request says so itself.
+#[tokio::test(start_paused = true)]
+async fn a_marked_request_passes_as_it_is() {
+    let server = AuthServer::new();
+    server.set(Answer::Hang);
+    let api = Api::new(|arrival| match arrival.uri.path() {
+        "/sims" => unauthorized(INVALID_TOKEN),
+        _ => unreachable!(),
+    });
+    let layer = BearerAuthLayer::new(server.clone()).replay(CloneBody);
+    let service = layer.layer(api.clone());
+    let mut bare = get();
+    bare.extensions_mut().insert(WithoutToken);
+    let mut own = bare.clone();
+    own.headers_mut()
+        .insert(AUTHORIZATION, "Bearer mine".parse().unwrap());
+    for request in [bare, own] {
+        let answer = now(service.clone().oneshot(request)).unwrap();
+        assert_eq!(answer.status(), StatusCode::UNAUTHORIZED);
+    }
+    assert_eq!(api.tokens(), ["anonymous", "mine"]);
+    settle().await;
+    assert_eq!(server.requests(), 0);
+}

@@ -1,0 +1,269 @@
+//! What servers say beside the token: outage lifetimes, void tokens, narrower scopes, missing claims.
+
+use std::sync::{Arc, Mutex};
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use http::StatusCode;
+use tokio::time;
+use tower::{Layer, ServiceExt};
+use tower_bearer::{
+    BearerAuthLayer, CloneBody, Fetch, RefreshPolicy, RefreshToken, TokenCache, TokenError,
+    TokenRequest, TokenResponse, TokenSource,
+};
+
+use crate::support::{Api, get, millis, now, secs, settle, unauthorized};
+
+/// A source that hands out what it is told to, in order, and keeps what it was asked.
+#[derive(Clone, Default)]
+struct Script {
+    answers: Arc<Mutex<Vec<Result<TokenResponse, TokenError>>>>,
+    asked: Arc<Mutex<Vec<Fetch>>>,
+}
+
+impl Script {
+    fn new(answers: impl IntoIterator<Item = Result<TokenResponse, TokenError>>) -> Self {
+        let script = Self::default();
+        script.answers.lock().unwrap().extend(answers);
+        script.answers.lock().unwrap().reverse();
+        script
+    }
+
+    fn asked(&self) -> usize {
+        self.asked.lock().unwrap().len()
+    }
+}
+
+impl TokenSource for Script {
+    async fn fetch(&self, fetch: Fetch) -> Result<TokenResponse, TokenError> {
+        self.asked.lock().unwrap().push(fetch);
+        let answer = self.answers.lock().unwrap().pop();
+        answer.unwrap_or_else(|| Err(TokenError::transient("the script is over")))
+    }
+}
+
+fn response(text: &str) -> TokenResponse {
+    TokenResponse::new(text).unwrap().expires_in(secs(300))
+}
+
+fn down() -> Result<TokenResponse, TokenError> {
+    Err(TokenError::transient("down"))
+}
+
+/// Entra ID: a token outlives its expiry while the endpoint fails, and nobody waits for that to be known.
+#[tokio::test(start_paused = true)]
+async fn an_extended_lifetime_bridges_an_outage() {
+    let token = || Ok(response("old").ext_expires_in(secs(3_600)));
+    let script = Script::new([token(), down(), down(), down(), down(), Ok(response("new"))]);
+    let policy = RefreshPolicy::new().extended_lifetime(true);
+    let cache = TokenCache::with_policy(script.clone(), policy);
+    cache.get().await.unwrap();
+    time::sleep(secs(400)).await;
+    assert!(cache.peek().is_none());
+    // Whoever finds out about the outage gets the token instead of the error.
+    assert_eq!(cache.get().await.unwrap().expose_secret(), "old");
+    assert_eq!(script.asked(), 4);
+    assert_eq!(now(cache.get()).unwrap().expose_secret(), "old");
+    assert!(cache.peek().is_some());
+    // The endpoint is asked in the background, at the pace of its gate.
+    let mut last = String::new();
+    for _ in 0..100 {
+        last = now(cache.get()).unwrap().expose_secret().to_owned();
+        time::sleep(millis(100)).await;
+    }
+    assert_eq!(last, "new");
+    assert_eq!(script.asked(), 6);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_extended_lifetime_counts_only_if_allowed_and_ends() {
+    let token = || Ok(response("old").ext_expires_in(secs(3_600)));
+    let cache = TokenCache::new(Script::new([token()]));
+    cache.get().await.unwrap();
+    time::sleep(secs(400)).await;
+    cache.get().await.unwrap_err();
+
+    let policy = RefreshPolicy::new().extended_lifetime(true);
+    let cache = TokenCache::with_policy(Script::new([token()]), policy.clone());
+    cache.get().await.unwrap();
+    time::sleep(secs(3_601)).await;
+    cache.get().await.unwrap_err();
+
+    // A refusal is no outage.
+    let refusal = Err(TokenError::terminal("refused"));
+    let cache = TokenCache::with_policy(Script::new([token(), refusal]), policy);
+    cache.get().await.unwrap();
+    time::sleep(secs(400)).await;
+    cache.get().await.unwrap_err();
+}
+
+/// Keycloak: a rise of `not-before-policy` voids what came before, for every key of the realm.
+#[tokio::test(start_paused = true)]
+async fn a_rise_of_not_before_voids_the_tokens_of_other_keys() {
+    let script = Script::new([
+        Ok(response("a-1").not_before_policy(100)),
+        Ok(response("b-1").not_before_policy(100)),
+        Ok(response("c-1").not_before_policy(2_000_000_000)),
+        Ok(response("a-2").not_before_policy(2_000_000_000)),
+        Ok(response("b-2").not_before_policy(100)),
+    ]);
+    let cache = TokenCache::new(script.clone());
+    let [a, b, c] = ["a", "b", "c"].map(|scope| TokenRequest::new().scope(scope));
+    let text = async |key: &TokenRequest| {
+        let token = cache.get_for(key).await.unwrap();
+        token.expose_secret().to_owned()
+    };
+    assert_eq!(text(&a).await, "a-1");
+    assert_eq!(text(&b).await, "b-1");
+    assert_eq!(text(&a).await, "a-1");
+    assert_eq!(text(&c).await, "c-1");
+    assert!(cache.peek_for(&a).is_none());
+    assert_eq!(text(&a).await, "a-2");
+    assert_eq!(text(&c).await, "c-1");
+    // It is never compared with our clock, and a node that has not heard of it yet voids nothing.
+    assert_eq!(text(&b).await, "b-2");
+    assert_eq!(text(&a).await, "a-2");
+    assert_eq!(text(&b).await, "b-2");
+    assert_eq!(script.asked(), 5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn scopes_that_were_not_granted_are_named() {
+    let asked = |text| response(text).requested_scope("read write admin");
+    for (granted, missing) in [
+        (Some("write read"), vec!["admin"]),
+        (Some("admin read write more"), vec![]),
+        (Some(""), vec!["read", "write", "admin"]),
+        // RFC 6749 section 5.1: nothing said means that all was granted.
+        (None, vec![]),
+    ] {
+        let answer = match granted {
+            Some(granted) => asked("token").scope(granted),
+            None => asked("token"),
+        };
+        let cache = TokenCache::new(Script::new([Ok(answer)]));
+        let token = cache.get().await.unwrap();
+        assert_eq!(
+            token.missing_scopes().collect::<Vec<_>>(),
+            missing,
+            "{granted:?}"
+        );
+        assert_eq!(token.scope(), granted);
+    }
+}
+
+/// Entra ID: the claims that an API misses are asked for, past refresh token and cache.
+#[tokio::test(start_paused = true)]
+async fn missing_claims_are_asked_for() {
+    let claims = r#"{"access_token":{"nbf":{"essential":true,"value":"1700000000"}}}"#;
+    let first = response("old").refresh_token(RefreshToken::new("refresh"));
+    let script = Script::new([Ok(first), Ok(response("new"))]);
+    let api = Api::refusing("old", move || {
+        let claims = BASE64_STANDARD.encode(claims);
+        unauthorized(&format!(
+            r#"Bearer realm="", error="insufficient_claims", claims="{claims}""#
+        ))
+    });
+    let service = BearerAuthLayer::new(script.clone())
+        .replay(CloneBody)
+        .layer(api.clone());
+    let answer = service.clone().oneshot(get()).await.unwrap();
+    assert_eq!(answer.status(), StatusCode::OK);
+    assert_eq!(api.tokens(), ["old", "new"]);
+    let asked = script.asked.lock().unwrap();
+    assert_eq!(asked[0].claims, None);
+    assert_eq!(asked[1].claims.as_deref(), Some(claims));
+    assert!(asked[1].refresh_token.is_none());
+}
+
+/// The next token is asked for as ever: claims are for the one that lacked them.
+#[tokio::test(start_paused = true)]
+async fn claims_are_asked_for_once() {
+    let script = Script::new([
+        Ok(response("old")),
+        Ok(response("new")),
+        Ok(response("newest")),
+    ]);
+    let api = Api::refusing("old", || {
+        unauthorized(r#"Bearer error="insufficient_claims", claims="e30=""#)
+    });
+    let service = BearerAuthLayer::new(script.clone())
+        .replay(CloneBody)
+        .layer(api);
+    service.clone().oneshot(get()).await.unwrap();
+    time::sleep(secs(400)).await;
+    service.oneshot(get()).await.unwrap();
+    let asked = script.asked.lock().unwrap();
+    let claims: Vec<_> = asked.iter().map(|fetch| fetch.claims.as_deref()).collect();
+    assert_eq!(claims, [None, Some("{}"), None]);
+}
+
+/// A secret that was changed clears a refusal of the old one at once, for all keys.
+#[tokio::test(start_paused = true)]
+async fn a_changed_secret_clears_a_refusal() {
+    #[derive(Clone, Default)]
+    struct Client {
+        changed: Arc<Mutex<bool>>,
+        requests: Arc<Mutex<usize>>,
+    }
+
+    impl TokenSource for Client {
+        async fn fetch(&self, _: Fetch) -> Result<TokenResponse, TokenError> {
+            *self.requests.lock().unwrap() += 1;
+            match *self.changed.lock().unwrap() {
+                true => Ok(response("token")),
+                false => Err(TokenError::terminal("no").with_oauth_error("invalid_client")),
+            }
+        }
+
+        fn has_new_credentials(&self) -> bool {
+            *self.changed.lock().unwrap()
+        }
+    }
+
+    let client = Client::default();
+    let cache = TokenCache::new(client.clone());
+    let key = TokenRequest::new().scope("a");
+    let refused = cache.clone();
+    let [plain, keyed] = [TokenRequest::new(), key].map(|key| {
+        let cache = refused.clone();
+        async move || cache.get_for(&key).await
+    });
+    // Both are in the air when the refusal comes.
+    let (first, second) = tokio::join!(plain(), keyed());
+    assert!(first.is_err() && second.is_err());
+    for _ in 0..100 {
+        now(plain()).unwrap_err();
+        now(keyed()).unwrap_err();
+    }
+    assert_eq!(*client.requests.lock().unwrap(), 2);
+    *client.changed.lock().unwrap() = true;
+    plain().await.unwrap();
+    keyed().await.unwrap();
+    settle().await;
+    assert_eq!(*client.requests.lock().unwrap(), 4);
+}
+
+/// A source that says so without cause gains nothing once the client is not refused any more.
+#[tokio::test(start_paused = true)]
+async fn other_failures_wait_for_their_gate_whatever_the_source_says() {
+    struct Eager(Arc<Mutex<usize>>);
+
+    impl TokenSource for Eager {
+        async fn fetch(&self, _: Fetch) -> Result<TokenResponse, TokenError> {
+            *self.0.lock().unwrap() += 1;
+            Err(TokenError::transient("down"))
+        }
+
+        fn has_new_credentials(&self) -> bool {
+            true
+        }
+    }
+
+    let requests = Arc::default();
+    let cache = TokenCache::new(Eager(Arc::clone(&requests)));
+    cache.get().await.unwrap_err();
+    for _ in 0..100 {
+        now(cache.get()).unwrap_err();
+    }
+    assert_eq!(*requests.lock().unwrap(), 3);
+}

@@ -1,0 +1,178 @@
+//! The end of a cache: no work goes on, and tokens are revoked if asked to.
+
+use std::sync::{Arc, Mutex};
+
+use tokio::{
+    runtime::Handle,
+    time::{self, Instant},
+};
+use tower::{Layer, ServiceExt};
+use tower_bearer::{
+    BearerAuthLayer, Fetch, RefreshPolicy, RefreshToken, Revocation, TokenCache, TokenError,
+    TokenRequest, TokenResponse, TokenSource,
+};
+
+use crate::support::{
+    Answer, Api, AuthServer, caller, get, millis, now, secs, settle, token_error,
+};
+
+/// A source that revokes, slowly, and remembers what.
+#[derive(Clone, Default)]
+struct Revoking {
+    revoked: Arc<Mutex<Vec<Revoked>>>,
+    at_once: Arc<Mutex<(usize, usize)>>,
+}
+
+/// The refresh token and the access token.
+type Revoked = (Option<String>, Option<String>);
+
+impl TokenSource for Revoking {
+    async fn fetch(&self, fetch: Fetch) -> Result<TokenResponse, TokenError> {
+        let scope = fetch.request.scopes().collect::<Vec<_>>().join("+");
+        Ok(TokenResponse::new(format!("access-{scope}"))?
+            .expires_in(secs(300))
+            .refresh_token(RefreshToken::new(format!("refresh-{scope}")).expires_in(secs(600))))
+    }
+
+    async fn revoke(&self, revocation: Revocation) -> Result<(), TokenError> {
+        {
+            let mut at_once = self.at_once.lock().unwrap();
+            at_once.0 += 1;
+            at_once.1 = at_once.0.max(at_once.1);
+        }
+        time::sleep(millis(100)).await;
+        self.at_once.lock().unwrap().0 -= 1;
+        let refresh = revocation.refresh_token;
+        let access = revocation.access_token;
+        let texts = (
+            refresh.map(|token| token.expose_secret().to_owned()),
+            access.map(|token| token.expose_secret().to_owned()),
+        );
+        let fails = texts.1.as_deref() == Some("access-7");
+        self.revoked.lock().unwrap().push(texts);
+        match fails {
+            true => Err(TokenError::terminal("unsupported_token_type")),
+            false => Ok(()),
+        }
+    }
+}
+
+fn tasks() -> usize {
+    Handle::current().metrics().num_alive_tasks()
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_waits_learns_of_it_at_once_and_no_task_is_left() {
+    let server = AuthServer::new();
+    server.set(Answer::Hang);
+    let cache = TokenCache::new(server.clone());
+    let service = BearerAuthLayer::new(cache.clone()).layer(Api::echoing());
+    let waits: Vec<_> = (0..10).map(|_| caller(&cache)).collect();
+    let request = tokio::spawn(service.clone().oneshot(get()));
+    let keyed = tokio::spawn({
+        let cache = cache.clone();
+        async move { cache.get_for(&TokenRequest::new().scope("a")).await }
+    });
+    settle().await;
+    assert_eq!(server.in_flight(), 2);
+    let start = Instant::now();
+    cache.shutdown();
+    for wait in waits {
+        assert!(wait.await.unwrap().unwrap_err().is_shut_down());
+    }
+    assert!(keyed.await.unwrap().unwrap_err().is_shut_down());
+    let error = request.await.unwrap().unwrap_err();
+    assert!(token_error(&error).is_shut_down());
+    settle().await;
+    assert_eq!((tasks(), server.in_flight()), (0, 0));
+    assert_eq!(start.elapsed(), secs(0));
+
+    // From here on nothing starts, for any clone and any key.
+    server.set(Answer::Grant(secs(300)));
+    for key in [TokenRequest::new(), TokenRequest::new().scope("b")] {
+        assert!(now(cache.clone().get_for(&key)).unwrap_err().is_shut_down());
+    }
+    assert!(token_error(&service.oneshot(get()).await.unwrap_err()).is_shut_down());
+    assert_eq!(server.requests(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_live_token_is_not_handed_out_any_more() {
+    let cache = TokenCache::new(AuthServer::new());
+    let token = cache.get().await.unwrap();
+    cache.shutdown();
+    assert!(cache.peek().is_none());
+    assert!(now(cache.get()).unwrap_err().is_shut_down());
+    cache.invalidate(&token);
+    cache.shutdown();
+    settle().await;
+    assert_eq!(tasks(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_warm_cache_cools() {
+    let server = AuthServer::new();
+    let policy = RefreshPolicy::new().keep_warm(true);
+    let cache = TokenCache::with_policy(server.clone(), policy);
+    cache.get().await.unwrap();
+    settle().await;
+    assert_eq!(tasks(), 1);
+    cache.shutdown();
+    settle().await;
+    assert_eq!(tasks(), 0);
+    time::sleep(secs(1_000)).await;
+    assert_eq!(server.requests(), 1);
+}
+
+/// RFC 7009: both tokens of every key, some at a time, and the failure of one keeps no other from it.
+#[tokio::test(start_paused = true)]
+async fn the_tokens_of_all_keys_are_revoked() {
+    let source = Revoking::default();
+    let cache = TokenCache::new(source.clone());
+    for key in 0..100 {
+        let key = TokenRequest::new().scope(key.to_string());
+        cache.get_for(&key).await.unwrap();
+    }
+    cache.get().await.unwrap();
+    let start = Instant::now();
+    let error = cache.shutdown_and_revoke().await.unwrap_err();
+    assert!(!error.is_transient());
+    let mut revoked = source.revoked.lock().unwrap().clone();
+    revoked.sort();
+    revoked.dedup();
+    assert_eq!(revoked.len(), 101);
+    for (refresh, access) in &revoked {
+        let scope = access.as_ref().unwrap().strip_prefix("access-").unwrap();
+        assert_eq!(*refresh, Some(format!("refresh-{scope}")));
+    }
+    assert_eq!(source.at_once.lock().unwrap().1, 16);
+    assert!(start.elapsed() <= millis(701), "{:?}", start.elapsed());
+    // There is nothing left to revoke.
+    cache.shutdown_and_revoke().await.unwrap();
+    assert_eq!(source.revoked.lock().unwrap().len(), 101);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_dead_is_not_revoked() {
+    let source = Revoking::default();
+    let cache = TokenCache::new(source.clone());
+    cache.get().await.unwrap();
+    time::sleep(secs(400)).await;
+    cache.shutdown_and_revoke().await.unwrap();
+    let revoked = source.revoked.lock().unwrap().clone();
+    assert_eq!(revoked, [(Some("refresh-".to_owned()), None)]);
+
+    let source = Revoking::default();
+    let cache = TokenCache::new(source.clone());
+    cache.shutdown_and_revoke().await.unwrap();
+    cache.get().await.unwrap_err();
+    assert!(source.revoked.lock().unwrap().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_source_that_cannot_revoke_says_so() {
+    let cache = TokenCache::new(AuthServer::new());
+    cache.get().await.unwrap();
+    let error = cache.shutdown_and_revoke().await.unwrap_err();
+    assert!(!error.is_transient() && !error.is_shut_down());
+}
