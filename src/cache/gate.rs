@@ -428,6 +428,7 @@ mod tests {
         case.start(1);
         case.fail(1, &rejected("invalid_scope"));
         assert_eq!(case.open(), [true, false, true]);
+        assert_eq!(case.keys[2].failures(&case.shared), 0);
     }
 
     #[test]

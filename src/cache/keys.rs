@@ -145,3 +145,57 @@ impl Map {
 
 /// How often room is looked for in a cache that is full.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::{SharedSource, source_fn};
+
+    fn keys(limit: usize) -> Keys {
+        let source = source_fn(|_| async { Err(TokenError::transient("not asked")) });
+        let endpoint = Arc::new(Endpoint::new(SharedSource::new(source)));
+        let policy = Arc::new(RefreshPolicy::new().max_keys(limit));
+        Keys::new(policy, endpoint, CancellationToken::new())
+    }
+
+    fn key(name: &str) -> TokenRequest {
+        TokenRequest::new().scope(name)
+    }
+
+    /// Law 1: whoever holds an entry may start its flight, so another one must not take its place.
+    #[test]
+    fn an_entry_that_is_held_is_not_evicted() {
+        let keys = keys(1);
+        let held = keys.get_or_insert(&key("held")).unwrap();
+        assert!(keys.get_or_insert(&key("other")).is_err());
+        assert!(Arc::ptr_eq(&held, &keys.get(&key("held")).unwrap()));
+        drop(held);
+        keys.write().swept = None;
+        keys.get_or_insert(&key("other")).unwrap();
+        assert!(keys.get(&key("held")).is_none());
+    }
+
+    #[test]
+    fn a_cache_that_was_shut_down_takes_no_key() {
+        let keys = keys(9);
+        keys.closing.cancel();
+        assert!(keys.get_or_insert(&key("a")).unwrap_err().is_shut_down());
+        assert!(keys.read().entries.is_empty());
+    }
+
+    #[test]
+    fn one_source_has_one_endpoint_and_none_when_it_is_gone() {
+        let keys = keys(1);
+        let source = source_fn(|_| async { Err(TokenError::transient("not asked")) });
+        let source = SharedSource::new(source);
+        let [a, b] = ["a", "b"].map(|name| key(name).source(source.clone()));
+        let own = Arc::clone(&keys.endpoint);
+        let endpoint = |request: &TokenRequest| keys.write().endpoint(request, &own);
+        let first = endpoint(&a);
+        assert!(Arc::ptr_eq(&first, &endpoint(&b)));
+        assert!(Arc::ptr_eq(&own, &endpoint(&key("a"))));
+        drop(first);
+        keys.write().sweep(Now::read());
+        assert!(keys.read().endpoints.is_empty());
+    }
+}
