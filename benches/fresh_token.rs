@@ -8,47 +8,14 @@
     reason = "the function is made by a macro of criterion's"
 )]
 
-use std::{
-    convert::Infallible,
-    future::{Future, Ready, ready},
-    hint::black_box,
-    pin::pin,
-    task::{Context, Poll, Waker},
-    time::Duration,
-};
+mod support;
 
-use bytes::Bytes;
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use http::{Request, Response};
-use http_body_util::Full;
+use http::Request;
+use support::{Body, cached, call, inner, request};
 use tower::{Layer, Service, service_fn};
-use tower_bearer::{BearerAuthLayer, CloneBody, TokenCache, TokenResponse, source_fn};
+use tower_bearer::{BearerAuthLayer, CloneBody};
 use tower_http::auth::AddAuthorizationLayer;
-
-type Body = Full<Bytes>;
-
-fn inner(request: Request<Body>) -> Ready<Result<Response<()>, Infallible>> {
-    black_box(request);
-    ready(Ok(Response::new(())))
-}
-
-fn request() -> Request<Body> {
-    Request::get("https://api.example.com/sims")
-        .body(Body::default())
-        .expect("the request is well-formed")
-}
-
-/// Calls a service whose future is ready at once.
-fn call<S>(service: &mut S, request: Request<Body>)
-where
-    S: Service<Request<Body>>,
-{
-    let mut cx = Context::from_waker(Waker::noop());
-    let ready = service.poll_ready(&mut cx);
-    assert!(matches!(ready, Poll::Ready(Ok(()))));
-    let response = pin!(service.call(request)).poll(&mut cx);
-    assert!(matches!(black_box(response), Poll::Ready(Ok(_))));
-}
 
 fn measure<S>(c: &mut Criterion, name: &str, service: S)
 where
@@ -72,20 +39,10 @@ where
 }
 
 fn fresh_token(c: &mut Criterion) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .build()
-        .expect("a runtime can be built");
-    let cache = TokenCache::new(source_fn(|_| async {
-        // As long as the access tokens of Keycloak.
-        Ok(TokenResponse::new("t".repeat(1_200))?.expires_in(Duration::from_secs(24 * 3_600)))
-    }));
-    let token = runtime
-        .block_on(cache.get())
-        .expect("the source gives a token");
+    let (cache, token, _runtime) = cached();
 
     measure(c, "bare", service_fn(inner));
-    let fixed = AddAuthorizationLayer::bearer(token.expose_secret());
+    let fixed = AddAuthorizationLayer::bearer(&token);
     measure(c, "static header", fixed.layer(service_fn(inner)));
     let bearer = BearerAuthLayer::new(cache);
     measure(c, "bearer", bearer.layer(service_fn(inner)));

@@ -15,7 +15,7 @@ use base64::{
     engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
 };
 use http::{
-    HeaderMap, StatusCode,
+    HeaderMap, Response, StatusCode,
     header::{HeaderName, WWW_AUTHENTICATE},
 };
 
@@ -32,9 +32,17 @@ pub(crate) enum Verdict {
     NotOurs,
 }
 
+/// Whether an answer has to be judged at all. All that most of them cost is this look.
+#[inline]
+pub(crate) fn is_candidate<B>(answer: &Response<B>) -> bool {
+    let status = answer.status();
+    status == StatusCode::UNAUTHORIZED
+        || (status == StatusCode::OK
+            && !answer.headers().is_empty()
+            && has_grpc_status(answer.headers()))
+}
+
 /// Judges an answer by its status and headers.
-///
-/// This runs on every response: all that most of them cost is a look at the status and one into the header map.
 pub(crate) fn judge(status: StatusCode, headers: &HeaderMap) -> Verdict {
     if status == StatusCode::UNAUTHORIZED {
         judge_unauthorized(headers)
@@ -43,6 +51,10 @@ pub(crate) fn judge(status: StatusCode, headers: &HeaderMap) -> Verdict {
     } else {
         Verdict::NotOurs
     }
+}
+
+fn has_grpc_status(headers: &HeaderMap) -> bool {
+    headers.contains_key(&GRPC_STATUS)
 }
 
 fn judge_unauthorized(headers: &HeaderMap) -> Verdict {

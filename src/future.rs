@@ -16,6 +16,7 @@ use crate::{
     cache::{Acquire, Complaint, Remedy},
     challenge::{self, Verdict},
     error::{BoxError, TokenError},
+    ready::Ready,
     replay::Replay,
     settings::Settings,
     time::Now,
@@ -78,18 +79,13 @@ where
     }
 
     /// A request that goes at once; `service` is ready.
-    pub(crate) fn send(
-        service: &mut S,
-        request: Request<B>,
-        token: AccessToken,
-        replay: &R,
-        settings: Arc<Settings>,
-    ) -> Self
+    #[inline]
+    pub(crate) fn send(service: &mut S, request: Request<B>, ready: Arc<Ready>, replay: &R) -> Self
     where
         S: Clone,
     {
         Self {
-            state: State::send(service, request, token, Some(replay), settings),
+            state: State::send(service, request, ready, Some(replay)),
         }
     }
 
@@ -123,23 +119,18 @@ where
     S: Service<Request<B>> + Clone,
     R: Replay<B>,
 {
-    /// Sends `request` with `token`, and keeps what it takes to send it once more if `replay` says how.
+    /// Sends `request` with a token, and keeps what it takes to send it once more if `replay` says how.
+    #[inline]
     fn send(
         service: &mut S,
         mut request: Request<B>,
-        token: AccessToken,
+        ready: Arc<Ready>,
         replay: Option<&R>,
-        settings: Arc<Settings>,
     ) -> Self {
         let kept = replay.and_then(|replay| replay.keep(&request, |copy| (copy, service.clone())));
-        let header = token.header_value().clone();
-        request.headers_mut().insert(AUTHORIZATION, header);
+        request.headers_mut().insert(AUTHORIZATION, ready.header());
         let response = service.call(request);
-        let sent = Some(Sent {
-            token,
-            kept,
-            settings,
-        });
+        let sent = Some(Sent { ready, kept });
         Self::Sending { response, sent }
     }
 }
@@ -156,22 +147,17 @@ where
         let mut state = self.project().state;
         loop {
             let result = match state.as_mut().project() {
-                StateProj::Waiting { waiting } => match ready!(waiting.as_mut().poll_leave(cx)) {
-                    Ok(Leave::Send(next)) => {
-                        state.set(next);
-                        continue;
-                    }
-                    Ok(Leave::Answer(response)) => Ok(response),
-                    Err(error) => Err(error),
-                },
                 StateProj::Sending { response, sent } => {
                     let result = ready!(response.poll(cx));
-                    let sent = sent.take();
+                    let sent = match &result {
+                        Ok(answer) if challenge::is_candidate(answer) => sent.take(),
+                        _ => None,
+                    };
                     // The inner future goes before anything waits: it may hold a permit of a limit below.
                     state.set(State::Done);
                     match (result, sent) {
-                        (Ok(response), Some(sent)) => match sent.judge(response) {
-                            Judged::Answer(response) => Ok(response),
+                        (Ok(answer), Some(sent)) => match sent.judge(answer) {
+                            Judged::Answer(answer) => Ok(answer),
                             Judged::Again(waiting) => {
                                 state.set(State::Waiting { waiting });
                                 continue;
@@ -180,10 +166,25 @@ where
                         (result, _) => result.map_err(Into::into),
                     }
                 }
-                StateProj::Refused { error } => Err(error.clone().into()),
+                StateProj::Waiting { waiting } => {
+                    let left = ready!(waiting.as_mut().poll_leave(cx));
+                    state.set(State::Done);
+                    match left {
+                        Ok(Leave::Send(next)) => {
+                            state.set(next);
+                            continue;
+                        }
+                        Ok(Leave::Answer(answer)) => Ok(answer),
+                        Err(error) => Err(error),
+                    }
+                }
+                StateProj::Refused { error } => {
+                    let error = error.clone();
+                    state.set(State::Done);
+                    Err(error.into())
+                }
                 StateProj::Done => panic!("`ResponseFuture` polled after completion"),
             };
-            state.set(State::Done);
             return Poll::Ready(result);
         }
     }
@@ -212,10 +213,9 @@ struct Sent<S, R, B>
 where
     R: Replay<B>,
 {
-    token: AccessToken,
+    ready: Arc<Ready>,
     /// What it takes to send the request once more, if it may be.
     kept: Option<R::Kept<(Request<B>, S)>>,
-    settings: Arc<Settings>,
 }
 
 /// What an answer comes to.
@@ -240,14 +240,17 @@ where
         let complaint = match challenge::judge(answer.status(), answer.headers()) {
             Verdict::InvalidToken => Complaint::Invalid,
             Verdict::MissingClaims(claims) => Complaint::Claims(claims),
-            Verdict::Unexplained if self.settings.heed_unexplained => Complaint::Unexplained,
+            Verdict::Unexplained if self.ready.settings.heed_unexplained => Complaint::Unexplained,
             Verdict::Unexplained | Verdict::NotOurs => return Judged::Answer(answer),
         };
-        let remedy = self.settings.cache.refused(&self.token, complaint);
+        let Ready {
+            token, settings, ..
+        } = &*self.ready;
+        let remedy = settings.cache.refused(token, complaint);
         let Some(kept) = self.kept else {
             return Judged::Answer(answer);
         };
-        let refused = self.token;
+        let refused = token.clone();
         let phase = match remedy {
             Remedy::Nothing => return Judged::Answer(answer),
             Remedy::Token(token) => Phase::Readying { token },
@@ -260,7 +263,7 @@ where
         Judged::Again(Box::pin(Waiting {
             request: Some(request),
             service,
-            settings: self.settings,
+            settings: Arc::clone(settings),
             turn: Turn::Second { refused },
             rounds: 0,
             phase,
@@ -376,12 +379,12 @@ where
                             .request
                             .take()
                             .expect("the request is there until sent");
+                        let token = current.unwrap_or_else(|| token.clone());
                         return Poll::Ready(Ok(Leave::Send(State::send(
                             this.service,
                             request,
-                            current.unwrap_or_else(|| token.clone()),
+                            Ready::new(token, Arc::clone(this.settings)),
                             this.turn.replay(),
-                            Arc::clone(this.settings),
                         ))));
                     }
                 }

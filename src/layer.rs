@@ -1,7 +1,5 @@
 //! [`BearerAuthLayer`]: the configuration, and the [`Layer`] that applies it.
 
-use std::sync::Arc;
-
 use tower_layer::Layer;
 
 use crate::{
@@ -136,6 +134,6 @@ impl<S, R: Clone> Layer<S> for BearerAuthLayer<R> {
     type Service = BearerAuth<S, R>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        BearerAuth::new(inner, Arc::new(self.settings.clone()), self.replay.clone())
+        BearerAuth::new(inner, self.settings.clone(), self.replay.clone())
     }
 }

@@ -169,6 +169,7 @@ mod future;
 mod layer;
 mod origin;
 mod policy;
+mod ready;
 mod replay;
 mod service;
 mod settings;

@@ -67,7 +67,16 @@ impl Origins {
     }
 
     /// Judges a request by its URI. This runs on every request, before anything is asked of the cache.
+    #[inline]
     pub(crate) fn judge(&self, uri: &Uri) -> Passage {
+        // What most requests are.
+        if self.pinned.is_none() && uri.scheme() == Some(&Scheme::HTTPS) {
+            return Passage::Carry;
+        }
+        self.judge_closely(uri)
+    }
+
+    fn judge_closely(&self, uri: &Uri) -> Passage {
         // Such a request cannot leave the one host that the service below is bound to.
         let Some(authority) = uri.authority() else {
             return Passage::Carry;
@@ -83,7 +92,9 @@ impl Origins {
 
     fn admits(&self, uri: &Uri, authority: &Authority) -> bool {
         match &self.pinned {
-            Some(pinned) => pinned.iter().any(|origin| origin.matches(uri, authority)),
+            Some(pinned) => pinned
+                .iter()
+                .any(|origin| origin.is_spelt(uri, authority) || origin.matches(uri, authority)),
             None => true,
         }
     }
@@ -127,6 +138,8 @@ pub(crate) fn is_loopback(host: &str) -> bool {
 #[derive(Clone, Debug)]
 struct Origin {
     scheme: Scheme,
+    /// As the entry has it, for a quick comparison with the usual spelling.
+    authority: Box<str>,
     host: Box<str>,
     port: u16,
 }
@@ -157,9 +170,14 @@ impl Origin {
         let port = port(authority, default_port).ok_or("has no valid port after its host")?;
         Ok(Self {
             scheme: scheme.clone(),
+            authority: authority.as_str().into(),
             host: host.into(),
             port,
         })
+    }
+
+    fn is_spelt(&self, uri: &Uri, authority: &Authority) -> bool {
+        *self.authority == *authority.as_str() && uri.scheme() == Some(&self.scheme)
     }
 
     fn matches(&self, uri: &Uri, authority: &Authority) -> bool {

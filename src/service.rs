@@ -14,6 +14,7 @@ use crate::{
     error::BoxError,
     future::ResponseFuture,
     origin::{self, Passage},
+    ready::Door,
     replay::Replay,
     settings::Settings,
 };
@@ -41,22 +42,22 @@ use crate::{
 #[derive(Clone)]
 pub struct BearerAuth<S, R> {
     inner: S,
-    settings: Arc<Settings>,
+    door: Door,
     replay: R,
 }
 
 impl<S, R> BearerAuth<S, R> {
-    pub(crate) const fn new(inner: S, settings: Arc<Settings>, replay: R) -> Self {
+    pub(crate) fn new(inner: S, settings: Settings, replay: R) -> Self {
         Self {
             inner,
-            settings,
+            door: Door::new(settings),
             replay,
         }
     }
 
     /// Returns the cache that feeds this service.
     pub fn cache(&self) -> &TokenCache {
-        &self.settings.cache
+        &self.door.settings().cache
     }
 
     /// Returns the inner service.
@@ -90,30 +91,28 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        if request.extensions().get::<WithoutToken>().is_some() {
+        let settings = self.door.settings();
+        let extensions = request.extensions();
+        if extensions.get::<WithoutToken>().is_some()
+            || (settings.keep_existing && request.headers().contains_key(AUTHORIZATION))
+        {
             return ResponseFuture::bare(self.inner.call(request));
         }
-        if self.settings.keep_existing && request.headers().contains_key(AUTHORIZATION) {
-            return ResponseFuture::bare(self.inner.call(request));
-        }
-        match self.settings.origins.judge(request.uri()) {
+        match settings.origins.judge(request.uri()) {
             Passage::Carry => {}
             Passage::Bare => return ResponseFuture::bare(self.inner.call(request)),
             Passage::Refuse => {
                 return ResponseFuture::refused(origin::refusal(request.uri()));
             }
         }
-        match self.settings.cache.attach(request.extensions().get()) {
-            Some(token) => {
-                let settings = Arc::clone(&self.settings);
-                ResponseFuture::send(&mut self.inner, request, token, &self.replay, settings)
-            }
+        match self.door.ready(extensions.get()) {
+            Some(ready) => ResponseFuture::send(&mut self.inner, request, ready, &self.replay),
             None => {
                 // Dropping the ready service gives back what its readiness holds, a permit or a place; the
                 // clones hold none.
                 let service = self.inner.clone();
                 drop(mem::replace(&mut self.inner, service.clone()));
-                let settings = Arc::clone(&self.settings);
+                let settings = Arc::clone(self.door.settings());
                 ResponseFuture::wait(service, request, self.replay.clone(), settings)
             }
         }

@@ -3,7 +3,7 @@
 //! Everything else takes a [`Now`] and returns plain values, so that each decision can be tested at any
 //! point of either clock.
 
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::time::Instant;
 
@@ -68,8 +68,60 @@ impl Deadline {
         }
     }
 
+    /// The moment that comes first.
+    pub(crate) fn earliest(self, other: Self) -> Self {
+        Self {
+            monotonic: self.monotonic.min(other.monotonic),
+            wall: match (self.wall, other.wall) {
+                (Some(a), Some(b)) => Some(a.min(b)),
+                (a, b) => a.or(b),
+            },
+        }
+    }
+
     pub(crate) fn wall(self) -> Option<SystemTime> {
         self.wall
+    }
+}
+
+/// A moment of the wall clock, to compare with a coarse reading of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Coarse {
+    seconds: i64,
+    nanos: u32,
+}
+
+impl Coarse {
+    pub(crate) fn of(moment: SystemTime) -> Self {
+        // A clock that stands before 1970 reads as 1970.
+        let since = moment.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self {
+            seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
+            nanos: since.subsec_nanos(),
+        }
+    }
+
+    /// Reads the wall clock as of the last tick of the system, a few milliseconds ago: a quarter of the cost of an
+    /// exact reading.
+    #[cfg(target_os = "linux")]
+    #[inline]
+    pub(crate) fn read() -> Self {
+        use nix::time::{ClockId, clock_gettime};
+
+        match clock_gettime(ClockId::CLOCK_REALTIME_COARSE) {
+            Ok(time) => Self {
+                seconds: time.tv_sec(),
+                nanos: time.tv_nsec() as u32,
+            },
+            // A sandbox may not have it.
+            Err(_) => Self::of(SystemTime::now()),
+        }
+    }
+
+    /// Reads the wall clock; there is no cheaper reading here.
+    #[cfg(not(target_os = "linux"))]
+    pub(crate) fn read() -> Self {
+        Self::of(SystemTime::now())
     }
 }
 

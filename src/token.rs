@@ -1,6 +1,13 @@
 //! [`AccessToken`]: the token as requests use it.
 
-use std::{fmt, sync::Arc, time::SystemTime};
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::SystemTime,
+};
 
 use bytes::Bytes;
 use http::HeaderValue;
@@ -21,6 +28,8 @@ use crate::{
 pub struct AccessToken(pub(crate) Arc<Inner>);
 
 pub(crate) struct Inner {
+    /// Tells it from every other token of this process; never 0.
+    number: u64,
     header: HeaderValue,
     request: TokenRequest,
     scope: Option<Box<str>>,
@@ -43,8 +52,10 @@ impl AccessToken {
         sent: Now,
         now: Now,
     ) -> Self {
+        static NUMBERS: AtomicU64 = AtomicU64::new(1);
         let expiry = sent.after(schedule.expires_after);
         Self(Arc::new(Inner {
+            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
             header: header_value(response.access_token.expose_secret()),
             request,
             scope: response.scope.map(String::into_boxed_str),
@@ -116,8 +127,24 @@ impl AccessToken {
             .is_some_and(|extended| !extended.has_come(now))
     }
 
+    #[inline]
     pub(crate) fn not_before(&self) -> u64 {
         self.0.not_before
+    }
+
+    #[inline]
+    pub(crate) fn number(&self) -> u64 {
+        self.0.number
+    }
+
+    /// Makes another header value of the same text, whose clones share their count with no clone of the first.
+    pub(crate) fn copy_header(&self) -> HeaderValue {
+        header_value(self.expose_secret())
+    }
+
+    /// Until when requests may take the token without a further look.
+    pub(crate) fn fresh_until(&self) -> Deadline {
+        self.0.due.earliest(self.0.expiry)
     }
 
     pub(crate) fn is_due(&self, now: Now) -> bool {

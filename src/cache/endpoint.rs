@@ -32,6 +32,7 @@ impl Endpoint {
         self.source.get()
     }
 
+    #[inline]
     pub(super) fn not_before(&self) -> u64 {
         // Nothing else is read by its value.
         self.not_before.load(Ordering::Relaxed)

@@ -33,14 +33,17 @@ use crate::{
 pub(crate) struct Entry {
     endpoint: Arc<Endpoint>,
     policy: Arc<RefreshPolicy>,
-    /// Whether the token is refreshed without a request that asks for it.
-    warm: bool,
+    /// Whether the token is for nothing in particular: only then its clock is watched.
+    plain: bool,
     /// Cancelled when the cache is shut down.
     closing: CancellationToken,
     /// The token that requests take without a lock; absent while the API has it named invalid.
     ///
     /// Written with the state locked, so that it follows the state in order.
     hot: ArcSwapOption<token::Inner>,
+    /// The number of the token in `hot` while somebody watches the monotonic clock for it, else 0. Written as
+    /// `hot` is, or to 0.
+    watched: AtomicU64,
     pub(super) state: Mutex<State<Arc<Flight>>>,
 }
 
@@ -50,6 +53,16 @@ pub(super) enum Found {
     /// Wait for this flight; with a fallback for a while only.
     Flight(Arc<Flight>, Option<AccessToken>),
     Error(TokenError),
+}
+
+/// How far an entry has come.
+pub(super) struct Progress {
+    /// How many flights there were.
+    pub(super) flights: u64,
+    /// When the next one is due.
+    pub(super) next_due: Option<Deadline>,
+    /// Until when requests may take the token without a further look.
+    pub(super) fresh_until: Option<Deadline>,
 }
 
 /// What a request whose token was refused can do.
@@ -88,9 +101,10 @@ impl Entry {
         let id: KeyId = IDS.fetch_add(1, Ordering::Relaxed);
         Arc::new(Self {
             endpoint,
-            warm: policy.stays_warm() && request.is_plain(),
+            plain: request.is_plain(),
             closing,
             hot: ArcSwapOption::empty(),
+            watched: AtomicU64::new(0),
             state: Mutex::new(State::new(id, request, Arc::clone(&policy), Rng::new())),
             policy,
         })
@@ -104,8 +118,13 @@ impl Entry {
         self.endpoint.source()
     }
 
+    pub(super) fn is_plain(&self) -> bool {
+        self.plain
+    }
+
+    /// Whether the token is refreshed without a request that asks for it.
     pub(super) fn stays_warm(&self) -> bool {
-        self.warm
+        self.plain && self.policy.stays_warm()
     }
 
     pub(super) fn closing(&self) -> &CancellationToken {
@@ -184,11 +203,41 @@ impl Entry {
         state.last_resort(&shared, Now::read())
     }
 
-    /// How many flights there were, and when the next one is due.
-    pub(super) fn watch(&self) -> (u64, Option<Deadline>) {
+    pub(super) fn progress(&self) -> Progress {
         let state = self.state.lock();
         let shared = self.endpoint.gate.lock();
-        (state.flights(), state.next_due(&shared))
+        Progress {
+            flights: state.flights(),
+            next_due: state.next_due(&shared),
+            fresh_until: state.unquestioned().map(AccessToken::fresh_until),
+        }
+    }
+
+    /// Whether `token` may be attached without a look at the monotonic clock: it is what the state shows, and
+    /// watched.
+    #[inline]
+    pub(super) fn is_watched(&self, token: &AccessToken) -> bool {
+        // All that is read by these values is in `token`.
+        self.watched.load(Ordering::Relaxed) == token.number()
+            && token.not_before() >= self.endpoint.not_before()
+    }
+
+    /// Promises to watch the clock for the token, if there is one that is fresh, and returns its number.
+    pub(super) fn begin_watch(&self) -> Option<u64> {
+        let state = self.state.lock();
+        let token = state.unquestioned()?;
+        if token.fresh_until().has_come(Now::read()) {
+            return None;
+        }
+        self.watched.store(token.number(), Ordering::Relaxed);
+        Some(token.number())
+    }
+
+    pub(super) fn end_watch(&self, token: u64) {
+        // Fails if another token is watched by now.
+        let _ = self
+            .watched
+            .compare_exchange(token, 0, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     /// Whether nothing is lost if this entry is forgotten.
@@ -305,6 +354,7 @@ impl Entry {
         let token = state.unquestioned().map(|token| &token.0);
         let shown = self.hot.load();
         if shown.as_ref().map(Arc::as_ptr) != token.map(Arc::as_ptr) {
+            self.watched.store(0, Ordering::Relaxed);
             self.hot.store(token.cloned());
         }
     }
@@ -314,7 +364,7 @@ impl fmt::Debug for Entry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Entry")
             .field("policy", &self.policy)
-            .field("warm", &self.warm)
+            .field("plain", &self.plain)
             .finish_non_exhaustive()
     }
 }

@@ -34,7 +34,7 @@ use tokio::{
     time::{self, Instant, Sleep},
 };
 
-use super::{entry::Entry, state::Plan, warm};
+use super::{entry::Entry, state::Plan, watch};
 use crate::{
     error::{Kind, TokenError},
     source::{Fetch, TokenResponse},
@@ -253,8 +253,8 @@ pub(crate) fn launch(runtime: &Handle, entry: Arc<Entry>, flight: Arc<Flight>, p
         let entry = Arc::clone(&ending.entry);
         entry.land(&ending.flight, outcome);
         drop(ending);
-        if entry.stays_warm() {
-            warm::keep(entry).await;
+        if entry.is_plain() {
+            watch::keep(entry).await;
         }
     }));
 }

@@ -9,7 +9,7 @@ mod keys;
 #[cfg(test)]
 mod laws;
 mod state;
-mod warm;
+mod watch;
 
 use std::{fmt, sync::Arc};
 
@@ -222,6 +222,12 @@ impl TokenCache {
             // The error of a full map is for `acquire` to return.
             Some(request) => self.keys.get_or_insert(request).ok()?.attach(),
         }
+    }
+
+    /// Whether `token`, which is for nothing in particular, may be attached without a look at the monotonic clock.
+    #[inline]
+    pub(crate) fn is_watched(&self, token: &AccessToken) -> bool {
+        self.plain.is_watched(token)
     }
 
     /// Waits for a token.

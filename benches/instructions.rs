@@ -1,0 +1,119 @@
+//! How many instructions a request takes that finds a token, counted by valgrind, and not more than the budget.
+//!
+//! Counts do not depend on what else the machine does, so they are what CI holds the hot path to. This program
+//! runs itself under valgrind, once with a thousand requests and once with two thousand: the difference is a
+//! thousand requests and nothing else. A clock reading counts for little in it, since valgrind makes it a
+//! system call, whose instructions are the kernel's; time is told by the bench `fresh_token`.
+
+mod support;
+
+use std::{
+    env,
+    hint::black_box,
+    process::{Command, ExitCode},
+};
+
+use support::{cached, call, inner, request};
+use tower::{Layer, Service, ServiceBuilder, service_fn};
+use tower_bearer::{BearerAuthLayer, CloneBody};
+use tower_http::auth::AddAuthorizationLayer;
+
+/// What is measured, its baseline, and the most that it may take of that.
+const CASES: [(&str, &str, f64); 5] = [
+    ("bare, kept", "static header, kept", 1.0),
+    ("bearer, kept", "static header, kept", 1.20),
+    ("bearer, cloned", "static header, cloned", 1.25),
+    ("bearer with origins, kept", "static header, kept", 1.35),
+    ("bearer with replay, kept", "static header, kept", 2.2),
+];
+
+fn main() -> ExitCode {
+    // Cargo passes flags of its own.
+    if let Ok(case) = env::var(CASE) {
+        run(
+            &case,
+            env::var(COUNT).map_or(0, |count| count.parse().unwrap_or_default()),
+        );
+        return ExitCode::SUCCESS;
+    }
+    if Command::new("valgrind").arg("--version").output().is_err() {
+        println!("skipped: valgrind is not installed");
+        return ExitCode::SUCCESS;
+    }
+    let mut fits = true;
+    let making = per_request("request");
+    println!(
+        "{:<28} {:>12} {:>9} {:>7}",
+        "", "instructions", "ratio", "budget"
+    );
+    for (case, baseline, budget) in CASES {
+        // Making the request is no work of a service.
+        let (count, floor) = (per_request(case) - making, per_request(baseline) - making);
+        let ratio = count / floor;
+        let verdict = if ratio <= budget { "" } else { "  over budget" };
+        fits &= ratio <= budget;
+        println!("{case:<28} {count:>12.0} {ratio:>9.3} {budget:>7.2}{verdict}");
+    }
+    ExitCode::from(u8::from(!fits))
+}
+
+/// Sends `count` requests.
+fn run(case: &str, count: u64) {
+    let (cache, token, _runtime) = cached();
+    let bearer = BearerAuthLayer::new(cache);
+    let bare = service_fn(inner);
+    let fixed = AddAuthorizationLayer::bearer(&token);
+    let pinned = bearer.clone().origins(["https://api.example.com"]);
+    match case {
+        "request" => (0..WARM_UP + count).for_each(|_| drop(black_box(request()))),
+        "bare, kept" => kept(bare, count),
+        "static header, kept" => kept(fixed.layer(bare), count),
+        "static header, cloned" => cloned(fixed.layer(bare), count),
+        "bearer, kept" => kept(bearer.layer(bare), count),
+        "bearer, cloned" => cloned(bearer.layer(bare), count),
+        "bearer with origins, kept" => {
+            kept(pinned.expect("it is an origin").layer(bare), count);
+        }
+        "bearer with replay, kept" => {
+            let replay = ServiceBuilder::new().layer(bearer.replay(CloneBody));
+            kept(replay.service(bare), count);
+        }
+        case => panic!("there is no case {case}"),
+    }
+}
+
+fn kept<S: Service<http::Request<support::Body>>>(mut service: S, count: u64) {
+    for _ in 0..WARM_UP + count {
+        call(&mut service, request());
+    }
+}
+
+fn cloned<S: Service<http::Request<support::Body>> + Clone>(service: S, count: u64) {
+    for _ in 0..WARM_UP + count {
+        call(&mut service.clone(), request());
+    }
+}
+
+fn per_request(case: &str) -> f64 {
+    let count = |requests: u64| {
+        let program = env::current_exe().expect("this program has a path");
+        let output = Command::new("valgrind")
+            .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
+            .arg(program)
+            .env(CASE, case)
+            .env(COUNT, requests.to_string())
+            .output()
+            .expect("valgrind runs");
+        let report = String::from_utf8_lossy(&output.stderr).into_owned();
+        let line = report
+            .lines()
+            .find_map(|line| line.split_once("Collected : "));
+        let (_, count) = line.unwrap_or_else(|| panic!("no count in {report}"));
+        count.trim().parse::<f64>().expect("a number")
+    };
+    (count(2_000) - count(1_000)) / 1_000.0
+}
+
+const CASE: &str = "TOWER_BEARER_CASE";
+const COUNT: &str = "TOWER_BEARER_COUNT";
+const WARM_UP: u64 = 10;
