@@ -11,6 +11,8 @@
 mod auto_traits;
 mod bodies;
 mod cancellation;
+#[cfg(feature = "rustls")]
+mod hostile;
 mod interruption;
 mod invalidate;
 mod keys;

@@ -3,7 +3,7 @@
 use std::{
     convert::Infallible,
     error::Error,
-    fmt, io, iter,
+    fmt, io,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -30,7 +30,7 @@ use tracing_subscriber::{
     layer::SubscriberExt,
 };
 
-use crate::support::{INVALID_TOKEN, settle};
+use crate::support::{INVALID_TOKEN, everything, settle};
 
 /// In every secret of this module; texts are free of it.
 const CANARY: &str = "CANARY";
@@ -54,10 +54,7 @@ impl Printed {
     }
 
     fn error(&self, error: &(dyn Error + 'static)) {
-        for error in iter::successors(Some(error), |&error| error.source()) {
-            self.add(format_args!("{error}\n{error:#}"));
-            self.debug(&error);
-        }
+        self.add(everything(error));
     }
 
     fn text(&self) -> String {

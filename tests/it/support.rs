@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     convert::Infallible,
+    error::Error,
     fmt,
     future::Future,
     pin::Pin,
@@ -401,6 +402,14 @@ pub fn token_error(error: &BoxError) -> &TokenError {
         .downcast_ref()
         .unwrap_or_else(|| panic!("not a token failure: {error:?}"))
 }
+
+/// Everything that an error says of itself, down to its last source.
+pub fn everything(error: &(dyn Error + 'static)) -> String {
+    std::iter::successors(Some(error), |&error| error.source())
+        .map(|error| format!("{error}\n{error:#}\n{error:?}\n{error:#?}\n"))
+        .collect()
+}
+
 /// Makes what the caches of this thread leave to chance the same in every run.
 pub fn seed(seed: u64) {
     fastrand::seed(seed);
