@@ -1,0 +1,293 @@
+//! The crate against `oidc-provider`, a certified authorization server; `tests/servers/README.md` says how to install it.
+
+#![cfg(feature = "rustls")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "clippy allows it in test functions only, not in their helpers"
+)]
+#![expect(
+    unreachable_pub,
+    reason = "a test binary exports nothing; `pub` marks what modules share"
+)]
+
+mod servers;
+
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant, UNIX_EPOCH},
+};
+
+use bytes::Bytes;
+use http::{Request, StatusCode};
+use http_body_util::{BodyExt, Full};
+use serde_json::{Value, json};
+use tokio::{task::JoinSet, time};
+use tower::{Layer, ServiceExt};
+use tower_bearer::{
+    AuthMethod, BearerAuthLayer, ClientCredentials, ClientCredentialsBuilder, CloneBody, Fetch,
+    TokenCache, TokenSource,
+};
+
+use crate::servers::{HttpClient, Server};
+
+/// What has to be escaped in a form, in a URL, or in either; RFC 6749 appendix A has no bytes beyond ASCII here.
+const ID: &str = "client of a+b: 100%25 & more=/?#\"'";
+const SECRET: &str = "s p+a:c%2Be%&=/?#\\\"~";
+const RESOURCE: &str = "https://api.example.com/sims";
+const READ_ONLY: &str = "https://api.example.com/bills";
+
+/// A server that knows the client [`ID`], which has this way to authenticate and may read and write.
+async fn server(method: &str) -> Option<Server> {
+    let client = |id, secret, method, scope| {
+        json!({
+            "client_id": id,
+            "client_secret": secret,
+            "token_endpoint_auth_method": method,
+            "scope": scope,
+        })
+    };
+    let config = json!({
+        "clients": [
+            client(ID, SECRET, method, "read write"),
+            client("inspector", "inspector", "client_secret_post", "read"),
+        ],
+        "scopes": ["read", "write", "admin"],
+        "resources": { RESOURCE: "read write", READ_ONLY: "read" },
+    });
+    Server::start("oidc-provider", &config).await
+}
+
+fn client(server: &Server) -> ClientCredentialsBuilder {
+    ClientCredentials::builder(&server.at.token_endpoint, ID).client_secret(SECRET)
+}
+
+#[tokio::test]
+async fn special_characters_survive_in_the_header() {
+    let Some(server) = server("client_secret_basic").await else {
+        return;
+    };
+    let cache = TokenCache::new(client(&server).build().unwrap());
+    let token = cache.get().await.unwrap();
+    let said = server.introspect(token.expose_secret()).await;
+    assert_eq!(said["active"], true);
+    assert_eq!(said["client_id"], ID);
+}
+
+#[tokio::test]
+async fn special_characters_survive_in_the_body() {
+    let Some(server) = server("client_secret_post").await else {
+        return;
+    };
+    let source = client(&server).auth_method(AuthMethod::ClientSecretPost);
+    let cache = TokenCache::new(source.build().unwrap());
+    let token = cache.get().await.unwrap();
+    let said = server.introspect(token.expose_secret()).await;
+    assert_eq!(said["active"], true);
+    assert_eq!(said["client_id"], ID);
+}
+
+/// RFC 8707 section 2.2.
+#[tokio::test]
+async fn a_resource_is_the_tokens_audience() {
+    let Some(server) = server("client_secret_basic").await else {
+        return;
+    };
+    let cache = |resource| {
+        let source = client(&server).param("resource", resource).scope("read");
+        TokenCache::new(source.build().unwrap())
+    };
+    for resource in [RESOURCE, READ_ONLY] {
+        let token = cache(resource).get().await.unwrap();
+        let said = server.introspect(token.expose_secret()).await;
+        assert_eq!(said["aud"], resource);
+        assert_eq!(said["scope"], "read");
+    }
+    let unknown = cache("https://elsewhere.example").get().await.unwrap_err();
+    assert_eq!(unknown.oauth_error(), Some("invalid_target"));
+    assert!(unknown.is_rejected() && !unknown.is_transient());
+}
+
+#[tokio::test]
+async fn the_scope_that_was_granted_is_told_although_more_was_asked_for() {
+    let Some(server) = server("client_secret_basic").await else {
+        return;
+    };
+    for (resource, granted) in [(RESOURCE, "read write"), (READ_ONLY, "read")] {
+        let source = client(&server)
+            .scopes(["read", "write"])
+            .param("resource", resource);
+        let cache = TokenCache::new(source.build().unwrap());
+        assert_eq!(cache.get().await.unwrap().scope(), Some(granted));
+    }
+}
+
+#[tokio::test]
+async fn a_scope_that_is_refused_is_terminal_and_not_asked_for_again() {
+    let Some(server) = server("client_secret_basic").await else {
+        return;
+    };
+    let cache = TokenCache::new(client(&server).scope("admin").build().unwrap());
+    for _ in 0..10 {
+        let error = cache.get().await.unwrap_err();
+        assert_eq!(error.oauth_error(), Some("invalid_scope"));
+        assert!(error.is_rejected() && !error.is_transient());
+    }
+    assert_eq!(server.counts().await.token_requests, 1);
+}
+
+#[tokio::test]
+async fn a_client_is_refused_until_its_secret_is_the_servers() {
+    let Some(server) = server("client_secret_basic").await else {
+        return;
+    };
+    let source = ClientCredentials::builder(&server.at.token_endpoint, ID)
+        .client_secret("CANARY-new")
+        .build()
+        .unwrap();
+    let error = source.fetch(Fetch::new()).await.unwrap_err();
+    assert_eq!(error.status(), Some(StatusCode::UNAUTHORIZED));
+    assert_eq!(error.oauth_error(), Some("invalid_client"));
+    assert!(error.is_rejected() && !error.is_transient());
+    assert!(!format!("{error} {error:?}").contains("CANARY"));
+
+    let secret = json!({ "client_id": ID, "client_secret": "CANARY-new" });
+    server.order(json!({ "secret": secret })).await;
+    source.fetch(Fetch::new()).await.unwrap();
+    let old = client(&server).build().unwrap();
+    let error = old.fetch(Fetch::new()).await.unwrap_err();
+    assert_eq!(error.oauth_error(), Some("invalid_client"));
+}
+
+/// Law 3: a token is given up before the server does it, and not much sooner.
+#[tokio::test]
+async fn a_token_is_what_introspection_says() {
+    let Some(server) = server("client_secret_basic").await else {
+        return;
+    };
+    let asked = Instant::now();
+    let cache = TokenCache::new(client(&server).scope("write").build().unwrap());
+    let token = cache.get().await.unwrap();
+    let took = asked.elapsed().as_secs_f64();
+
+    let said = server.introspect(token.expose_secret()).await;
+    assert_eq!(token.scope(), Some("write"));
+    assert_eq!(said["scope"], "write");
+    assert_eq!(said["client_id"], ID);
+    assert_eq!(said["token_type"], "Bearer");
+    let until = token.usable_until().unwrap();
+    let until = until.duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+    let margin = said["exp"].as_f64().unwrap() - until;
+    // The server counts whole seconds.
+    assert!((9.0..=10.0 + took).contains(&margin), "{margin}");
+}
+
+#[tokio::test]
+async fn an_endpoint_that_is_busy_is_heard_out() {
+    let Some(server) = server("client_secret_basic").await else {
+        return;
+    };
+    let source = client(&server).build().unwrap();
+    let busy = json!({ "status": 503, "headers": { "retry-after": "7" } });
+    server.order(json!({ "fail": busy })).await;
+    let error = source.fetch(Fetch::new()).await.unwrap_err();
+    assert!(error.is_unavailable() && error.is_transient());
+    assert_eq!(error.retry_after(), Some(Duration::from_secs(7)));
+    server.order(json!({ "fail": null })).await;
+    source.fetch(Fetch::new()).await.unwrap();
+}
+
+/// Laws 1, 2 and 8: whatever is in flight when all tokens are revoked is answered all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_revocation_under_load_costs_one_token_request_and_no_answer() {
+    let Some(server) = server("client_secret_basic").await else {
+        return;
+    };
+    let cache = TokenCache::new(client(&server).build().unwrap());
+    // So long that every caller has met the revocation before the next token is there.
+    server.order(json!({ "delay": 200 })).await;
+    let load = Load::start(&server, &cache, 20);
+    time::sleep(Duration::from_millis(500)).await;
+    server.order(json!({ "revoke_all": true })).await;
+    time::sleep(Duration::from_millis(800)).await;
+    let tokens = load.stop().await;
+
+    assert_eq!(tokens.len(), 2);
+    let counts = server.counts().await;
+    assert_eq!((counts.token_requests, counts.granted), (2, 2));
+    assert!(counts.api_refused >= 1, "{counts:?}");
+    assert!(counts.api_requests >= 100, "{counts:?}");
+}
+
+/// Law 2: tokens that live for two to three seconds, since this server counts whole ones.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tokens_of_seconds_are_replaced_before_anybody_notices() {
+    let Some(server) = server("client_secret_basic").await else {
+        return;
+    };
+    server.order(json!({ "lifetime": 3 })).await;
+    let cache = TokenCache::new(client(&server).build().unwrap());
+    let start = Instant::now();
+    let load = Load::start(&server, &cache, 5);
+    time::sleep(Duration::from_secs(6)).await;
+    let tokens = load.stop().await;
+
+    // The first token is due after 0.35 of its lifetime at the soonest, and the others after 0.65; and one
+    // may be forced by a 401 every five seconds.
+    let elapsed = start.elapsed().as_secs_f64();
+    let planned = 2 + ((elapsed - 3.0 * 0.35) / (3.0 * 0.65)) as usize;
+    let forced = 1 + (elapsed / 5.0) as usize;
+    let requests = server.counts().await.token_requests;
+    assert!(requests <= planned + forced, "{requests} in {elapsed} s");
+    assert!(tokens.len() >= 3, "{}", tokens.len());
+}
+
+/// Callers that send one request after the other and accept no answer but 200.
+struct Load {
+    callers: JoinSet<BTreeSet<String>>,
+    stop: tokio::sync::watch::Sender<bool>,
+}
+
+impl Load {
+    fn start(server: &Server, cache: &TokenCache, callers: usize) -> Self {
+        let (stop, stopped) = tokio::sync::watch::channel(false);
+        let layer = BearerAuthLayer::new(cache.clone()).replay(CloneBody);
+        let mut load = Self {
+            callers: JoinSet::new(),
+            stop,
+        };
+        for _ in 0..callers {
+            let client = layer.layer(server.http());
+            let (url, stopped) = (server.at.api.clone(), stopped.clone());
+            load.callers.spawn(async move {
+                let mut tokens = BTreeSet::new();
+                while !*stopped.borrow() {
+                    tokens.insert(call(client.clone(), &url).await);
+                }
+                tokens
+            });
+        }
+        load
+    }
+
+    /// Returns all tokens that the API has seen and accepted.
+    async fn stop(self) -> BTreeSet<String> {
+        self.stop.send_replace(true);
+        self.callers
+            .join_all()
+            .await
+            .into_iter()
+            .flatten()
+            .collect()
+    }
+}
+
+async fn call(client: tower_bearer::BearerAuth<HttpClient, CloneBody>, url: &str) -> String {
+    let body = Full::new(Bytes::from_static(b"a body to send twice"));
+    let request = Request::post(url).body(body).unwrap();
+    let response = client.oneshot(request).await.unwrap();
+    assert_eq!(response.status(), StatusCode::OK);
+    let body = response.into_body().collect().await.unwrap().to_bytes();
+    let seen: Value = serde_json::from_slice(&body).unwrap();
+    assert_eq!(seen["client_id"], ID);
+    seen["token"].as_str().unwrap().to_owned()
+}
