@@ -62,28 +62,20 @@ fn client(server: &Server) -> ClientCredentialsBuilder {
 }
 
 #[tokio::test]
-async fn special_characters_survive_in_the_header() {
-    let Some(server) = server("client_secret_basic").await else {
-        return;
-    };
-    let cache = TokenCache::new(client(&server).build().unwrap());
-    let token = cache.get().await.unwrap();
-    let said = server.introspect(token.expose_secret()).await;
-    assert_eq!(said["active"], true);
-    assert_eq!(said["client_id"], ID);
-}
-
-#[tokio::test]
-async fn special_characters_survive_in_the_body() {
-    let Some(server) = server("client_secret_post").await else {
-        return;
-    };
-    let source = client(&server).auth_method(AuthMethod::ClientSecretPost);
-    let cache = TokenCache::new(source.build().unwrap());
-    let token = cache.get().await.unwrap();
-    let said = server.introspect(token.expose_secret()).await;
-    assert_eq!(said["active"], true);
-    assert_eq!(said["client_id"], ID);
+async fn special_characters_survive_in_the_header_and_in_the_body() {
+    for (name, method) in [
+        ("client_secret_basic", AuthMethod::ClientSecretBasic),
+        ("client_secret_post", AuthMethod::ClientSecretPost),
+    ] {
+        let Some(server) = server(name).await else {
+            return;
+        };
+        let source = client(&server).auth_method(method).build().unwrap();
+        let token = TokenCache::new(source).get().await.unwrap();
+        let said = server.introspect(token.expose_secret()).await;
+        assert_eq!(said["active"], true, "{name}");
+        assert_eq!(said["client_id"], ID, "{name}");
+    }
 }
 
 /// RFC 8707 section 2.2.
