@@ -8,14 +8,15 @@ use bytes::Bytes;
 use http::{Request, Response, Uri};
 use http_body::Body;
 use http_body_util::Full;
-use oauth2::{AuthType, ClientSecret, Scope, url::Url};
+use oauth2::{AuthType, ClientSecret, url::Url};
 use tower_service::Service;
 
 #[cfg(feature = "rustls")]
 use super::https;
 use super::{
     ClientCredentials,
-    grant::{Asked, Grant},
+    asked::{Asked, names},
+    grant::Grant,
     transport::Transport,
 };
 use crate::{
@@ -53,6 +54,7 @@ impl AuthMethod {
 pub struct ClientCredentialsBuilder {
     client: Result<Box<dyn Grant>, ConfigError>,
     scopes: Vec<String>,
+    resources: Vec<String>,
     params: Vec<(String, String)>,
     plain_http: bool,
     #[cfg(feature = "rustls")]
@@ -64,6 +66,7 @@ impl ClientCredentialsBuilder {
         Self {
             client,
             scopes: Vec::new(),
+            resources: Vec::new(),
             params: Vec::new(),
             plain_http: false,
             #[cfg(feature = "rustls")]
@@ -109,9 +112,18 @@ impl ClientCredentialsBuilder {
         self
     }
 
-    /// Adds a parameter to the body of every token request, such as `audience`, or `resource` (RFC 8707).
+    /// Adds a resource that the token is to be good for, an absolute URI without a fragment (RFC 8707
+    /// section 2).
     ///
-    /// The same name may be added more than once. The value is never printed.
+    /// Several may be added. Without any, the server chooses.
+    pub fn resource(mut self, uri: impl Into<String>) -> Self {
+        self.resources.push(uri.into());
+        self
+    }
+
+    /// Adds a parameter to the body of every token request, such as `audience`.
+    ///
+    /// The same name may be added more than once, for servers that allow it. The value is never printed.
     pub fn param(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.params.push((name.into(), value.into()));
         self
@@ -157,7 +169,8 @@ impl ClientCredentialsBuilder {
     /// added cannot be used. The roots matter only if the token URL is `https`.
     #[cfg(feature = "rustls")]
     pub fn build(self) -> Result<ClientCredentials, ConfigError> {
-        let (client, asked) = checked(self.client, &self.scopes, self.params, self.plain_http)?;
+        let asked = self.asked();
+        let (client, asked) = checked(self.client, asked, self.plain_http)?;
         let transport = self
             .https
             .transport(client.token_url().scheme() == "https")?;
@@ -175,7 +188,8 @@ impl ClientCredentialsBuilder {
     /// If the token URL cannot be parsed, is neither `https` nor `http` on a loopback host (but see
     /// [`dangerous_plain_http`](Self::dangerous_plain_http)), or has credentials or a fragment; if the
     /// client's id is empty; if a scope is empty or has a character that RFC 6749 section 3.3 rules out; if a
-    /// parameter has no name or one that the request sets by itself.
+    /// resource is not an absolute URI or has a fragment; if a parameter has no name or one that the request
+    /// sets by itself.
     pub fn build_with<S, B>(self, service: S) -> Result<ClientCredentials, ConfigError>
     where
         S: Service<Request<Full<Bytes>>, Response = Response<B>> + Clone + Send + 'static,
@@ -185,7 +199,8 @@ impl ClientCredentialsBuilder {
         B::Data: Send,
         B::Error: Into<BoxError>,
     {
-        let (client, asked) = checked(self.client, &self.scopes, self.params, self.plain_http)?;
+        let asked = self.asked();
+        let (client, asked) = checked(self.client, asked, self.plain_http)?;
         Ok(ClientCredentials::new(
             client,
             asked,
@@ -194,12 +209,23 @@ impl ClientCredentialsBuilder {
     }
 }
 
+impl ClientCredentialsBuilder {
+    fn asked(&self) -> Result<Asked, ConfigError> {
+        Asked::new(
+            self.scopes.iter().map(String::as_str),
+            self.resources.iter().map(String::as_str),
+            pairs(&self.params),
+        )
+    }
+}
+
 impl fmt::Debug for ClientCredentialsBuilder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // The token URL is not checked yet and may have a password in it.
         f.debug_struct("ClientCredentialsBuilder")
             .field("scopes", &self.scopes)
-            .field("params", &names(&self.params))
+            .field("resources", &self.resources)
+            .field("params", &names(pairs(&self.params)))
             .field("plain_http", &self.plain_http)
             .finish_non_exhaustive()
     }
@@ -209,8 +235,7 @@ impl fmt::Debug for ClientCredentialsBuilder {
 
 fn checked(
     client: Result<Box<dyn Grant>, ConfigError>,
-    scopes: &[String],
-    params: Vec<(String, String)>,
+    asked: Result<Asked, ConfigError>,
     plain_http: bool,
 ) -> Result<(Box<dyn Grant>, Asked), ConfigError> {
     let client = client?;
@@ -218,15 +243,7 @@ fn checked(
     if client.client_id().is_empty() {
         return Err(ConfigError::new("the client id is empty"));
     }
-    let scopes = scopes
-        .iter()
-        .flat_map(|scope| scope.split(' '))
-        .map(scope_token)
-        .collect::<Result<_, _>>()?;
-    for (name, _) in &params {
-        check_param(name)?;
-    }
-    Ok((client, Asked { scopes, params }))
+    Ok((client, asked?))
 }
 
 fn check_token_url(url: &Url, plain_http: bool) -> Result<(), ConfigError> {
@@ -251,42 +268,9 @@ fn check_token_url(url: &Url, plain_http: bool) -> Result<(), ConfigError> {
     Err(ConfigError::new(problem))
 }
 
-/// Reads a `scope-token` of RFC 6749 section 3.3.
-fn scope_token(token: &str) -> Result<Scope, ConfigError> {
-    let is_allowed = |byte| matches!(byte, 0x21 | 0x23..=0x5B | 0x5D..=0x7E);
-    if token.is_empty() || !token.bytes().all(is_allowed) {
-        return Err(ConfigError::new(
-            "a scope is empty or has a character that RFC 6749 section 3.3 rules out",
-        ));
-    }
-    Ok(Scope::new(token.to_owned()))
+fn pairs(params: &[(String, String)]) -> impl Iterator<Item = (&str, &str)> {
+    params.iter().map(|(name, value)| (&**name, &**value))
 }
-
-/// RFC 6749 section 3.2: a parameter must not be there twice, so what the request sets is out of bounds.
-fn check_param(name: &str) -> Result<(), ConfigError> {
-    if name.is_empty() {
-        return Err(ConfigError::new("a parameter has no name"));
-    }
-    match OWN_PARAMS.iter().find(|own| **own == name) {
-        Some(own) => Err(ConfigError::new(format!(
-            "the parameter {own} is set by the token request itself"
-        ))),
-        None => Ok(()),
-    }
-}
-
-/// The names of parameters, whose values may be secret.
-pub(super) fn names(params: &[(String, String)]) -> Vec<&str> {
-    params.iter().map(|(name, _)| name.as_str()).collect()
-}
-
-const OWN_PARAMS: [&str; 5] = [
-    "grant_type",
-    "scope",
-    "client_id",
-    "client_secret",
-    "refresh_token",
-];
 
 #[cfg(test)]
 mod tests {
@@ -355,7 +339,10 @@ mod tests {
             ("scope", good().param("scope", "a")),
             ("client_id", good().param("client_id", "a")),
             ("client_secret", good().param("client_secret", "a")),
+            ("client_assertion", good().param("client_assertion", "a")),
             ("refresh_token", good().param("refresh_token", "a")),
+            ("fragment", good().resource("https://api.example/#a")),
+            ("relative resource", good().resource("/api")),
         ] {
             assert!(build(builder).is_err(), "{case}");
         }
@@ -372,7 +359,7 @@ mod tests {
             "http://as.example/CANARY",
             "https://as.example:CANARY/",
         ] {
-            let builder = at(url).param("client_assertion", "CANARY");
+            let builder = at(url).param("api_key", "CANARY");
             text.push_str(&format!("{builder:?}"));
             match build(builder) {
                 Ok(source) => text.push_str(&format!("{source:?}")),

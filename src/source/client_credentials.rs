@@ -11,8 +11,9 @@ use tokio::time;
 
 use super::{
     Fetch, RefreshToken, TokenResponse, TokenSource,
-    builder::{ClientCredentialsBuilder, names},
-    grant::{Asked, Grant},
+    asked::{Asked, names},
+    builder::ClientCredentialsBuilder,
+    grant::Grant,
     transport::Transport,
 };
 use crate::{
@@ -142,36 +143,50 @@ impl ClientCredentials {
         }
     }
 
-    async fn refresh(&self, token: &RefreshToken) -> Result<TokenResponse, TokenError> {
+    async fn refresh(
+        &self,
+        token: &RefreshToken,
+        asked: &Asked,
+    ) -> Result<TokenResponse, TokenError> {
         let inner = &*self.inner;
-        let answer = inner
-            .client
-            .refresh_token(token, &inner.asked, &inner.transport);
+        let answer = inner.client.refresh_token(token, asked, &inner.transport);
         answer.await?.into_token()
     }
 
-    async fn grant(&self) -> Result<TokenResponse, TokenError> {
+    async fn grant(&self, asked: &Asked) -> Result<TokenResponse, TokenError> {
         let inner = &*self.inner;
-        let answer = inner
-            .client
-            .client_credentials(&inner.asked, &inner.transport);
+        let answer = inner.client.client_credentials(asked, &inner.transport);
         answer.await?.into_token()
     }
 }
 
 impl TokenSource for ClientCredentials {
     async fn fetch(&self, fetch: Fetch) -> Result<TokenResponse, TokenError> {
-        if let Some(token) = fetch.refresh_token {
-            // Half of the time is left for the other grant, should this one hang.
-            let refreshed = time::timeout(fetch.timeout / 2, self.refresh(&token))
-                .await
-                .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout, true)));
-            match refreshed {
-                Ok(response) => return Ok(response),
-                Err(error) => telemetry::refresh_token_failed(&error),
+        let asked = self
+            .inner
+            .asked
+            .of(&fetch.request, fetch.claims.as_deref())?;
+        let response = match fetch.refresh_token {
+            // A session is as it is; claims that the API misses in its tokens come with a new one.
+            Some(token) if fetch.claims.is_none() => {
+                // Half of the time is left for the other grant, should this one hang.
+                let refreshed = time::timeout(fetch.timeout / 2, self.refresh(&token, &asked))
+                    .await
+                    .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout, true)));
+                match refreshed {
+                    Ok(response) => response,
+                    Err(error) => {
+                        telemetry::refresh_token_failed(&error);
+                        self.grant(&asked).await?
+                    }
+                }
             }
-        }
-        self.grant().await
+            _ => self.grant(&asked).await?,
+        };
+        Ok(match asked.scope() {
+            Some(scope) => response.requested_scope(scope),
+            None => response,
+        })
     }
 }
 
@@ -185,7 +200,7 @@ impl fmt::Debug for ClientCredentials {
             .field("token_url", &token_url.as_str())
             .field("client_id", &client.client_id())
             .field("scopes", &asked.scopes)
-            .field("params", &names(&asked.params))
+            .field("params", &names(asked.params()))
             .finish_non_exhaustive()
     }
 }
@@ -200,7 +215,7 @@ mod tests {
     use secrecy::ExposeSecret;
 
     use super::*;
-    use crate::AuthMethod;
+    use crate::{AuthMethod, TokenRequest};
 
     const TOKEN: &str = r#"{"access_token":"from-credentials","token_type":"Bearer"}"#;
 
@@ -324,6 +339,90 @@ mod tests {
                 format!("grant_type=client_credentials&scope=a+b+c&{shared}"),
             ]
         );
+    }
+
+    #[tokio::test]
+    async fn what_a_request_names_takes_the_place_of_the_settings() {
+        let endpoint = Endpoint::default();
+        let builder = builder("id")
+            .scope("s")
+            .resource("urn:s1")
+            .param("resource", "urn:s2")
+            .param("audience", "s1")
+            .param("audience", "s2")
+            .param("kept", "s");
+        let source = endpoint.source(builder, &[(200, TOKEN); 4]);
+        let request = TokenRequest::new;
+        for request in [
+            request(),
+            request().scope("b").scope("a"),
+            request().resource("urn:r2").resource("urn:r1"),
+            request().param("audience", "r1").param("new", "r"),
+        ] {
+            let fetch = Fetch {
+                request,
+                ..Fetch::new()
+            };
+            let scope = source.fetch(fetch).await.unwrap().requested_scope;
+            assert!(matches!(scope.as_deref(), Some("s" | "a b")), "{scope:?}");
+        }
+        let start = "grant_type=client_credentials&scope=";
+        let id = "&client_id=id&";
+        let own = "resource=urn%3As1&resource=urn%3As2";
+        let params = "audience=s1&audience=s2&kept=s";
+        assert_eq!(
+            endpoint.bodies(),
+            [
+                format!("{start}s{id}{own}&{params}"),
+                format!("{start}a+b{id}{own}&{params}"),
+                format!("{start}s{id}resource=urn%3Ar1&resource=urn%3Ar2&{params}"),
+                format!("{start}s{id}{own}&kept=s&audience=r1&new=r"),
+            ]
+        );
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_asked_for_is_not_sent() {
+        let endpoint = Endpoint::default();
+        let source = endpoint.source(builder("id"), &[]);
+        let request = TokenRequest::new;
+        for request in [
+            request().scope("a\"b"),
+            request().resource("/CANARY"),
+            request().param("", "CANARY"),
+            request().param("grant_type", "CANARY"),
+            request().param("client_assertion", "CANARY"),
+            request().param("resource", "https://api.example/#CANARY"),
+        ] {
+            let mut fetch = with_refresh_token("r1");
+            fetch.request = request;
+            let error = source.fetch(fetch).await.unwrap_err();
+            assert!(!error.is_transient(), "{error:?}");
+            let source = std::error::Error::source(&error).unwrap();
+            assert!(source.is::<ConfigError>());
+            assert!(!format!("{error:?}").contains("CANARY"), "{error:?}");
+        }
+        assert!(endpoint.bodies().is_empty());
+    }
+
+    #[tokio::test]
+    async fn demanded_claims_take_a_new_session() {
+        let endpoint = Endpoint::default();
+        let source = endpoint.source(builder("id").param("claims", "{}"), &[(200, TOKEN)]);
+        let mut fetch = with_refresh_token("r1");
+        fetch.claims = Some("{\"a\":1}".to_owned());
+        source.fetch(fetch).await.unwrap();
+        let expected = "grant_type=client_credentials&client_id=id&claims=%7B%22a%22%3A1%7D";
+        assert_eq!(endpoint.bodies(), [expected]);
+    }
+
+    #[tokio::test]
+    async fn a_refreshed_token_was_asked_for_with_the_same_scope() {
+        let endpoint = Endpoint::default();
+        let source = endpoint.source(builder("id").scope("a b"), &[(200, TOKEN)]);
+        let response = source.fetch(with_refresh_token("r1")).await.unwrap();
+        assert_eq!(response.requested_scope.as_deref(), Some("a b"));
+        assert!(!endpoint.bodies()[0].contains("scope"));
     }
 
     #[tokio::test]

@@ -4,11 +4,12 @@ use std::pin::Pin;
 
 use oauth2::{
     AuthType, Client, ClientSecret, EndpointSet, EndpointState, ErrorResponse, RequestTokenError,
-    RevocableToken, Scope, TokenIntrospectionResponse, TokenResponse, url::Url,
+    RevocableToken, TokenIntrospectionResponse, TokenResponse, url::Url,
 };
 
 use super::{
     RefreshToken,
+    asked::Asked,
     response::Answer,
     transport::{Answered, Transport},
 };
@@ -42,12 +43,6 @@ pub(super) trait Grant: Send + Sync {
 
 pub(super) type AnswerFuture<'a> =
     Pin<Box<dyn Future<Output = Result<Answer, TokenError>> + Send + 'a>>;
-
-/// What both grants ask for.
-pub(super) struct Asked {
-    pub(super) scopes: Vec<Scope>,
-    pub(super) params: Vec<(String, String)>,
-}
 
 impl<TE, TR, TIR, RT, TRE, Auth, DeviceAuth, Introspection, Revocation> Grant
     for Client<TE, TR, TIR, RT, TRE, Auth, DeviceAuth, Introspection, Revocation, EndpointSet>
@@ -86,7 +81,7 @@ where
         let mut request = self
             .exchange_client_credentials()
             .add_scopes(asked.scopes.iter().cloned());
-        for (name, value) in &asked.params {
+        for (name, value) in asked.params() {
             request = request.add_extra_param(name, value);
         }
         Box::pin(async move { answer(request.request_async(transport).await) })
@@ -102,7 +97,7 @@ where
             let token = oauth2::RefreshToken::new(token.expose_secret().to_owned());
             // Without a scope, which means the one that was granted: to ask for more is an error.
             let mut request = self.exchange_refresh_token(&token);
-            for (name, value) in &asked.params {
+            for (name, value) in asked.params() {
                 request = request.add_extra_param(name, value);
             }
             answer(request.request_async(transport).await)

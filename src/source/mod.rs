@@ -1,5 +1,6 @@
 //! Where tokens come from: the [`TokenSource`] trait and its implementations.
 
+mod asked;
 mod builder;
 mod client_credentials;
 mod grant;

@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use super::{SharedSource, builder::names};
+use super::{SharedSource, asked::names};
 
 /// What a request's token is for, if not for what its source asks for by itself.
 ///
@@ -135,7 +135,7 @@ impl fmt::Debug for TokenRequest {
         f.debug_struct("TokenRequest")
             .field("scopes", &self.0.scopes)
             .field("resources", &self.0.resources)
-            .field("params", &names(&self.0.params))
+            .field("params", &names(self.params()))
             .finish_non_exhaustive()
     }
 }

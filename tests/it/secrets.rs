@@ -213,7 +213,7 @@ impl Endpoint {
             .client_secret(SECRET)
             .auth_method(method)
             .scope("profile")
-            .param("client_assertion", "CANARY-assertion")
+            .param("api_key", "CANARY-assertion")
     }
 
     fn source(&self, method: AuthMethod) -> ClientCredentials {

@@ -1,0 +1,257 @@
+//! What a token request asks for: by the settings of its source, and by the request that the token is for.
+
+use std::borrow::Cow;
+
+use oauth2::{Scope, url::Url};
+use serde_json::{Map, Value};
+
+use super::TokenRequest;
+use crate::error::{ConfigError, TokenError};
+
+/// What a token request asks for, checked.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Asked {
+    pub(super) scopes: Vec<Scope>,
+    resources: Vec<String>,
+    params: Vec<(String, String)>,
+}
+
+impl Asked {
+    /// Checks what a source or a request asks for.
+    ///
+    /// A parameter `resource` is a resource, whichever way it was named.
+    pub(super) fn new<'a>(
+        scopes: impl Iterator<Item = &'a str>,
+        resources: impl Iterator<Item = &'a str>,
+        params: impl Iterator<Item = (&'a str, &'a str)>,
+    ) -> Result<Self, ConfigError> {
+        let mut asked = Self {
+            scopes: scopes
+                .flat_map(|scope| scope.split(' '))
+                .map(scope_token)
+                .collect::<Result<_, _>>()?,
+            resources: resources.map(resource).collect::<Result<_, _>>()?,
+            params: Vec::new(),
+        };
+        for (name, value) in params {
+            check_param(name)?;
+            if name == "resource" {
+                asked.resources.push(resource(value)?);
+            } else {
+                asked.params.push((name.to_owned(), value.to_owned()));
+            }
+        }
+        Ok(asked)
+    }
+
+    /// What is asked for `request`: whatever it names takes the place of its like.
+    ///
+    /// # Errors
+    ///
+    /// A terminal one if the request names something that cannot be asked for.
+    pub(super) fn of(
+        &self,
+        request: &TokenRequest,
+        claims: Option<&str>,
+    ) -> Result<Cow<'_, Self>, TokenError> {
+        // Most requests name nothing.
+        if claims.is_none()
+            && request.scopes().len() + request.resources().len() + request.params().len() == 0
+        {
+            return Ok(Cow::Borrowed(self));
+        }
+        let own = Self::new(request.scopes(), request.resources(), request.params())
+            .map_err(TokenError::terminal)?;
+        let mut asked = self.clone();
+        if !own.scopes.is_empty() {
+            asked.scopes = own.scopes;
+        }
+        if !own.resources.is_empty() {
+            asked.resources = own.resources;
+        }
+        // RFC 6749 section 3.2: none twice, so one name's values are either the source's or the request's.
+        asked
+            .params
+            .retain(|(name, _)| !own.params.iter().any(|(other, _)| other == name));
+        asked.params.extend(own.params);
+        if let Some(claims) = claims {
+            asked.demand(claims);
+        }
+        Ok(Cow::Owned(asked))
+    }
+
+    /// Adds claims that the API demands to those that are asked for anyway.
+    ///
+    /// The latter name the client's capabilities, without which the server would not answer the demand. What
+    /// is no JSON object comes from no API that knows the protocol, and is left out.
+    fn demand(&mut self, claims: &str) {
+        let Ok(demanded) = serde_json::from_str::<Map<String, Value>>(claims) else {
+            return;
+        };
+        let configured = self
+            .params
+            .iter()
+            .find(|(name, _)| name == CLAIMS)
+            .and_then(|(_, value)| serde_json::from_str::<Map<String, Value>>(value).ok());
+        let claims = match configured {
+            Some(mut configured) => {
+                merge(&mut configured, demanded);
+                Value::Object(configured).to_string()
+            }
+            None => claims.to_owned(),
+        };
+        self.params.retain(|(name, _)| name != CLAIMS);
+        self.params.push((CLAIMS.to_owned(), claims));
+    }
+
+    /// The scopes in the form of RFC 6749 section 3.3, if there are any.
+    pub(super) fn scope(&self) -> Option<String> {
+        let scopes: Vec<&str> = self.scopes.iter().map(|scope| scope.as_str()).collect();
+        (!scopes.is_empty()).then(|| scopes.join(" "))
+    }
+
+    /// The parameters that go with either grant.
+    pub(super) fn params(&self) -> impl Iterator<Item = (&str, &str)> {
+        let resources = self.resources.iter().map(|uri| ("resource", uri.as_str()));
+        resources.chain(self.params.iter().map(|(name, value)| (&**name, &**value)))
+    }
+}
+
+/// Puts each member of `other` into `object`; where both hold objects, theirs likewise.
+fn merge(object: &mut Map<String, Value>, other: Map<String, Value>) {
+    for (name, value) in other {
+        match (object.get_mut(&name), value) {
+            (Some(Value::Object(inner)), Value::Object(value)) => merge(inner, value),
+            (_, value) => {
+                object.insert(name, value);
+            }
+        }
+    }
+}
+
+// No message repeats a value: what stands in the wrong place may be the secret.
+
+/// Reads a `scope-token` of RFC 6749 section 3.3.
+fn scope_token(token: &str) -> Result<Scope, ConfigError> {
+    let is_allowed = |byte| matches!(byte, 0x21 | 0x23..=0x5B | 0x5D..=0x7E);
+    if token.is_empty() || !token.bytes().all(is_allowed) {
+        return Err(ConfigError::new(
+            "a scope is empty or has a character that RFC 6749 section 3.3 rules out",
+        ));
+    }
+    Ok(Scope::new(token.to_owned()))
+}
+
+/// Reads a resource indicator of RFC 8707 section 2, which goes out as it was written.
+fn resource(uri: &str) -> Result<String, ConfigError> {
+    let is_uri = uri.bytes().all(|byte| byte.is_ascii_graphic()) && !uri.contains('#');
+    if !is_uri || Url::parse(uri).is_err() {
+        return Err(ConfigError::new(
+            "a resource is not an absolute URI without a fragment (RFC 8707 section 2)",
+        ));
+    }
+    Ok(uri.to_owned())
+}
+
+/// RFC 6749 section 3.2: a parameter must not be there twice, so what the request sets is out of bounds.
+fn check_param(name: &str) -> Result<(), ConfigError> {
+    if name.is_empty() {
+        return Err(ConfigError::new("a parameter has no name"));
+    }
+    match OWN_PARAMS.iter().find(|own| **own == name) {
+        Some(own) => Err(ConfigError::new(format!(
+            "the parameter {own} is set by the token request itself"
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// The names of parameters, whose values may be secret.
+pub(super) fn names<'a>(params: impl IntoIterator<Item = (&'a str, &'a str)>) -> Vec<&'a str> {
+    params.into_iter().map(|(name, _)| name).collect()
+}
+
+/// OpenID Connect Core section 5.5.
+const CLAIMS: &str = "claims";
+
+const OWN_PARAMS: [&str; 7] = [
+    "grant_type",
+    "scope",
+    "client_id",
+    "client_secret",
+    "client_assertion",
+    "client_assertion_type",
+    "refresh_token",
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked(resources: &[&str], params: &[(&str, &str)]) -> Result<Asked, ConfigError> {
+        Asked::new(
+            ["configured"].into_iter(),
+            resources.iter().copied(),
+            params.iter().copied(),
+        )
+    }
+
+    #[test]
+    fn a_resource_is_an_absolute_uri_without_a_fragment() {
+        for (uri, good) in [
+            ("https://api.example.com/", true),
+            ("https://api.example.com/a?b=c", true),
+            ("urn:example:api", true),
+            ("api://0000-1111", true),
+            ("https://api.example.com/#a", false),
+            ("https://api.example.com/#", false),
+            ("/api", false),
+            ("api.example.com", false),
+            ("", false),
+            (" https://api.example.com", false),
+            ("https://api.example.com/\n", false),
+        ] {
+            assert_eq!(asked(&[uri], &[]).is_ok(), good, "{uri:?}");
+            assert_eq!(asked(&[], &[("resource", uri)]).is_ok(), good, "{uri:?}");
+        }
+    }
+
+    #[test]
+    fn demanded_claims_join_the_configured_ones() {
+        let capabilities = r#"{"access_token":{"xms_cc":{"values":["CP1"]}}}"#;
+        let demanded = r#"{"access_token":{"nbf":{"essential":true,"value":"1"}}}"#;
+        let both = r#"{"access_token":{"nbf":{"essential":true,"value":"1"},"xms_cc":{"values":["CP1"]}}}"#;
+        for (configured, demanded, expected) in [
+            (None, demanded, Some(demanded)),
+            (Some(capabilities), demanded, Some(both)),
+            (
+                Some(r#"{"a":{"b":1,"c":2}}"#),
+                r#"{"a":{"b":3}}"#,
+                Some(r#"{"a":{"b":3,"c":2}}"#),
+            ),
+            (Some("no JSON"), demanded, Some(demanded)),
+            (Some(capabilities), "no JSON", Some(capabilities)),
+            (Some(capabilities), "[1]", Some(capabilities)),
+            (None, "no JSON", None),
+        ] {
+            let params: Vec<_> = configured
+                .map(|claims| (CLAIMS, claims))
+                .into_iter()
+                .collect();
+            // Whether the source or the request brings them.
+            let of_source = asked(&[], &params).unwrap();
+            let plain = TokenRequest::new();
+            let request = params
+                .iter()
+                .fold(plain.clone(), |request, (n, v)| request.param(*n, *v));
+            let of_request = asked(&[], &[]).unwrap();
+            for asked in [
+                of_source.of(&plain, Some(demanded)).unwrap(),
+                of_request.of(&request, Some(demanded)).unwrap(),
+            ] {
+                let claims: Vec<_> = asked.params().map(|(_, value)| value).collect();
+                assert_eq!(claims, expected.into_iter().collect::<Vec<_>>());
+            }
+        }
+    }
+}
