@@ -160,6 +160,9 @@
 //!
 //! - `rustls` (default): the default client for the token endpoint, hyper over rustls with ring and the system's
 //!   roots. Without it, [`ClientCredentialsBuilder::build_with`] takes any tower HTTP service.
+//! - `jwt`: clients that prove who they are by a signed assertion, `private_key_jwt` and `client_secret_jwt`, with
+//!   `jsonwebtoken` over `aws-lc-rs` (which takes a C compiler). It neither reads nor sets the process-wide backend of
+//!   `jsonwebtoken`, so an application may use another one.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod cache;
@@ -179,6 +182,8 @@ mod telemetry;
 mod time;
 mod token;
 
+#[cfg(feature = "jwt")]
+pub use crate::source::{AssertionAudience, SigningAlgorithm};
 pub use crate::{
     cache::TokenCache,
     challenge::Challenge,
@@ -189,8 +194,8 @@ pub use crate::{
     replay::{CloneBody, EmptyBody, Never, Replay},
     service::{BearerAuth, WithoutToken},
     source::{
-        AuthMethod, ClientCredentials, ClientCredentialsBuilder, Fetch, RefreshToken, Revocation,
-        SharedSource, SourceFn, TokenRequest, TokenResponse, TokenSource, source_fn,
+        AuthMethod, ClientCredentials, ClientCredentialsBuilder, Credential, Fetch, RefreshToken,
+        Revocation, SharedSource, SourceFn, TokenRequest, TokenResponse, TokenSource, source_fn,
     },
     token::AccessToken,
 };

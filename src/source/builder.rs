@@ -1,49 +1,39 @@
 //! What [`ClientCredentials`] are made of, checked before anything is sent.
 
-use std::fmt;
 #[cfg(feature = "rustls")]
 use std::time::Duration;
+use std::{fmt, sync::Arc};
 
 use bytes::Bytes;
-use http::{Request, Response, Uri};
+use http::{Request, Response};
 use http_body::Body;
 use http_body_util::Full;
-use oauth2::{AuthType, ClientSecret, url::Url};
+use oauth2::{AuthType, TokenUrl};
+#[cfg(feature = "rustls")]
+use secrecy::ExposeSecret;
 use tower_service::Service;
 
-#[cfg(feature = "rustls")]
-use super::https;
+#[cfg(feature = "jwt")]
+use super::assertion::{AssertionAudience, SigningAlgorithm};
 use super::{
-    ClientCredentials,
+    AuthMethod, ClientCredentials, Credential,
     asked::{Asked, names},
+    auth::{Means, Refused},
+    client_credentials::{Client, Inner, Way},
+    endpoints::{Endpoints, check_url},
     grant::Grant,
     transport::Transport,
 };
-use crate::{
-    error::{BoxError, ConfigError},
-    origin::is_loopback,
-};
+#[cfg(feature = "rustls")]
+use super::{auth::Certificate, https};
+use crate::error::{BoxError, ConfigError};
 
-/// How a client proves its identity to the token endpoint, by the names of the registry that RFC 7591
-/// section 2 and RFC 8414 section 2 share.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum AuthMethod {
-    /// `client_secret_basic`: id and secret in an `Authorization: Basic` header, each form-encoded first
-    /// (RFC 6749 section 2.3.1).
-    #[default]
-    ClientSecretBasic,
-    /// `client_secret_post`: id and secret in the body, for servers that support nothing better.
-    ClientSecretPost,
-}
-
-impl AuthMethod {
-    fn auth_type(self) -> AuthType {
-        match self {
-            Self::ClientSecretBasic => AuthType::BasicAuth,
-            Self::ClientSecretPost => AuthType::RequestBody,
-        }
-    }
+/// Whom a builder is about.
+pub(super) enum Target {
+    /// The client of this id at this token endpoint.
+    Client { id: String, token_url: TokenUrl },
+    /// A client of `oauth2`, with whatever it knows of itself.
+    Whole(Box<dyn Grant>),
 }
 
 /// Builds [`ClientCredentials`].
@@ -52,7 +42,10 @@ impl AuthMethod {
 /// setting is reported by `build` or [`build_with`](Self::build_with).
 #[must_use = "a builder does nothing until it is built"]
 pub struct ClientCredentialsBuilder {
-    client: Result<Box<dyn Grant>, ConfigError>,
+    target: Result<Target, ConfigError>,
+    means: Means,
+    #[cfg(feature = "jwt")]
+    issuer: Option<String>,
     scopes: Vec<String>,
     resources: Vec<String>,
     params: Vec<(String, String)>,
@@ -62,9 +55,12 @@ pub struct ClientCredentialsBuilder {
 }
 
 impl ClientCredentialsBuilder {
-    pub(super) fn new(client: Result<Box<dyn Grant>, ConfigError>) -> Self {
+    pub(super) fn new(target: Result<Target, ConfigError>) -> Self {
         Self {
-            client,
+            target,
+            means: Means::default(),
+            #[cfg(feature = "jwt")]
+            issuer: None,
             scopes: Vec::new(),
             resources: Vec::new(),
             params: Vec::new(),
@@ -74,23 +70,99 @@ impl ClientCredentialsBuilder {
         }
     }
 
-    /// Sets the client's secret.
+    /// Sets the client's secret: its text, or a [`Credential`] that says where it comes from.
     ///
-    /// It is held in memory for as long as the source lives, and never printed.
-    pub fn client_secret(mut self, secret: impl Into<String>) -> Self {
-        let secret = ClientSecret::new(secret.into());
-        self.client = self.client.map(|client| client.with_client_secret(secret));
+    /// It is never printed. Text is held in memory for as long as the source lives.
+    pub fn client_secret(mut self, secret: impl Into<Credential>) -> Self {
+        self.means.secret = Some(secret.into());
         self
     }
 
-    /// Sets where the client's secret is sent.
+    /// Sets how the client proves its identity.
     ///
-    /// The default is [`AuthMethod::ClientSecretBasic`], or what the client given to
+    /// By default it follows from what the builder is given, see [`AuthMethod`], or is what the client given to
     /// [`ClientCredentials::from_oauth2`] says.
     pub fn auth_method(mut self, method: AuthMethod) -> Self {
-        self.client = self
-            .client
-            .map(|client| client.with_auth_type(method.auth_type()));
+        self.means.method = Some(method);
+        self
+    }
+
+    /// Sends id and secret as they are in [`AuthMethod::ClientSecretBasic`], for servers that decode nothing. Off by
+    /// default.
+    ///
+    /// RFC 6749 section 2.3.1 wants them form-encoded, and most servers decode them. It makes no difference to those
+    /// made of letters, digits and `*-._`.
+    pub fn raw_basic_credentials(mut self, raw: bool) -> Self {
+        self.means.raw_basic = raw;
+        self
+    }
+
+    /// Sets the private key that signs the client's assertions, for [`AuthMethod::PrivateKeyJwt`].
+    ///
+    /// RSA of 2048 to 8192 bits, P-256, P-384 or Ed25519; in PEM (PKCS#8, PKCS#1 or SEC 1, not encrypted) or as a
+    /// private JWK (RFC 7517), whose `kid` and `alg` are heeded. An assertion is good for 60 s and for one token
+    /// request; each one is signed anew.
+    #[cfg(feature = "jwt")]
+    pub fn private_key(mut self, key: impl Into<Credential>) -> Self {
+        self.means.assertion.key = Some(key.into());
+        self
+    }
+
+    /// Sets the `kid` of client assertions, by which the server finds the public key. None by default, or that of
+    /// the JWK.
+    #[cfg(feature = "jwt")]
+    pub fn key_id(mut self, kid: impl Into<String>) -> Self {
+        self.means.assertion.key_id = Some(kid.into());
+        self
+    }
+
+    /// Sets the `x5t#S256` of client assertions, by which the server finds the certificate of the public key: the
+    /// base64url-encoded SHA-256 hash of its DER form (RFC 7515 section 4.1.8). None by default.
+    #[cfg(feature = "jwt")]
+    pub fn certificate_thumbprint(mut self, x5t_s256: impl Into<String>) -> Self {
+        self.means.assertion.thumbprint = Some(x5t_s256.into());
+        self
+    }
+
+    /// Sets the algorithm that client assertions are signed with. By default it follows from the key, see
+    /// [`SigningAlgorithm`].
+    #[cfg(feature = "jwt")]
+    pub fn signing_algorithm(mut self, algorithm: SigningAlgorithm) -> Self {
+        self.means.assertion.algorithm = Some(algorithm);
+        self
+    }
+
+    /// Sets whom client assertions are addressed to, the issuer by default.
+    #[cfg(feature = "jwt")]
+    pub fn assertion_audience(mut self, audience: AssertionAudience) -> Self {
+        self.means.assertion.audience = audience;
+        self
+    }
+
+    /// Sets the issuer identifier of the authorization server (RFC 8414 section 2), which client assertions are
+    /// addressed to. It is used letter by letter.
+    #[cfg(feature = "jwt")]
+    pub fn issuer(mut self, issuer: impl Into<String>) -> Self {
+        self.issuer = Some(issuer.into());
+        self
+    }
+
+    /// Sets the certificate that the default client presents to the server, for [`AuthMethod::TlsClientAuth`] or
+    /// beside another method (RFC 8705): its chain, the certificate itself first, and its key, in PEM.
+    ///
+    /// They are read for every token request. Both have to fit together; a pair that does not, since only one of them
+    /// has been replaced so far, is an error that is looked into again as soon as the files have changed, or when the
+    /// next attempt is due.
+    #[cfg(feature = "rustls")]
+    pub fn client_certificate(
+        mut self,
+        certificates: impl Into<Credential>,
+        key: impl Into<Credential>,
+    ) -> Self {
+        self.means.certificate = Some(Certificate {
+            chain: certificates.into(),
+            key: key.into(),
+        });
         self
     }
 
@@ -166,15 +238,29 @@ impl ClientCredentialsBuilder {
     /// # Errors
     ///
     /// As [`build_with`](Self::build_with), and if there is no root certificate to trust or one that was
-    /// added cannot be used. The roots matter only if the token URL is `https`.
+    /// added cannot be used (the roots matter only if the token URL is `https`); if the client certificate
+    /// cannot be used with its key, or the token URL is not `https` though the client is to present one.
     #[cfg(feature = "rustls")]
-    pub fn build(self) -> Result<ClientCredentials, ConfigError> {
-        let asked = self.asked();
-        let (client, asked) = checked(self.client, asked, self.plain_http)?;
-        let transport = self
-            .https
-            .transport(client.token_url().scheme() == "https")?;
-        Ok(ClientCredentials::new(client, asked, transport))
+    pub fn build(mut self) -> Result<ClientCredentials, ConfigError> {
+        let parts = self.checked(false)?;
+        let uses_tls = parts.endpoints.token_url.url().scheme() == "https";
+        let dialer = self.https.dialer(uses_tls)?;
+        let way = match &self.means.certificate {
+            None => Way::Fixed(dialer.transport(None)?),
+            Some(_) if !uses_tls => {
+                return Err(ConfigError::new(
+                    "a client_certificate can be presented to an https URL only",
+                ));
+            }
+            Some(Certificate { chain, key }) => {
+                let mutual = https::Mutual::new(dialer);
+                if let (Some(chain), Some(key)) = (chain.constant(), key.constant()) {
+                    mutual.transport(chain.expose_secret(), key.expose_secret())?;
+                }
+                Way::Mutual(mutual)
+            }
+        };
+        Ok(self.assembled(parts, way))
     }
 
     /// Builds the source with any HTTP service as the way to the token endpoint.
@@ -189,8 +275,10 @@ impl ClientCredentialsBuilder {
     /// [`dangerous_plain_http`](Self::dangerous_plain_http)), or has credentials or a fragment; if the
     /// client's id is empty; if a scope is empty or has a character that RFC 6749 section 3.3 rules out; if a
     /// resource is not an absolute URI or has a fragment; if a parameter has no name or one that the request
-    /// sets by itself.
-    pub fn build_with<S, B>(self, service: S) -> Result<ClientCredentials, ConfigError>
+    /// sets by itself; if the [`auth_method`](Self::auth_method) lacks what it takes, or none was chosen among a
+    /// secret and a private key; if a key that is known by now cannot be used; if a client certificate was set,
+    /// which the service is to present by itself.
+    pub fn build_with<S, B>(mut self, service: S) -> Result<ClientCredentials, ConfigError>
     where
         S: Service<Request<Full<Bytes>>, Response = Response<B>> + Clone + Send + 'static,
         S::Error: Into<BoxError>,
@@ -199,24 +287,97 @@ impl ClientCredentialsBuilder {
         B::Data: Send,
         B::Error: Into<BoxError>,
     {
-        let asked = self.asked();
-        let (client, asked) = checked(self.client, asked, self.plain_http)?;
-        Ok(ClientCredentials::new(
-            client,
-            asked,
-            Transport::new(service),
-        ))
+        if self.means.certificate.is_some() {
+            return Err(ConfigError::new(
+                "the service given to build_with would not present the client_certificate",
+            ));
+        }
+        let parts = self.checked(true)?;
+        Ok(self.assembled(parts, Way::Fixed(Transport::new(service))))
     }
-}
 
-impl ClientCredentialsBuilder {
-    fn asked(&self) -> Result<Asked, ConfigError> {
-        Asked::new(
+    /// Checks all settings but those of the transport.
+    fn checked(&mut self, certificate_elsewhere: bool) -> Result<Parts, ConfigError> {
+        let target = std::mem::replace(&mut self.target, Err(ConfigError::new("it is taken")))?;
+        let (client, token_url) = self.own(target);
+        check_url(token_url.url(), "token", self.plain_http)?;
+        if client.id().is_empty() {
+            return Err(ConfigError::new("the client id is empty"));
+        }
+        if self.means.raw_basic && client.id().contains(':') {
+            // RFC 7617 section 2: the first colon ends the id.
+            return Err(ConfigError::new(
+                "a client id with a colon cannot be sent in raw_basic_credentials",
+            ));
+        }
+        let endpoints = Endpoints {
+            token_url,
+            revocation_url: None,
+            #[cfg(feature = "jwt")]
+            issuer: self.issuer.clone(),
+            auth_methods: None,
+            #[cfg(feature = "jwt")]
+            algorithms: None,
+        };
+        if let Client::Own(_) = client {
+            self.means.check(Some(&endpoints), certificate_elsewhere)?;
+        }
+        let asked = Asked::new(
             self.scopes.iter().map(String::as_str),
             self.resources.iter().map(String::as_str),
             pairs(&self.params),
-        )
+        )?;
+        Ok(Parts {
+            client,
+            endpoints,
+            asked,
+        })
     }
+
+    /// Takes a client of `oauth2` apart if its way to prove its identity is set here.
+    fn own(&mut self, target: Target) -> (Client, TokenUrl) {
+        let client = match target {
+            Target::Client { id, token_url } => return (Client::Own(id), token_url),
+            Target::Whole(client) => client,
+        };
+        let token_url = client.token_url().clone();
+        if self.means.take_over() {
+            if matches!(client.auth_type(), AuthType::RequestBody) && self.means.secret.is_some() {
+                let method = self.means.method;
+                self.means.method = method.or(Some(AuthMethod::ClientSecretPost));
+            }
+            return (Client::Own(client.client_id().to_owned()), token_url);
+        }
+        let client = match self.means.method {
+            Some(AuthMethod::ClientSecretBasic) => client.with_auth_type(AuthType::BasicAuth),
+            Some(AuthMethod::ClientSecretPost) => client.with_auth_type(AuthType::RequestBody),
+            _ => client,
+        };
+        (Client::Whole(client), token_url)
+    }
+
+    fn assembled(self, parts: Parts, way: Way) -> ClientCredentials {
+        let Parts {
+            client,
+            endpoints,
+            asked,
+        } = parts;
+        ClientCredentials::new(Inner {
+            client,
+            endpoints: Arc::new(endpoints),
+            asked,
+            means: self.means,
+            refused: Refused::new(),
+            way,
+        })
+    }
+}
+
+/// What has been checked.
+struct Parts {
+    client: Client,
+    endpoints: Endpoints,
+    asked: Asked,
 }
 
 impl fmt::Debug for ClientCredentialsBuilder {
@@ -229,43 +390,6 @@ impl fmt::Debug for ClientCredentialsBuilder {
             .field("plain_http", &self.plain_http)
             .finish_non_exhaustive()
     }
-}
-
-// The checks of all settings. No message repeats a value: what stands in the wrong place may be the secret.
-
-fn checked(
-    client: Result<Box<dyn Grant>, ConfigError>,
-    asked: Result<Asked, ConfigError>,
-    plain_http: bool,
-) -> Result<(Box<dyn Grant>, Asked), ConfigError> {
-    let client = client?;
-    check_token_url(client.token_url(), plain_http)?;
-    if client.client_id().is_empty() {
-        return Err(ConfigError::new("the client id is empty"));
-    }
-    Ok((client, asked?))
-}
-
-fn check_token_url(url: &Url, plain_http: bool) -> Result<(), ConfigError> {
-    let secure = match url.scheme() {
-        "https" => true,
-        "http" => plain_http || url.host_str().is_some_and(is_loopback),
-        _ => false,
-    };
-    let problem = if !secure {
-        "the token URL must be https, or http on a loopback host; \
-        dangerous_plain_http(true) allows http on others"
-    } else if !url.username().is_empty() || url.password().is_some() {
-        "the token URL must not have credentials in it"
-    } else if url.fragment().is_some() {
-        // RFC 6749 section 3.2.
-        "the token URL must not have a fragment"
-    } else if url.as_str().parse::<Uri>().is_err() {
-        "the token URL cannot be requested"
-    } else {
-        return Ok(());
-    };
-    Err(ConfigError::new(problem))
 }
 
 fn pairs(params: &[(String, String)]) -> impl Iterator<Item = (&str, &str)> {
@@ -347,6 +471,74 @@ mod tests {
             assert!(build(builder).is_err(), "{case}");
         }
         assert!(build(good().scope("a b").param("audience", "")).is_ok());
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        let bare = || ClientCredentials::builder("https://as.example/token", "id");
+        let tls = bare().auth_method(AuthMethod::TlsClientAuth);
+        assert!(build(tls).is_ok(), "the service may have a certificate");
+        for (case, builder) in [
+            (
+                "basic without a secret",
+                bare().auth_method(AuthMethod::ClientSecretBasic),
+            ),
+            (
+                "post without a secret",
+                bare().auth_method(AuthMethod::ClientSecretPost),
+            ),
+            (
+                "none with a secret",
+                bare().client_secret("s").auth_method(AuthMethod::None),
+            ),
+            (
+                "raw with a colon in the id",
+                ClientCredentials::builder("https://as.example/token", "i:d")
+                    .client_secret("s")
+                    .raw_basic_credentials(true),
+            ),
+            #[cfg(feature = "rustls")]
+            (
+                "a certificate that the service does not know",
+                bare().client_certificate("c", "k"),
+            ),
+            #[cfg(feature = "jwt")]
+            (
+                "a secret and a key",
+                bare()
+                    .issuer("i")
+                    .client_secret("s")
+                    .private_key(Credential::env("K")),
+            ),
+            #[cfg(feature = "jwt")]
+            (
+                "an assertion for nobody",
+                bare().private_key(Credential::env("K")),
+            ),
+            #[cfg(feature = "jwt")]
+            ("a key that is none", bare().issuer("i").private_key("k")),
+            #[cfg(feature = "jwt")]
+            (
+                "private_key_jwt without a key",
+                bare().issuer("i").auth_method(AuthMethod::PrivateKeyJwt),
+            ),
+            #[cfg(feature = "jwt")]
+            (
+                "client_secret_jwt without a secret",
+                bare().issuer("i").auth_method(AuthMethod::ClientSecretJwt),
+            ),
+        ] {
+            assert!(build(builder).is_err(), "{case}");
+        }
+        #[cfg(feature = "rustls")]
+        {
+            let tls = bare().auth_method(AuthMethod::TlsClientAuth);
+            assert!(tls.build().is_err(), "no certificate");
+            let plain = ClientCredentials::builder("http://localhost/token", "id");
+            let plain = plain.client_certificate(Credential::env("C"), Credential::env("K"));
+            assert!(plain.build().is_err(), "no TLS");
+            assert!(bare().client_certificate("c", "k").build().is_err());
+        }
     }
 
     /// Law 9: what is set is not printed.

@@ -3,18 +3,23 @@
 use std::{fmt, sync::Arc};
 
 use oauth2::{
-    Client, ClientId, EndpointSet, EndpointState, ErrorResponse, RevocableToken,
+    AuthType, ClientId, ClientSecret, EndpointSet, EndpointState, ErrorResponse, RevocableToken,
     TokenIntrospectionResponse, TokenUrl, basic::BasicClient,
 };
+use secrecy::ExposeSecret;
+use tokio::time::{self, Instant};
 
-use tokio::time;
-
+#[cfg(feature = "rustls")]
+use super::https;
 use super::{
-    Fetch, RefreshToken, TokenResponse, TokenSource,
+    AuthMethod, Fetch, RefreshToken, TokenResponse, TokenSource,
     asked::{Asked, names},
-    builder::ClientCredentialsBuilder,
-    grant::Grant,
-    transport::Transport,
+    auth::{Held, Means, Proof, Refused},
+    builder::{ClientCredentialsBuilder, Target},
+    endpoints::Endpoints,
+    grant::{Grant, Sent},
+    response::Answer,
+    transport::{Authorization, Channel, Transport},
 };
 use crate::{
     error::{ConfigError, Kind, TokenError},
@@ -54,30 +59,208 @@ pub struct ClientCredentials {
     inner: Arc<Inner>,
 }
 
-struct Inner {
-    client: Box<dyn Grant>,
-    asked: Asked,
-    transport: Transport,
+pub(super) struct Inner {
+    pub(super) client: Client,
+    pub(super) endpoints: Arc<Endpoints>,
+    pub(super) asked: Asked,
+    pub(super) means: Means,
+    pub(super) refused: Refused,
+    pub(super) way: Way,
+}
+
+/// Whoever asks for tokens.
+pub(super) enum Client {
+    /// The client of this id, whose proof is made here.
+    Own(String),
+    /// A client of `oauth2` that proves its identity by itself.
+    Whole(Box<dyn Grant>),
+}
+
+impl Client {
+    pub(super) fn id(&self) -> &str {
+        match self {
+            Self::Own(id) => id,
+            Self::Whole(client) => client.client_id(),
+        }
+    }
+}
+
+/// The way to the authorization server.
+pub(super) enum Way {
+    Fixed(Transport),
+    /// A client that presents a certificate.
+    #[cfg(feature = "rustls")]
+    Mutual(https::Mutual),
+}
+
+impl Way {
+    fn transport(&self, held: &Held) -> Result<Transport, ConfigError> {
+        match self {
+            Self::Fixed(transport) => {
+                // Whoever holds one has the other way.
+                let _ = held;
+                Ok(transport.clone())
+            }
+            #[cfg(feature = "rustls")]
+            Self::Mutual(mutual) => {
+                let (chain, key) = held.certificate.as_ref().expect("it was gathered");
+                mutual.transport(chain.text(), key.text())
+            }
+        }
+    }
+}
+
+/// What a request to the authorization server is.
+#[derive(Clone, Copy)]
+enum Request<'a> {
+    ClientCredentials,
+    RefreshToken(&'a RefreshToken),
+}
+
+impl Inner {
+    /// Makes one token request, or two if the server does not know the client and the client has other
+    /// credentials by now.
+    async fn exchange<T>(
+        &self,
+        request: Request<'_>,
+        asked: &Asked,
+        judge: impl Fn(Answer) -> Result<T, TokenError>,
+    ) -> Result<T, TokenError> {
+        let endpoints = &*self.endpoints;
+        let method = match &self.client {
+            Client::Own(_) => {
+                let supported = endpoints.auth_methods.as_deref();
+                Some(self.means.method(supported).map_err(TokenError::terminal)?)
+            }
+            Client::Whole(_) => None,
+        };
+        let mut held = self.means.gather(method).await?;
+        // RFC 6749 section 5.2: what a refresh token is worth after a failure is not told.
+        let mut last = matches!(request, Request::RefreshToken(_));
+        loop {
+            let (proof, transport) = match self.equip(method, &held, endpoints) {
+                Ok(equipped) => equipped,
+                Err(error) => {
+                    held.refuse();
+                    self.refused.set(&held);
+                    return Err(TokenError::terminal(error));
+                }
+            };
+            let answer = self.send(request, asked, endpoints, proof, transport).await;
+            let error = match answer.and_then(&judge) {
+                Ok(success) => {
+                    self.refused.clear();
+                    return Ok(success);
+                }
+                Err(error) => error,
+            };
+            if error.oauth_error() != Some("invalid_client") {
+                // What another one has left behind is no reason to ask again once this was refused for good.
+                if !error.is_transient() {
+                    self.refused.clear();
+                }
+                return Err(error);
+            }
+            held.refuse();
+            if !error.is_transient() {
+                self.refused.set(&held);
+            }
+            if last {
+                return Err(error);
+            }
+            last = true;
+            let newer = self.means.gather(method).await?;
+            if newer.is_as(&held) {
+                newer.refuse();
+                return Err(error);
+            }
+            held = newer;
+        }
+    }
+
+    /// Makes the proof of one request, and the way that it takes.
+    fn equip(
+        &self,
+        method: Option<AuthMethod>,
+        held: &Held,
+        endpoints: &Endpoints,
+    ) -> Result<(Proof, Transport), ConfigError> {
+        let proof = match method {
+            Some(method) => self
+                .means
+                .prove(method, self.client.id(), held, endpoints)?,
+            None => Proof {
+                authorization: Authorization::Again {
+                    raw: self.means.raw_basic,
+                },
+                params: Vec::new(),
+            },
+        };
+        Ok((proof, self.way.transport(held)?))
+    }
+
+    async fn send(
+        &self,
+        request: Request<'_>,
+        asked: &Asked,
+        endpoints: &Endpoints,
+        proof: Proof,
+        transport: Transport,
+    ) -> Result<Answer, TokenError> {
+        let Proof {
+            authorization,
+            params,
+        } = proof;
+        let in_header = matches!(authorization, Authorization::Given(_));
+        let own;
+        let client: &dyn Grant = match &self.client {
+            Client::Whole(client) => &**client,
+            Client::Own(id) => {
+                let client = BasicClient::new(ClientId::new(id.clone()))
+                    .set_token_uri(endpoints.token_url.clone());
+                own = if in_header {
+                    // So that the id stays out of the body. The header is replaced on its way.
+                    client.set_client_secret(ClientSecret::new(String::new()))
+                } else {
+                    client.set_auth_type(AuthType::RequestBody)
+                };
+                &own
+            }
+        };
+        let proof = params
+            .iter()
+            .map(|(name, value)| (*name, value.expose_secret()));
+        let sent = Sent {
+            scopes: &asked.scopes,
+            params: proof.chain(asked.params()).collect(),
+            channel: Channel {
+                transport,
+                authorization,
+            },
+        };
+        match request {
+            Request::ClientCredentials => client.client_credentials(sent).await,
+            Request::RefreshToken(token) => client.refresh_token(token, sent).await,
+        }
+    }
 }
 
 impl ClientCredentials {
     /// Starts a source for the client `client_id` at the token endpoint `token_url`.
     ///
-    /// Without [`client_secret`](ClientCredentialsBuilder::client_secret) the client's id is sent in the body.
+    /// Without a [secret](ClientCredentialsBuilder::client_secret) or anything else to prove the client's identity
+    /// with, its id is sent in the body.
     pub fn builder(
         token_url: impl Into<String>,
         client_id: impl Into<String>,
     ) -> ClientCredentialsBuilder {
-        let client_id = ClientId::new(client_id.into());
-        match TokenUrl::new(token_url.into()) {
-            Ok(token_url) => {
-                Self::from_oauth2(BasicClient::new(client_id).set_token_uri(token_url))
-            }
-            Err(error) => {
-                let error = ConfigError::new("the token URL cannot be parsed").with_source(error);
-                ClientCredentialsBuilder::new(Err(error))
-            }
-        }
+        let target = TokenUrl::new(token_url.into())
+            .map(|token_url| Target::Client {
+                id: client_id.into(),
+                token_url,
+            })
+            .map_err(|error| ConfigError::new("the token URL cannot be parsed").with_source(error));
+        ClientCredentialsBuilder::new(target)
     }
 
     /// Starts a source from a client of the `oauth2` crate that has a token URL.
@@ -106,7 +289,7 @@ impl ClientCredentials {
     /// # fn main() {}
     /// ```
     pub fn from_oauth2<TE, TR, TIR, RT, TRE, Auth, DeviceAuth, Introspection, Revocation>(
-        client: Client<
+        client: oauth2::Client<
             TE,
             TR,
             TIR,
@@ -130,16 +313,12 @@ impl ClientCredentials {
         Introspection: EndpointState + Send + Sync + 'static,
         Revocation: EndpointState + Send + Sync + 'static,
     {
-        ClientCredentialsBuilder::new(Ok(Box::new(client)))
+        ClientCredentialsBuilder::new(Ok(Target::Whole(Box::new(client))))
     }
 
-    pub(super) fn new(client: Box<dyn Grant>, asked: Asked, transport: Transport) -> Self {
+    pub(super) fn new(inner: Inner) -> Self {
         Self {
-            inner: Arc::new(Inner {
-                client,
-                asked,
-                transport,
-            }),
+            inner: Arc::new(inner),
         }
     }
 
@@ -148,15 +327,16 @@ impl ClientCredentials {
         token: &RefreshToken,
         asked: &Asked,
     ) -> Result<TokenResponse, TokenError> {
-        let inner = &*self.inner;
-        let answer = inner.client.refresh_token(token, asked, &inner.transport);
-        answer.await?.into_token()
+        let request = Request::RefreshToken(token);
+        self.inner
+            .exchange(request, asked, Answer::into_token)
+            .await
     }
 
     async fn grant(&self, asked: &Asked) -> Result<TokenResponse, TokenError> {
-        let inner = &*self.inner;
-        let answer = inner.client.client_credentials(asked, &inner.transport);
-        answer.await?.into_token()
+        self.inner
+            .exchange(Request::ClientCredentials, asked, Answer::into_token)
+            .await
     }
 }
 
@@ -188,17 +368,26 @@ impl TokenSource for ClientCredentials {
             None => response,
         })
     }
+
+    fn has_new_credentials(&self) -> bool {
+        self.inner.refused.has_changed(Instant::now())
+    }
 }
 
 impl fmt::Debug for ClientCredentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Inner { client, asked, .. } = &*self.inner;
+        let Inner {
+            client,
+            endpoints,
+            asked,
+            ..
+        } = &*self.inner;
         // Without its query, where some servers want a key.
-        let mut token_url = client.token_url().clone();
+        let mut token_url = endpoints.token_url.url().clone();
         token_url.set_query(None);
         f.debug_struct("ClientCredentials")
             .field("token_url", &token_url.as_str())
-            .field("client_id", &client.client_id())
+            .field("client_id", &client.id())
             .field("scopes", &asked.scopes)
             .field("params", &names(asked.params()))
             .finish_non_exhaustive()
@@ -215,7 +404,7 @@ mod tests {
     use secrecy::ExposeSecret;
 
     use super::*;
-    use crate::{AuthMethod, TokenRequest};
+    use crate::TokenRequest;
 
     const TOKEN: &str = r#"{"access_token":"from-credentials","token_type":"Bearer"}"#;
 
@@ -286,8 +475,8 @@ mod tests {
             ("id", "secret", "Basic aWQ6c2VjcmV0"),
             // base64 of "a%3Ab:c%3Ad"
             ("a:b", "c:d", "Basic YSUzQWI6YyUzQWQ="),
-            // base64 of "i%25d:s%2B+%C3%A9"
-            ("i%d", "s+ é", "Basic aSUyNWQ6cyUyQislQzMlQTk="),
+            // base64 of "i%25d:s%2B%20%C3%A9"
+            ("i%d", "s+ é", "Basic aSUyNWQ6cyUyQiUyMCVDMyVBOQ=="),
         ] {
             let endpoint = Endpoint::default();
             let source = endpoint.source(builder(id).client_secret(secret), &[(200, TOKEN)]);
@@ -295,6 +484,194 @@ mod tests {
             assert_eq!(endpoint.authorization().as_deref(), Some(expected));
             assert_eq!(endpoint.bodies(), ["grant_type=client_credentials"]);
         }
+    }
+
+    #[tokio::test]
+    async fn basic_credentials_are_sent_raw_to_servers_that_decode_nothing() {
+        let endpoint = Endpoint::default();
+        let raw = builder("i%d")
+            .client_secret("s+ é:")
+            .raw_basic_credentials(true);
+        let source = endpoint.source(raw, &[(200, TOKEN)]);
+        source.fetch(Fetch::new()).await.unwrap();
+        // base64 of "i%d:s+ é:"
+        let expected = "Basic aSVkOnMrIMOpOg==";
+        assert_eq!(endpoint.authorization().as_deref(), Some(expected));
+    }
+
+    /// Its secret is not told, but what it writes is written anew.
+    #[tokio::test]
+    async fn a_client_of_oauth2_sends_its_secret_in_our_way() {
+        let client = || {
+            BasicClient::new(ClientId::new("i%d".to_owned()))
+                .set_client_secret(ClientSecret::new("s+ é".to_owned()))
+                .set_token_uri(TokenUrl::new("https://as.example/token".to_owned()).unwrap())
+        };
+        let from = ClientCredentials::from_oauth2;
+        let post = || client().set_auth_type(AuthType::RequestBody);
+        let body = "grant_type=client_credentials";
+        let in_body = "grant_type=client_credentials&client_id=i%25d&client_secret=";
+        for (case, builder, header, body) in [
+            (
+                "as it is",
+                from(client()),
+                Some("Basic aSUyNWQ6cyUyQiUyMCVDMyVBOQ=="),
+                body.to_owned(),
+            ),
+            (
+                "raw",
+                from(client()).raw_basic_credentials(true),
+                Some("Basic aSVkOnMrIMOp"),
+                body.to_owned(),
+            ),
+            (
+                "another secret",
+                from(client()).client_secret("t"),
+                Some("Basic aSUyNWQ6dA=="),
+                body.to_owned(),
+            ),
+            ("post", from(post()), None, format!("{in_body}s%2B+%C3%A9")),
+            (
+                "post, another secret",
+                from(post()).client_secret("t"),
+                None,
+                format!("{in_body}t"),
+            ),
+            (
+                "another method",
+                from(client()).auth_method(AuthMethod::ClientSecretPost),
+                None,
+                format!("{in_body}s%2B+%C3%A9"),
+            ),
+            (
+                "none",
+                from(client()).auth_method(AuthMethod::None),
+                None,
+                "grant_type=client_credentials&client_id=i%25d".to_owned(),
+            ),
+        ] {
+            let endpoint = Endpoint::default();
+            let source = endpoint.source(builder, &[(200, TOKEN)]);
+            source.fetch(Fetch::new()).await.unwrap();
+            assert_eq!(endpoint.authorization().as_deref(), header, "{case}");
+            assert_eq!(endpoint.bodies(), [body], "{case}");
+        }
+    }
+
+    /// A function that gives `secrets`, and the last one for ever.
+    fn giving(secrets: &[&'static str]) -> crate::Credential {
+        let secrets = Mutex::new(VecDeque::from(secrets.to_vec()));
+        crate::Credential::from_fn(move || {
+            let mut secrets = secrets.lock().unwrap();
+            let secret = secrets.pop_front().unwrap();
+            if secrets.is_empty() {
+                secrets.push_back(secret);
+            }
+            async move { Ok(secret.to_owned()) }
+        })
+    }
+
+    fn secrets(endpoint: &Endpoint) -> Vec<String> {
+        let bodies = endpoint.bodies();
+        let secret = |body: &String| body.rsplit_once("client_secret=").unwrap().1.to_owned();
+        bodies.iter().map(secret).collect()
+    }
+
+    const REFUSED: (u16, &str) = (401, r#"{"error":"invalid_client"}"#);
+
+    #[tokio::test]
+    async fn a_secret_that_was_changed_is_sent_within_the_same_attempt() {
+        let endpoint = Endpoint::default();
+        let post = builder("id")
+            .client_secret(giving(&["old", "new"]))
+            .auth_method(AuthMethod::ClientSecretPost);
+        let source = endpoint.source(post, &[(200, TOKEN), REFUSED, (200, TOKEN), (200, TOKEN)]);
+        for _ in 0..3 {
+            source.fetch(Fetch::new()).await.unwrap();
+        }
+        assert_eq!(secrets(&endpoint), ["old", "old", "new", "new"]);
+        assert!(!source.has_new_credentials());
+    }
+
+    #[tokio::test]
+    async fn a_secret_that_is_still_the_same_is_not_sent_again() {
+        let endpoint = Endpoint::default();
+        let post = builder("id")
+            .client_secret(giving(&["one", "one", "two", "two"]))
+            .auth_method(AuthMethod::ClientSecretPost);
+        let refused_with_400 = (400, REFUSED.1);
+        let source = endpoint.source(post, &[refused_with_400, REFUSED]);
+        for _ in 0..2 {
+            let error = source.fetch(Fetch::new()).await.unwrap_err();
+            assert!(!error.is_transient());
+            assert!(!source.has_new_credentials());
+        }
+        // The next attempt does not send what was refused once more.
+        assert_eq!(secrets(&endpoint), ["one", "two"]);
+    }
+
+    #[tokio::test]
+    async fn a_constant_is_sent_once() {
+        let endpoint = Endpoint::default();
+        let source = endpoint.source(builder("id").client_secret("s"), &[REFUSED]);
+        let error = source.fetch(Fetch::new()).await.unwrap_err();
+        assert!(!error.is_transient());
+        assert!(!source.has_new_credentials());
+    }
+
+    /// A refresh token is sent at most once, so the new secret goes with the other grant.
+    #[tokio::test]
+    async fn a_refresh_token_is_not_sent_again_with_another_secret() {
+        let endpoint = Endpoint::default();
+        let post = builder("id")
+            .client_secret(giving(&["old", "new"]))
+            .auth_method(AuthMethod::ClientSecretPost);
+        let source = endpoint.source(post, &[REFUSED, (200, TOKEN)]);
+        source.fetch(with_refresh_token("r1")).await.unwrap();
+        assert_eq!(secrets(&endpoint), ["old", "new"]);
+        assert!(endpoint.bodies()[1].starts_with("grant_type=client_credentials"));
+    }
+
+    /// Law 7: a refused secret keeps nobody out once it has been changed, and asks nobody until then.
+    #[tokio::test(start_paused = true)]
+    async fn a_changed_file_is_told_within_a_second() {
+        let path = std::env::temp_dir().join(format!("tower-bearer-{}", std::process::id()));
+        std::fs::write(&path, "old\n").unwrap();
+        let endpoint = Endpoint::default();
+        let post = builder("id")
+            .client_secret(crate::Credential::file(&path))
+            .auth_method(AuthMethod::ClientSecretPost);
+        let scopeless = (400, r#"{"error":"invalid_scope"}"#);
+        let answers = [REFUSED, (503, ""), (200, TOKEN), REFUSED, scopeless];
+        let source = endpoint.source(post, &answers);
+        source.fetch(Fetch::new()).await.unwrap_err();
+        assert!(!source.has_new_credentials());
+        std::fs::write(&path, "newer\n").unwrap();
+        // It has been looked at within this second.
+        assert!(!source.has_new_credentials());
+        time::advance(Duration::from_secs(1)).await;
+        assert!(source.has_new_credentials());
+        assert!(source.has_new_credentials());
+        source.fetch(Fetch::new()).await.unwrap_err();
+        assert!(
+            source.has_new_credentials(),
+            "nobody has refused the new one"
+        );
+        source.fetch(Fetch::new()).await.unwrap();
+        assert!(!source.has_new_credentials());
+
+        source.fetch(Fetch::new()).await.unwrap_err();
+        std::fs::write(&path, "newest\n").unwrap();
+        source.fetch(Fetch::new()).await.unwrap_err();
+        assert!(
+            !source.has_new_credentials(),
+            "what was refused was not the secret"
+        );
+        assert_eq!(
+            secrets(&endpoint),
+            ["old", "newer", "newer", "newer", "newest"]
+        );
+        std::fs::remove_file(&path).unwrap();
     }
 
     #[tokio::test]
@@ -484,7 +861,7 @@ mod tests {
         let source = builder("id").build_with(service).unwrap();
         let mut fetch = with_refresh_token("r1");
         fetch.timeout = Duration::from_secs(10);
-        let start = time::Instant::now();
+        let start = Instant::now();
         let response = source.fetch(fetch).await.unwrap();
         assert_eq!(response.access_token.expose_secret(), "from-credentials");
         assert!(start.elapsed() < Duration::from_millis(5_100));

@@ -3,46 +3,43 @@
 use std::pin::Pin;
 
 use oauth2::{
-    AuthType, Client, ClientSecret, EndpointSet, EndpointState, ErrorResponse, RequestTokenError,
-    RevocableToken, TokenIntrospectionResponse, TokenResponse, url::Url,
+    AuthType, Client, EndpointSet, EndpointState, ErrorResponse, RequestTokenError, RevocableToken,
+    Scope, TokenIntrospectionResponse, TokenResponse, TokenUrl,
 };
 
 use super::{
     RefreshToken,
-    asked::Asked,
     response::Answer,
-    transport::{Answered, Transport},
+    transport::{Answered, Channel},
 };
 use crate::error::{Kind, TokenError};
 
 /// An `oauth2::Client` with a token URL, its ten type parameters erased.
 pub(super) trait Grant: Send + Sync {
-    fn with_client_secret(self: Box<Self>, secret: ClientSecret) -> Box<dyn Grant>;
-
     fn with_auth_type(self: Box<Self>, auth_type: AuthType) -> Box<dyn Grant>;
+
+    fn auth_type(&self) -> &AuthType;
 
     fn client_id(&self) -> &str;
 
-    fn token_url(&self) -> &Url;
+    fn token_url(&self) -> &TokenUrl;
 
     /// Sends the request of RFC 6749 section 4.4.2.
-    fn client_credentials<'a>(
-        &'a self,
-        asked: &'a Asked,
-        transport: &'a Transport,
-    ) -> AnswerFuture<'a>;
+    fn client_credentials<'a>(&'a self, sent: Sent<'a>) -> AnswerFuture<'a>;
 
     /// Sends the request of RFC 6749 section 6.
-    fn refresh_token<'a>(
-        &'a self,
-        token: &'a RefreshToken,
-        asked: &'a Asked,
-        transport: &'a Transport,
-    ) -> AnswerFuture<'a>;
+    fn refresh_token<'a>(&'a self, token: &'a RefreshToken, sent: Sent<'a>) -> AnswerFuture<'a>;
 }
 
 pub(super) type AnswerFuture<'a> =
     Pin<Box<dyn Future<Output = Result<Answer, TokenError>> + Send + 'a>>;
+
+/// What goes out beside the grant itself, and how.
+pub(super) struct Sent<'a> {
+    pub(super) scopes: &'a [Scope],
+    pub(super) params: Vec<(&'a str, &'a str)>,
+    pub(super) channel: Channel,
+}
 
 impl<TE, TR, TIR, RT, TRE, Auth, DeviceAuth, Introspection, Revocation> Grant
     for Client<TE, TR, TIR, RT, TRE, Auth, DeviceAuth, Introspection, Revocation, EndpointSet>
@@ -57,50 +54,43 @@ where
     Introspection: EndpointState + Send + Sync + 'static,
     Revocation: EndpointState + Send + Sync + 'static,
 {
-    fn with_client_secret(self: Box<Self>, secret: ClientSecret) -> Box<dyn Grant> {
-        Box::new(self.set_client_secret(secret))
-    }
-
     fn with_auth_type(self: Box<Self>, auth_type: AuthType) -> Box<dyn Grant> {
         Box::new(self.set_auth_type(auth_type))
+    }
+
+    fn auth_type(&self) -> &AuthType {
+        Self::auth_type(self)
     }
 
     fn client_id(&self) -> &str {
         Self::client_id(self)
     }
 
-    fn token_url(&self) -> &Url {
-        self.token_uri().url()
+    fn token_url(&self) -> &TokenUrl {
+        self.token_uri()
     }
 
-    fn client_credentials<'a>(
-        &'a self,
-        asked: &'a Asked,
-        transport: &'a Transport,
-    ) -> AnswerFuture<'a> {
-        let mut request = self
-            .exchange_client_credentials()
-            .add_scopes(asked.scopes.iter().cloned());
-        for (name, value) in asked.params() {
-            request = request.add_extra_param(name, value);
-        }
-        Box::pin(async move { answer(request.request_async(transport).await) })
+    fn client_credentials<'a>(&'a self, sent: Sent<'a>) -> AnswerFuture<'a> {
+        Box::pin(async move {
+            let mut request = self
+                .exchange_client_credentials()
+                .add_scopes(sent.scopes.iter().cloned());
+            for (name, value) in sent.params {
+                request = request.add_extra_param(name, value);
+            }
+            answer(request.request_async(&sent.channel).await)
+        })
     }
 
-    fn refresh_token<'a>(
-        &'a self,
-        token: &'a RefreshToken,
-        asked: &'a Asked,
-        transport: &'a Transport,
-    ) -> AnswerFuture<'a> {
+    fn refresh_token<'a>(&'a self, token: &'a RefreshToken, sent: Sent<'a>) -> AnswerFuture<'a> {
         Box::pin(async move {
             let token = oauth2::RefreshToken::new(token.expose_secret().to_owned());
             // Without a scope, which means the one that was granted: to ask for more is an error.
             let mut request = self.exchange_refresh_token(&token);
-            for (name, value) in asked.params() {
+            for (name, value) in sent.params {
                 request = request.add_extra_param(name, value);
             }
-            answer(request.request_async(transport).await)
+            answer(request.request_async(&sent.channel).await)
         })
     }
 }

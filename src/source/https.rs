@@ -8,10 +8,11 @@ use hyper_util::{
     rt::TokioExecutor,
 };
 use rustls::{ClientConfig, RootCertStore};
-use rustls_pki_types::{CertificateDer, pem::PemObject};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use secrecy::{ExposeSecret, SecretString};
 
 use super::transport::Transport;
-use crate::error::ConfigError;
+use crate::{error::ConfigError, sync::Mutex};
 
 /// What the default client is made of.
 pub(super) struct Settings {
@@ -21,42 +22,18 @@ pub(super) struct Settings {
 }
 
 impl Settings {
-    /// Makes a client that opens a connection for each request.
-    ///
-    /// A token every five minutes gains nothing from a pool, and a pooled connection is wedged when the
-    /// runtime that drives it is parked.
-    pub(super) fn transport(&self, uses_tls: bool) -> Result<Transport, ConfigError> {
-        let mut tcp = HttpConnector::new();
-        tcp.set_connect_timeout(Some(self.connect_timeout));
-        tcp.enforce_http(false);
-        let connector = HttpsConnectorBuilder::new()
-            .with_tls_config(self.tls(uses_tls)?)
-            .https_or_http()
-            .enable_http1()
-            .wrap_connector(tcp);
-        let client = Client::builder(TokioExecutor::new())
-            .pool_max_idle_per_host(0)
-            // How often to try is for the cache to decide.
-            .retry_canceled_requests(false)
-            .build(connector);
-        Ok(Transport::new(client))
-    }
-
-    fn tls(&self, uses_tls: bool) -> Result<ClientConfig, ConfigError> {
+    /// Makes what makes clients; `uses_tls` if they are to speak to an `https` URL.
+    pub(super) fn dialer(&self, uses_tls: bool) -> Result<Dialer, ConfigError> {
         // Plain http must work where there are no roots, and reading the system's takes a while.
         let roots = if uses_tls {
             self.trusted_roots()?
         } else {
             RootCertStore::empty()
         };
-        // By name: the process default may be unset, and asking for it panics.
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .map_err(|error| ConfigError::new("TLS cannot be set up").with_source(error))?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        Ok(config)
+        Ok(Dialer {
+            connect_timeout: self.connect_timeout,
+            roots: Arc::new(roots),
+        })
     }
 
     fn trusted_roots(&self) -> Result<RootCertStore, ConfigError> {
@@ -72,6 +49,102 @@ impl Settings {
             ));
         }
         Ok(roots)
+    }
+}
+
+/// Makes clients that open a connection for each request.
+///
+/// A token every five minutes gains nothing from a pool, and a pooled connection is wedged when the
+/// runtime that drives it is parked.
+#[derive(Clone)]
+pub(super) struct Dialer {
+    connect_timeout: Duration,
+    roots: Arc<RootCertStore>,
+}
+
+impl Dialer {
+    /// Makes a client that presents `certificate`: a chain and its key, both in PEM.
+    pub(super) fn transport(
+        &self,
+        certificate: Option<(&str, &str)>,
+    ) -> Result<Transport, ConfigError> {
+        let mut tcp = HttpConnector::new();
+        tcp.set_connect_timeout(Some(self.connect_timeout));
+        tcp.enforce_http(false);
+        let connector = HttpsConnectorBuilder::new()
+            .with_tls_config(self.tls(certificate)?)
+            .https_or_http()
+            .enable_http1()
+            .wrap_connector(tcp);
+        let client = Client::builder(TokioExecutor::new())
+            .pool_max_idle_per_host(0)
+            // How often to try is for the cache to decide.
+            .retry_canceled_requests(false)
+            .build(connector);
+        Ok(Transport::new(client))
+    }
+
+    fn tls(&self, certificate: Option<(&str, &str)>) -> Result<ClientConfig, ConfigError> {
+        // By name: the process default may be unset, and asking for it panics.
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .map_err(|error| ConfigError::new("TLS cannot be set up").with_source(error))?
+            .with_root_certificates(self.roots.clone());
+        let Some((chain, key)) = certificate else {
+            return Ok(config.with_no_client_auth());
+        };
+        // PEM errors quote the text they stumbled over.
+        let chain = CertificateDer::pem_slice_iter(chain.as_bytes())
+            .collect::<Result<Vec<_>, _>>()
+            .ok()
+            .filter(|chain| !chain.is_empty())
+            .ok_or_else(|| ConfigError::new("the client certificate is not valid PEM"))?;
+        let key = PrivateKeyDer::from_pem_slice(key.as_bytes())
+            .map_err(|_| ConfigError::new("the client certificate's key is not valid PEM"))?;
+        config.with_client_auth_cert(chain, key).map_err(|error| {
+            ConfigError::new("the client certificate cannot be used with its key")
+                .with_source(error)
+        })
+    }
+}
+
+/// The client that presents a certificate, made anew when that has changed.
+///
+/// It keeps no connection, so a new client is all that a new certificate takes.
+pub(super) struct Mutual {
+    dialer: Dialer,
+    last: Mutex<Option<Presenting>>,
+}
+
+struct Presenting {
+    chain: SecretString,
+    key: SecretString,
+    transport: Transport,
+}
+
+impl Mutual {
+    pub(super) fn new(dialer: Dialer) -> Self {
+        Self {
+            dialer,
+            last: Mutex::new(None),
+        }
+    }
+
+    pub(super) fn transport(&self, chain: &str, key: &str) -> Result<Transport, ConfigError> {
+        let mut last = self.last.lock();
+        if let Some(last) = &*last {
+            if last.chain.expose_secret() == chain && last.key.expose_secret() == key {
+                return Ok(last.transport.clone());
+            }
+        }
+        let transport = self.dialer.transport(Some((chain, key)))?;
+        *last = Some(Presenting {
+            chain: chain.into(),
+            key: key.into(),
+            transport: transport.clone(),
+        });
+        Ok(transport)
     }
 }
 
@@ -120,6 +193,7 @@ mod tests {
 
     #[test]
     fn plain_http_needs_no_roots() {
-        assert!(Settings::default().transport(false).is_ok());
+        let dialer = Settings::default().dialer(false).unwrap();
+        assert!(dialer.transport(None).is_ok());
     }
 }

@@ -1,8 +1,13 @@
 //! Where tokens come from: the [`TokenSource`] trait and its implementations.
 
 mod asked;
+#[cfg(feature = "jwt")]
+mod assertion;
+mod auth;
 mod builder;
 mod client_credentials;
+mod credential;
+mod endpoints;
 mod grant;
 #[cfg(feature = "rustls")]
 mod https;
@@ -15,12 +20,12 @@ use std::{fmt, future::Future, sync::Arc, time::Duration};
 
 use secrecy::{ExposeSecret, SecretString};
 
+#[cfg(feature = "jwt")]
+pub use self::assertion::{AssertionAudience, SigningAlgorithm};
 pub(crate) use self::shared::ErasedSource;
 pub use self::{
-    builder::{AuthMethod, ClientCredentialsBuilder},
-    client_credentials::ClientCredentials,
-    request::TokenRequest,
-    shared::SharedSource,
+    auth::AuthMethod, builder::ClientCredentialsBuilder, client_credentials::ClientCredentials,
+    credential::Credential, request::TokenRequest, shared::SharedSource,
 };
 use crate::{error::TokenError, time::Now, token::AccessToken};
 

@@ -128,10 +128,10 @@ impl Document {
 
 /// Non-empty text, or nothing for any other JSON value. Wiped on drop, for it may be a token.
 #[derive(Default)]
-struct Text(Option<SecretString>);
+pub(super) struct Text(Option<SecretString>);
 
 impl Text {
-    fn get(&self) -> Option<&str> {
+    pub(super) fn get(&self) -> Option<&str> {
         self.0.as_ref().map(ExposeSecret::expose_secret)
     }
 }

@@ -7,14 +7,14 @@
 use std::{error::Error, fmt, io, pin::Pin, sync::Arc};
 
 use bytes::Bytes;
-use http::{Request, Response, header::AUTHORIZATION};
+use http::{HeaderMap, HeaderValue, Request, Response, header::AUTHORIZATION};
 use http_body::Body;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use oauth2::{AsyncHttpClient, HttpRequest, HttpResponse};
 use tower::{ServiceExt, util::BoxCloneService};
 use tower_service::Service;
 
-use super::response::Answer;
+use super::{auth, response::Answer};
 use crate::{
     error::{BoxError, Kind, TokenError},
     sync::Mutex,
@@ -60,14 +60,47 @@ impl fmt::Debug for Transport {
     }
 }
 
-impl<'c> AsyncHttpClient<'c> for Transport {
+/// The way of one token request: to the endpoint, with the proof of who sends it.
+pub(super) struct Channel {
+    pub(super) transport: Transport,
+    pub(super) authorization: Authorization,
+}
+
+/// What becomes of the `Authorization` header that `oauth2` wrote.
+pub(super) enum Authorization {
+    AsItIs,
+    /// What it says is written in our way; raw if the server decodes nothing.
+    Again {
+        raw: bool,
+    },
+    /// It is a placeholder for this one.
+    Given(HeaderValue),
+}
+
+impl Authorization {
+    fn put(&self, headers: &mut HeaderMap) {
+        let value = match self {
+            Self::AsItIs => None,
+            Self::Again { raw } => headers
+                .get(AUTHORIZATION)
+                .and_then(|header| auth::basic_again(header, *raw)),
+            Self::Given(value) => Some(value.clone()),
+        };
+        if let Some(value) = value {
+            headers.insert(AUTHORIZATION, value);
+        }
+    }
+}
+
+impl<'c> AsyncHttpClient<'c> for Channel {
     type Error = Answered;
     // Owns all it needs: a future with the lifetime in it is not `Send` for every lifetime, and could not be
     // spawned.
     type Future = Pin<Box<dyn Future<Output = Result<HttpResponse, Answered>> + Send>>;
 
-    fn call(&'c self, request: HttpRequest) -> Self::Future {
-        let service = self.service();
+    fn call(&'c self, mut request: HttpRequest) -> Self::Future {
+        self.authorization.put(request.headers_mut());
+        let service = self.transport.service();
         Box::pin(async move { Err(Answered(exchange(service, request).await)) })
     }
 }
@@ -158,7 +191,11 @@ mod tests {
     }
 
     async fn answer_of(transport: &Transport) -> Result<Answer, TokenError> {
-        transport.call(request()).await.unwrap_err().0
+        let channel = Channel {
+            transport: transport.clone(),
+            authorization: Authorization::AsItIs,
+        };
+        channel.call(request()).await.unwrap_err().0
     }
 
     /// Law 9: a service that logs its requests logs no secret.

@@ -17,8 +17,9 @@ use http::{Request, Response};
 use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_bearer::{
     AccessToken, AuthMethod, BearerAuth, BearerAuthLayer, BoxError, ClientCredentials,
-    ClientCredentialsBuilder, CloneBody, ConfigError, EmptyBody, Fetch, Never, RefreshPolicy,
-    RefreshToken, ResponseFuture, SourceFn, TokenCache, TokenError, TokenResponse, TokenSource,
+    ClientCredentialsBuilder, CloneBody, ConfigError, Credential, EmptyBody, Fetch, Never,
+    RefreshPolicy, RefreshToken, ResponseFuture, SourceFn, TokenCache, TokenError, TokenResponse,
+    TokenSource,
 };
 
 use crate::support::AuthServer;
@@ -113,6 +114,7 @@ fn plain_types_are_send_and_sync() {
         ClientCredentials => ALL,
         CloneBody => ALL,
         ConfigError => ALL,
+        Credential => ALL,
         EmptyBody => ALL,
         Fetch => ALL,
         Never => ALL,

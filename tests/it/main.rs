@@ -13,6 +13,7 @@ mod bodies;
 mod cancellation;
 #[cfg(feature = "rustls")]
 mod hostile;
+mod client_auth;
 mod interruption;
 mod invalidate;
 mod keys;

@@ -1,0 +1,754 @@
+//! Signed assertions of a client's identity: RFC 7523 section 2.2, as RFC 10070 has tightened it.
+
+use std::time::{Duration, SystemTime};
+
+use aws_lc_rs::{
+    encoding::{AsDer, Pkcs8V1Der},
+    rand, rsa,
+    signature::{
+        ECDSA_P256_SHA256_FIXED_SIGNING, ECDSA_P384_SHA384_FIXED_SIGNING, EcdsaKeyPair,
+        EcdsaSigningAlgorithm, Ed25519KeyPair,
+    },
+};
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use jsonwebtoken::{Algorithm, EncodingKey, Header, crypto::aws_lc};
+use pkcs8::PrivateKeyInfoRef;
+use rustls_pki_types::{PrivateKeyDer, pem::PemObject};
+use secrecy::{ExposeSecret, SecretString};
+use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
+
+use super::{credential::Credential, endpoints::Endpoints, response::Text};
+use crate::{error::ConfigError, time::Now};
+
+/// The algorithm that client assertions are signed with, by the names of RFC 7518 section 3.1 and RFC 8037
+/// section 3.1.
+///
+/// It has to fit the key. Without
+/// [`signing_algorithm`](crate::ClientCredentialsBuilder::signing_algorithm) it is the one that a JWK names as its
+/// `alg`, or else follows from the key: RS256, ES256, ES384 or EdDSA, and HS256 for a secret. A server whose metadata
+/// name others, such as PS256 alone, gets one of those.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SigningAlgorithm {
+    /// HMAC with SHA-256, by the client's secret.
+    Hs256,
+    /// HMAC with SHA-384, by the client's secret.
+    Hs384,
+    /// HMAC with SHA-512, by the client's secret.
+    Hs512,
+    /// RSASSA-PKCS1-v1_5 with SHA-256.
+    Rs256,
+    /// RSASSA-PSS with SHA-256.
+    Ps256,
+    /// ECDSA on the curve P-256 with SHA-256.
+    Es256,
+    /// ECDSA on the curve P-384 with SHA-384.
+    Es384,
+    /// Ed25519.
+    EdDsa,
+}
+
+impl SigningAlgorithm {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Hs256 => "HS256",
+            Self::Hs384 => "HS384",
+            Self::Hs512 => "HS512",
+            Self::Rs256 => "RS256",
+            Self::Ps256 => "PS256",
+            Self::Es256 => "ES256",
+            Self::Es384 => "ES384",
+            Self::EdDsa => "EdDSA",
+        }
+    }
+
+    fn to_jose(self) -> Algorithm {
+        match self {
+            Self::Hs256 => Algorithm::HS256,
+            Self::Hs384 => Algorithm::HS384,
+            Self::Hs512 => Algorithm::HS512,
+            Self::Rs256 => Algorithm::RS256,
+            Self::Ps256 => Algorithm::PS256,
+            Self::Es256 => Algorithm::ES256,
+            Self::Es384 => Algorithm::ES384,
+            Self::EdDsa => Algorithm::EdDSA,
+        }
+    }
+}
+
+/// Whom a client assertion is addressed to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum AssertionAudience {
+    /// The issuer alone, in an assertion of the type `client-authentication+jwt`, as RFC 10070 demands.
+    ///
+    /// It takes [`issuer`](crate::ClientCredentialsBuilder::issuer), unless the server is
+    /// [discovered](crate::ClientCredentials::discover).
+    #[default]
+    Issuer,
+    /// The token endpoint, in an assertion of the type `JWT`: for servers that know RFC 7523 only.
+    ///
+    /// Another server that this client talks to could pass such an assertion on as its own, so it is for those that
+    /// refuse the other form.
+    TokenEndpoint,
+}
+
+/// How assertions are made.
+#[derive(Debug, Default)]
+pub(super) struct Settings {
+    pub(super) key: Option<Credential>,
+    pub(super) key_id: Option<String>,
+    pub(super) thumbprint: Option<String>,
+    pub(super) algorithm: Option<SigningAlgorithm>,
+    pub(super) audience: AssertionAudience,
+}
+
+impl Settings {
+    /// Finds what cannot work, as far as it is known while the program is set up.
+    pub(super) fn check(
+        &self,
+        by_key: bool,
+        endpoints: Option<&Endpoints>,
+    ) -> Result<(), ConfigError> {
+        let nameless = endpoints.is_some_and(|endpoints| endpoints.issuer.is_none());
+        if nameless && self.audience == AssertionAudience::Issuer {
+            return Err(ConfigError::new(
+                "a client assertion is addressed to the issuer, which takes the setting issuer; \
+                 AssertionAudience::TokenEndpoint is for older servers",
+            ));
+        }
+        if !by_key {
+            return Key::of_secret("").algorithm(self.algorithm, None).map(drop);
+        }
+        if let Some(text) = self.key.as_ref().and_then(Credential::constant) {
+            let key = Key::parse(text.expose_secret())?;
+            let algorithm = key.algorithm(self.algorithm, None)?;
+            return key.sign(&Header::new(algorithm.to_jose()), &()).map(drop);
+        }
+        // Of a key that comes later this much is known.
+        match self.algorithm {
+            Some(algorithm) if is_hmac(algorithm) => Err(ConfigError::new(
+                "the signing_algorithm is for a secret and not for a private key",
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes an assertion that is good for one token request.
+    pub(super) fn sign(
+        &self,
+        by_key: bool,
+        text: &str,
+        client_id: &str,
+        endpoints: &Endpoints,
+    ) -> Result<SecretString, ConfigError> {
+        let key = if by_key {
+            Key::parse(text)?
+        } else {
+            Key::of_secret(text)
+        };
+        let algorithm = key.algorithm(self.algorithm, endpoints.algorithms.as_deref())?;
+        let mut header = Header::new(algorithm.to_jose());
+        let audience = match self.audience {
+            AssertionAudience::TokenEndpoint => endpoints.token_url.as_str(),
+            AssertionAudience::Issuer => {
+                header.typ = Some("client-authentication+jwt".to_owned());
+                let issuer = endpoints.issuer.as_deref();
+                issuer.ok_or_else(|| ConfigError::new("the issuer is not known"))?
+            }
+        };
+        header.kid = self.key_id.clone().or(key.id.clone());
+        header.x5t_s256 = self.thumbprint.clone();
+        let mut unique = [0; 16];
+        rand::fill(&mut unique).map_err(|_| ConfigError::new("there is no randomness"))?;
+        let now = Now::read().wall.duration_since(SystemTime::UNIX_EPOCH);
+        let now = now.unwrap_or_default();
+        key.sign(
+            &header,
+            &Claims {
+                iss: client_id,
+                sub: client_id,
+                aud: audience,
+                jti: URL_SAFE_NO_PAD.encode(unique),
+                iat: now.as_secs(),
+                exp: (now + LIFETIME).as_secs(),
+            },
+        )
+    }
+}
+
+#[derive(Serialize)]
+struct Claims<'a> {
+    iss: &'a str,
+    sub: &'a str,
+    // Text and no list: RFC 10070 has the server refuse anything else.
+    aud: &'a str,
+    jti: String,
+    iat: u64,
+    exp: u64,
+}
+
+/// What assertions are signed with.
+struct Key {
+    encoding: EncodingKey,
+    /// The algorithms that it can be used with; the first one by default.
+    algorithms: &'static [SigningAlgorithm],
+    /// What a JWK says of itself.
+    id: Option<String>,
+    own_algorithm: Option<SigningAlgorithm>,
+}
+
+impl Key {
+    fn of_secret(secret: &str) -> Self {
+        let algorithms = &[
+            SigningAlgorithm::Hs256,
+            SigningAlgorithm::Hs384,
+            SigningAlgorithm::Hs512,
+        ];
+        Self::new(EncodingKey::from_secret(secret.as_bytes()), algorithms)
+    }
+
+    /// Reads a private key: a JWK, or PEM of the kinds PKCS#8, PKCS#1 and SEC 1.
+    fn parse(text: &str) -> Result<Self, ConfigError> {
+        if text.trim_start().starts_with('{') {
+            return Self::from_jwk(text);
+        }
+        // Errors of PEM quote the text they stumbled over.
+        let der = PrivateKeyDer::from_pem_slice(text.as_bytes())
+            .map_err(|_| unusable("it is neither PEM nor a JWK"))?;
+        match &der {
+            PrivateKeyDer::Pkcs1(der) => {
+                let pair = rsa::KeyPair::from_der(der.secret_pkcs1_der());
+                Self::rsa(&pair.map_err(|_| unusable(RSA))?)
+            }
+            PrivateKeyDer::Sec1(der) => {
+                let der = der.secret_sec1_der();
+                let [p256, p384] = CURVES.map(|curve| {
+                    EcdsaKeyPair::from_private_key_der(curve.signing, der)
+                        .map_err(|_| unusable(EC))
+                        .and_then(|pair| Self::ec(&pair, curve))
+                });
+                p256.or(p384)
+            }
+            PrivateKeyDer::Pkcs8(der) => Self::from_pkcs8(der.secret_pkcs8_der()),
+            _ => Err(unusable("it is of an unknown form")),
+        }
+    }
+
+    fn from_pkcs8(der: &[u8]) -> Result<Self, ConfigError> {
+        if let Ok(pair) = rsa::KeyPair::from_pkcs8(der) {
+            return Self::rsa(&pair);
+        }
+        if let Ok(pair) = Ed25519KeyPair::from_pkcs8_maybe_unchecked(der) {
+            return Self::ed(&pair);
+        }
+        for curve in CURVES {
+            if let Ok(pair) = EcdsaKeyPair::from_pkcs8(curve.signing, der) {
+                return Self::ec(&pair, curve);
+            }
+        }
+        Err(unusable(
+            "it is neither RSA of 2048 to 8192 bits, nor P-256, P-384 or Ed25519",
+        ))
+    }
+
+    fn from_jwk(json: &str) -> Result<Self, ConfigError> {
+        // The error would quote what it stumbled over.
+        let jwk: Jwk = serde_json::from_str(json).map_err(|_| unusable("it is no JWK"))?;
+        let mut key = match (jwk.kty.get(), jwk.crv.get()) {
+            (Some("RSA"), _) => {
+                let (n, e) = (member(&jwk.n)?, member(&jwk.e)?);
+                let pair = rsa::KeyPair::from_components(&rsa::KeyPairComponents {
+                    public_key: rsa::PublicKeyComponents {
+                        n: without_zeros(&n),
+                        e: without_zeros(&e),
+                    },
+                    d: &**member(&jwk.d)?,
+                    p: &**member(&jwk.p)?,
+                    q: &**member(&jwk.q)?,
+                    dP: &**member(&jwk.dp)?,
+                    dQ: &**member(&jwk.dq)?,
+                    qInv: &**member(&jwk.qi)?,
+                });
+                Self::rsa(&pair.map_err(|_| unusable(RSA))?)
+            }
+            (Some("EC"), Some(name)) => {
+                let curve = CURVES.into_iter().find(|curve| curve.name == name);
+                let curve = curve.ok_or_else(|| unusable("its curve is not supported"))?;
+                // SEC 1 section 2.3.3: a point that is not compressed.
+                let point = [&[4][..], &member(&jwk.x)?, &member(&jwk.y)?].concat();
+                let pair = EcdsaKeyPair::from_private_key_and_public_key(
+                    curve.signing,
+                    &member(&jwk.d)?,
+                    &point,
+                );
+                Self::ec(&pair.map_err(|_| unusable(EC))?, curve)
+            }
+            (Some("OKP"), Some("Ed25519")) => {
+                let pair =
+                    Ed25519KeyPair::from_seed_and_public_key(&member(&jwk.d)?, &member(&jwk.x)?);
+                Self::ed(&pair.map_err(|_| unusable("its parts do not fit together"))?)
+            }
+            _ => Err(unusable("its type is not supported")),
+        }?;
+        key.id = jwk.kid.get().map(str::to_owned);
+        if let Some(name) = jwk.alg.get() {
+            let known = key.algorithms.iter().find(|known| known.name() == name);
+            key.own_algorithm =
+                Some(*known.ok_or_else(|| unusable("its alg is not supported or does not fit"))?);
+        }
+        Ok(key)
+    }
+
+    fn rsa(pair: &rsa::KeyPair) -> Result<Self, ConfigError> {
+        let algorithms = &[SigningAlgorithm::Rs256, SigningAlgorithm::Ps256];
+        // The signer wants what is within PKCS#8.
+        let der: Pkcs8V1Der<'_> = pair.as_der().map_err(|_| unusable(RSA))?;
+        let inner = PrivateKeyInfoRef::try_from(der.as_ref()).map_err(|_| unusable(RSA))?;
+        let encoding = EncodingKey::from_rsa_der(inner.private_key.as_bytes());
+        Ok(Self::new(encoding, algorithms))
+    }
+
+    fn ec(pair: &EcdsaKeyPair, curve: Curve) -> Result<Self, ConfigError> {
+        let der = pair.to_pkcs8v1().map_err(|_| unusable(EC))?;
+        Ok(Self::new(
+            EncodingKey::from_ec_der(der.as_ref()),
+            curve.algorithms,
+        ))
+    }
+
+    fn ed(pair: &Ed25519KeyPair) -> Result<Self, ConfigError> {
+        let der = pair
+            .to_pkcs8()
+            .map_err(|_| unusable("it cannot be written"))?;
+        let algorithms = &[SigningAlgorithm::EdDsa];
+        Ok(Self::new(
+            EncodingKey::from_ed_der(der.as_ref()),
+            algorithms,
+        ))
+    }
+
+    fn new(encoding: EncodingKey, algorithms: &'static [SigningAlgorithm]) -> Self {
+        Self {
+            encoding,
+            algorithms,
+            id: None,
+            own_algorithm: None,
+        }
+    }
+
+    fn algorithm(
+        &self,
+        configured: Option<SigningAlgorithm>,
+        supported: Option<&[String]>,
+    ) -> Result<SigningAlgorithm, ConfigError> {
+        if let Some(algorithm) = configured {
+            if self.algorithms.contains(&algorithm) {
+                return Ok(algorithm);
+            }
+            return Err(unusable("it is not for the signing_algorithm"));
+        }
+        if let Some(algorithm) = self.own_algorithm {
+            return Ok(algorithm);
+        }
+        let is_supported = |algorithm: &&SigningAlgorithm| {
+            supported.is_none_or(|names| names.iter().any(|name| name == algorithm.name()))
+        };
+        // A server that names none of them may be wrong about itself.
+        let supported = self.algorithms.iter().find(is_supported);
+        Ok(*supported.unwrap_or(&self.algorithms[0]))
+    }
+
+    /// Writes a JWS in its compact form (RFC 7515 section 7.1).
+    ///
+    /// Not by `jsonwebtoken::encode`, which takes the backend that the process has chosen: to choose it is the
+    /// application's business, and where two of them are compiled in and none was chosen, it panics.
+    fn sign(&self, header: &Header, claims: &impl Serialize) -> Result<SecretString, ConfigError> {
+        let signer = (aws_lc::DEFAULT_PROVIDER.signer_factory)(&header.alg, &self.encoding)
+            .map_err(|_| unusable("the signer refuses it"))?;
+        let [header, claims] = [serde_json::to_vec(header), serde_json::to_vec(claims)]
+            .map(|json| URL_SAFE_NO_PAD.encode(json.expect("it is plain data")));
+        let message = format!("{header}.{claims}");
+        let signature = signer
+            .try_sign(message.as_bytes())
+            .map_err(|_| unusable("the signer fails with it"))?;
+        let signature = URL_SAFE_NO_PAD.encode(signature);
+        Ok(format!("{message}.{signature}").into())
+    }
+}
+
+/// The members of a private JWK (RFC 7518 section 6, RFC 8037 section 2).
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Jwk {
+    kty: Text,
+    kid: Text,
+    alg: Text,
+    crv: Text,
+    x: Text,
+    y: Text,
+    n: Text,
+    e: Text,
+    d: Text,
+    p: Text,
+    q: Text,
+    dp: Text,
+    dq: Text,
+    qi: Text,
+}
+
+fn member(text: &Text) -> Result<Zeroizing<Vec<u8>>, ConfigError> {
+    let bytes = text
+        .get()
+        .and_then(|text| URL_SAFE_NO_PAD.decode(text).ok());
+    bytes
+        .map(Zeroizing::new)
+        .ok_or_else(|| unusable("a member that its type takes is missing or is not base64url"))
+}
+
+/// RFC 7518 section 2 wants none of them in an integer, and the parser insists on it.
+fn without_zeros(mut number: &[u8]) -> &[u8] {
+    while let [0, rest @ ..] = number {
+        number = rest;
+    }
+    number
+}
+
+#[derive(Clone, Copy)]
+struct Curve {
+    name: &'static str,
+    signing: &'static EcdsaSigningAlgorithm,
+    algorithms: &'static [SigningAlgorithm],
+}
+
+const CURVES: [Curve; 2] = [
+    Curve {
+        name: "P-256",
+        signing: &ECDSA_P256_SHA256_FIXED_SIGNING,
+        algorithms: &[SigningAlgorithm::Es256],
+    },
+    Curve {
+        name: "P-384",
+        signing: &ECDSA_P384_SHA384_FIXED_SIGNING,
+        algorithms: &[SigningAlgorithm::Es384],
+    },
+];
+
+fn is_hmac(algorithm: SigningAlgorithm) -> bool {
+    matches!(
+        algorithm,
+        SigningAlgorithm::Hs256 | SigningAlgorithm::Hs384 | SigningAlgorithm::Hs512
+    )
+}
+
+fn unusable(why: &str) -> ConfigError {
+    ConfigError::new(format!("the client's key cannot be used: {why}"))
+}
+
+const RSA: &str = "it is no RSA key of 2048 to 8192 bits";
+
+const EC: &str = "it is no key of the curves P-256 and P-384";
+
+/// The registered name of RFC 7523 section 2.2.
+pub(super) const TYPE: &str = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer";
+
+/// How long an assertion is good for: it is used at once, and clocks differ.
+const LIFETIME: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use aws_lc_rs::{
+        encoding::{Curve25519SeedBin, EcPrivateKeyBin, EcPrivateKeyRfc5915Der},
+        signature::KeyPair,
+    };
+    use base64::engine::general_purpose::STANDARD;
+    use jsonwebtoken::{DecodingKey, Validation};
+    use oauth2::TokenUrl;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    const ISSUER: &str = "https://as.example";
+
+    fn endpoints(algorithms: Option<&[&str]>) -> Endpoints {
+        Endpoints {
+            token_url: TokenUrl::new("https://as.example/token".to_owned()).unwrap(),
+            revocation_url: None,
+            issuer: Some(ISSUER.to_owned()),
+            auth_methods: None,
+            algorithms: algorithms.map(|names| names.iter().map(|&name| name.into()).collect()),
+        }
+    }
+
+    fn pem(label: &str, der: &[u8]) -> String {
+        let text = STANDARD.encode(der);
+        let lines: Vec<_> = text
+            .as_bytes()
+            .chunks(64)
+            .map(String::from_utf8_lossy)
+            .collect();
+        let lines = lines.join("\n");
+        format!("-----BEGIN {label}-----\n{lines}\n-----END {label}-----\n")
+    }
+
+    fn base64url(bytes: &[u8]) -> String {
+        URL_SAFE_NO_PAD.encode(bytes)
+    }
+
+    /// The header of a signed assertion, once it has been verified, and its claims.
+    fn verified(
+        assertion: &SecretString,
+        algorithm: Algorithm,
+        key: &DecodingKey,
+    ) -> (Header, Value) {
+        let mut validation = Validation::new(algorithm);
+        validation.set_audience(&[ISSUER, "https://as.example/token"]);
+        validation.set_required_spec_claims(&["exp", "aud", "iss", "sub"]);
+        let text = assertion.expose_secret();
+        let data = jsonwebtoken::decode::<Value>(text, key, &validation).unwrap();
+        (data.header, data.claims)
+    }
+
+    /// An RSA key as PKCS#8, PKCS#1 and JWK.
+    fn rsa_key() -> (rsa::KeyPair, [String; 3]) {
+        let pair = rsa::KeyPair::generate(rsa::KeySize::Rsa2048).unwrap();
+        let der: Pkcs8V1Der<'_> = pair.as_der().unwrap();
+        let inner = PrivateKeyInfoRef::try_from(der.as_ref()).unwrap();
+        let pkcs1 = inner.private_key.as_bytes();
+        // RFC 8017 appendix A.1.2: a sequence of integers, of which the first is the version.
+        let mut rest = &pkcs1[4..];
+        let mut integers = Vec::new();
+        while let [2, length, tail @ ..] = rest {
+            let (length, tail) = match length {
+                0x81 => (tail[0] as usize, &tail[1..]),
+                0x82 => (usize::from(tail[0]) << 8 | usize::from(tail[1]), &tail[2..]),
+                short => (usize::from(*short), tail),
+            };
+            integers.push(base64url(without_zeros(&tail[..length])));
+            rest = &tail[length..];
+        }
+        let names = ["n", "e", "d", "p", "q", "dp", "dq", "qi"];
+        let members = names.into_iter().zip(&integers[1..]);
+        let mut jwk: HashMap<_, _> = members
+            .map(|(name, value)| (name, value.as_str()))
+            .collect();
+        jwk.insert("kty", "RSA");
+        let jwk = serde_json::to_string(&jwk).unwrap();
+        let texts = [
+            pem("PRIVATE KEY", der.as_ref()),
+            pem("RSA PRIVATE KEY", pkcs1),
+            jwk,
+        ];
+        (pair, texts)
+    }
+
+    fn ec_key(curve: Curve, size: usize) -> (EcdsaKeyPair, [String; 3]) {
+        let pair = EcdsaKeyPair::generate(curve.signing).unwrap();
+        let sec1: EcPrivateKeyRfc5915Der<'_> = pair.private_key().as_der().unwrap();
+        let secret: EcPrivateKeyBin<'_> =
+            aws_lc_rs::encoding::AsBigEndian::as_be_bytes(&pair.private_key()).unwrap();
+        let point = pair.public_key().as_ref();
+        let jwk = json!({
+            "kty": "EC",
+            "crv": curve.name,
+            "d": base64url(secret.as_ref()),
+            "x": base64url(&point[1..=size]),
+            "y": base64url(&point[size + 1..]),
+        });
+        let texts = [
+            pem("PRIVATE KEY", pair.to_pkcs8v1().unwrap().as_ref()),
+            pem("EC PRIVATE KEY", sec1.as_ref()),
+            jwk.to_string(),
+        ];
+        (pair, texts)
+    }
+
+    fn ed_key() -> (Ed25519KeyPair, [String; 3]) {
+        let pair = Ed25519KeyPair::generate().unwrap();
+        let seed: Curve25519SeedBin<'_> =
+            aws_lc_rs::encoding::AsBigEndian::as_be_bytes(&pair.seed().unwrap()).unwrap();
+        let jwk = json!({
+            "kty": "OKP",
+            "crv": "Ed25519",
+            "d": base64url(seed.as_ref()),
+            "x": base64url(pair.public_key().as_ref()),
+        });
+        let texts = [
+            // As ring and aws-lc-rs write them, and as openssl does: RFC 5958 and RFC 5208.
+            pem("PRIVATE KEY", pair.to_pkcs8().unwrap().as_ref()),
+            pem("PRIVATE KEY", pair.to_pkcs8v1().unwrap().as_ref()),
+            jwk.to_string(),
+        ];
+        (pair, texts)
+    }
+
+    #[test]
+    fn every_kind_of_key_signs_in_every_form() {
+        let (rsa, rsa_texts) = rsa_key();
+        let (p256, p256_texts) = ec_key(CURVES[0], 32);
+        let (p384, p384_texts) = ec_key(CURVES[1], 48);
+        let (ed, ed_texts) = ed_key();
+        let rsa = DecodingKey::from_rsa_der(rsa.public_key().as_ref());
+        let p256 = DecodingKey::from_ec_der(p256.public_key().as_ref());
+        let p384 = DecodingKey::from_ec_der(p384.public_key().as_ref());
+        let ed = DecodingKey::from_ed_der(ed.public_key().as_ref());
+        for (texts, key, configured, expected) in [
+            (&rsa_texts, &rsa, None, Algorithm::RS256),
+            (
+                &rsa_texts,
+                &rsa,
+                Some(SigningAlgorithm::Rs256),
+                Algorithm::RS256,
+            ),
+            (
+                &rsa_texts,
+                &rsa,
+                Some(SigningAlgorithm::Ps256),
+                Algorithm::PS256,
+            ),
+            (&p256_texts, &p256, None, Algorithm::ES256),
+            (&p384_texts, &p384, None, Algorithm::ES384),
+            (&ed_texts, &ed, None, Algorithm::EdDSA),
+        ] {
+            for text in texts {
+                let settings = Settings {
+                    algorithm: configured,
+                    ..Settings::default()
+                };
+                let assertion = settings.sign(true, text, "id", &endpoints(None)).unwrap();
+                verified(&assertion, expected, key);
+            }
+        }
+    }
+
+    #[test]
+    fn a_secret_signs_with_hmac() {
+        for (configured, supported, expected) in [
+            (None, None, Algorithm::HS256),
+            (None, Some(&["HS512", "RS256"][..]), Algorithm::HS512),
+            (None, Some(&["RS256"][..]), Algorithm::HS256),
+            (Some(SigningAlgorithm::Hs384), None, Algorithm::HS384),
+        ] {
+            let settings = Settings {
+                algorithm: configured,
+                ..Settings::default()
+            };
+            let endpoints = endpoints(supported);
+            let assertion = settings.sign(false, "secret", "id", &endpoints).unwrap();
+            verified(&assertion, expected, &DecodingKey::from_secret(b"secret"));
+        }
+    }
+
+    /// RFC 7523 section 3 and RFC 10070.
+    #[test]
+    fn an_assertion_is_addressed_to_the_issuer_alone_and_good_for_once() {
+        let (pair, [text, ..]) = ec_key(CURVES[0], 32);
+        let key = DecodingKey::from_ec_der(pair.public_key().as_ref());
+        let settings = Settings {
+            key_id: Some("k1".to_owned()),
+            thumbprint: Some("x5t".to_owned()),
+            ..Settings::default()
+        };
+        let mut seen = Vec::new();
+        for _ in 0..2 {
+            let assertion = settings.sign(true, &text, "id", &endpoints(None)).unwrap();
+            let (header, claims) = verified(&assertion, Algorithm::ES256, &key);
+            assert_eq!(header.typ.as_deref(), Some("client-authentication+jwt"));
+            assert_eq!(header.kid.as_deref(), Some("k1"));
+            assert_eq!(header.x5t_s256.as_deref(), Some("x5t"));
+            assert_eq!(claims["iss"], "id");
+            assert_eq!(claims["sub"], "id");
+            assert_eq!(claims["aud"], ISSUER);
+            let now = jsonwebtoken::get_current_timestamp();
+            let (iat, exp) = (
+                claims["iat"].as_u64().unwrap(),
+                claims["exp"].as_u64().unwrap(),
+            );
+            assert!(iat.abs_diff(now) <= 5 && exp == iat + 60, "{claims}");
+            seen.push(claims["jti"].as_str().unwrap().to_owned());
+        }
+        assert_ne!(seen[0], seen[1]);
+        assert!(seen[0].len() >= 22);
+    }
+
+    #[test]
+    fn an_older_server_gets_its_token_endpoint_as_the_audience() {
+        let settings = Settings {
+            audience: AssertionAudience::TokenEndpoint,
+            ..Settings::default()
+        };
+        let mut endpoints = endpoints(None);
+        endpoints.issuer = None;
+        settings.check(false, Some(&endpoints)).unwrap();
+        let assertion = settings.sign(false, "secret", "id", &endpoints).unwrap();
+        let key = DecodingKey::from_secret(b"secret");
+        let (header, claims) = verified(&assertion, Algorithm::HS256, &key);
+        assert_eq!(header.typ.as_deref(), Some("JWT"));
+        assert_eq!(claims["aud"], "https://as.example/token");
+    }
+
+    #[test]
+    fn a_jwk_says_its_id_and_its_algorithm() {
+        let (pair, [.., jwk]) = rsa_key();
+        let key = DecodingKey::from_rsa_der(pair.public_key().as_ref());
+        let jwk = jwk.replacen('{', r#"{"kid":"of-jwk","alg":"PS256","#, 1);
+        let assertion = Settings::default().sign(true, &jwk, "id", &endpoints(Some(&["RS256"])));
+        let (header, _) = verified(&assertion.unwrap(), Algorithm::PS256, &key);
+        assert_eq!(header.kid.as_deref(), Some("of-jwk"));
+    }
+
+    #[test]
+    fn a_server_that_wants_pss_gets_it() {
+        let (pair, [text, ..]) = rsa_key();
+        let key = DecodingKey::from_rsa_der(pair.public_key().as_ref());
+        let endpoints = endpoints(Some(&["ES256", "PS256"]));
+        let assertion = Settings::default().sign(true, &text, "id", &endpoints);
+        verified(&assertion.unwrap(), Algorithm::PS256, &key);
+    }
+
+    #[test]
+    fn keys_that_cannot_be_used_are_refused_without_showing_them() {
+        let (_, [pem_text, _, jwk]) = ec_key(CURVES[0], 32);
+        let other: Value = serde_json::from_str(&ec_key(CURVES[0], 32).1[2]).unwrap();
+        let mut mixed: Value = serde_json::from_str(&jwk).unwrap();
+        mixed["x"] = other["x"].clone();
+        for text in [
+            "CANARY".to_owned(),
+            String::new(),
+            "{\"kty\":\"CANARY\"}".to_owned(),
+            "{\"kty\":\"EC\",\"crv\":\"P-256\",\"d\":\"CANARY!\"}".to_owned(),
+            "{CANARY".to_owned(),
+            mixed.to_string(),
+            jwk.replacen('{', r#"{"alg":"CANARY","#, 1),
+            jwk.replacen('{', r#"{"alg":"RS256","#, 1),
+            jwk.replace("P-256", "P-521"),
+            pem_text.replace("PRIVATE", "PUBLIC"),
+            "-----BEGIN PRIVATE KEY-----\nCANARY\n-----END PRIVATE KEY-----\n".to_owned(),
+            "-----BEGIN RSA PRIVATE KEY-----\nAAAA\n-----END RSA PRIVATE KEY-----\n".to_owned(),
+        ] {
+            let settings = Settings {
+                key: Some(text.as_str().into()),
+                ..Settings::default()
+            };
+            let error = settings.check(true, Some(&endpoints(None))).unwrap_err();
+            assert!(!format!("{error:?}").contains("CANARY"), "{error:?}");
+            assert!(settings.sign(true, &text, "id", &endpoints(None)).is_err());
+        }
+        for (by_key, algorithm) in [
+            (true, SigningAlgorithm::Rs256),
+            (true, SigningAlgorithm::Hs256),
+            (false, SigningAlgorithm::Es256),
+        ] {
+            let settings = Settings {
+                key: Some(pem_text.as_str().into()),
+                algorithm: Some(algorithm),
+                ..Settings::default()
+            };
+            let checked = settings.check(by_key, Some(&endpoints(None)));
+            assert!(checked.is_err(), "{algorithm:?}");
+        }
+    }
+}

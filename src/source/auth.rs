@@ -1,0 +1,414 @@
+//! How a client proves to its authorization server who it is.
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use http::HeaderValue;
+use oauth2::url::form_urlencoded;
+use secrecy::SecretString;
+use tokio::time::Instant;
+use zeroize::Zeroizing;
+
+#[cfg(feature = "jwt")]
+use super::assertion;
+use super::{
+    credential::{Credential, Given},
+    endpoints::Endpoints,
+    transport::Authorization,
+};
+use crate::{
+    error::{ConfigError, TokenError},
+    sync::Mutex,
+};
+
+/// How a client proves its identity to the token endpoint, by the names of the registry that RFC 7591
+/// section 2 and RFC 8414 section 2 share.
+///
+/// A token request is sent with one of them (RFC 6749 section 2.3). Without
+/// [`auth_method`](crate::ClientCredentialsBuilder::auth_method) it follows from what the builder was given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum AuthMethod {
+    /// `client_secret_basic`: id and secret in an `Authorization: Basic` header, each form-encoded first
+    /// (RFC 6749 section 2.3.1).
+    ///
+    /// What follows from a secret. A space is encoded as `%20`, since some servers take a `+` for itself.
+    #[default]
+    ClientSecretBasic,
+    /// `client_secret_post`: id and secret in the body, for servers that support nothing better.
+    ClientSecretPost,
+    /// `client_secret_jwt`: an assertion that is signed with the secret (RFC 7523 section 2.2), so that the secret
+    /// stays at home.
+    #[cfg(feature = "jwt")]
+    ClientSecretJwt,
+    /// `private_key_jwt`: an assertion that is signed with a private key (RFC 7523 section 2.2).
+    ///
+    /// What follows from a private key.
+    #[cfg(feature = "jwt")]
+    PrivateKeyJwt,
+    /// `tls_client_auth`: a client certificate that a trusted authority signed, and the id in the body (RFC 8705
+    /// section 2.1).
+    ///
+    /// What follows from a client certificate.
+    TlsClientAuth,
+    /// `self_signed_tls_client_auth`: a client certificate that the server knows by itself, and the id in the
+    /// body (RFC 8705 section 2.2).
+    SelfSignedTlsClientAuth,
+    /// `none`: the id in the body and no proof. What follows from nothing.
+    None,
+}
+
+impl AuthMethod {
+    fn name(self) -> &'static str {
+        match self {
+            Self::ClientSecretBasic => "client_secret_basic",
+            Self::ClientSecretPost => "client_secret_post",
+            #[cfg(feature = "jwt")]
+            Self::ClientSecretJwt => "client_secret_jwt",
+            #[cfg(feature = "jwt")]
+            Self::PrivateKeyJwt => "private_key_jwt",
+            Self::TlsClientAuth => "tls_client_auth",
+            Self::SelfSignedTlsClientAuth => "self_signed_tls_client_auth",
+            Self::None => "none",
+        }
+    }
+}
+
+/// What a client has to prove its identity with.
+#[derive(Debug, Default)]
+pub(super) struct Means {
+    pub(super) method: Option<AuthMethod>,
+    pub(super) secret: Option<Credential>,
+    pub(super) raw_basic: bool,
+    pub(super) certificate: Option<Certificate>,
+    #[cfg(feature = "jwt")]
+    pub(super) assertion: assertion::Settings,
+}
+
+/// A client certificate and its key.
+#[derive(Debug)]
+pub(super) struct Certificate {
+    pub(super) chain: Credential,
+    pub(super) key: Credential,
+}
+
+impl Means {
+    /// Whether the client's way to prove its identity was set here, and not within a client of `oauth2`.
+    pub(super) fn take_over(&self) -> bool {
+        let own_method = !matches!(
+            self.method,
+            None | Some(AuthMethod::ClientSecretBasic | AuthMethod::ClientSecretPost)
+        );
+        own_method || self.secret.is_some() || self.private_key().is_some()
+    }
+
+    /// Finds what contradicts itself, and constants that are of no use.
+    ///
+    /// `certificate_elsewhere` if the transport may present one that we do not know of.
+    pub(super) fn check(
+        &self,
+        endpoints: Option<&Endpoints>,
+        certificate_elsewhere: bool,
+    ) -> Result<(), ConfigError> {
+        if self.method.is_none() && self.secret.is_some() && self.private_key().is_some() {
+            return Err(ConfigError::new(
+                "the client has both a secret and a private key, and no auth_method chooses",
+            ));
+        }
+        let supported = endpoints.and_then(|endpoints| endpoints.auth_methods.as_deref());
+        let method = self.method(supported).map_err(ConfigError::new)?;
+        let missing = match method {
+            AuthMethod::ClientSecretBasic | AuthMethod::ClientSecretPost
+                if self.secret.is_none() =>
+            {
+                "a client_secret"
+            }
+            #[cfg(feature = "jwt")]
+            AuthMethod::ClientSecretJwt if self.secret.is_none() => "a client_secret",
+            #[cfg(feature = "jwt")]
+            AuthMethod::PrivateKeyJwt if self.private_key().is_none() => "a private_key",
+            AuthMethod::TlsClientAuth | AuthMethod::SelfSignedTlsClientAuth
+                if self.certificate.is_none() && !certificate_elsewhere =>
+            {
+                "a client_certificate"
+            }
+            AuthMethod::None if self.secret.is_some() || self.private_key().is_some() => {
+                return Err(ConfigError::new(
+                    "the client has a secret or a private key that auth_method does not use",
+                ));
+            }
+            _ => "",
+        };
+        if !missing.is_empty() {
+            return Err(ConfigError::new(format!(
+                "the auth_method {} takes {missing}",
+                method.name()
+            )));
+        }
+        #[cfg(feature = "jwt")]
+        self.check_assertion(method, endpoints)?;
+        Ok(())
+    }
+
+    #[cfg(feature = "jwt")]
+    fn check_assertion(
+        &self,
+        method: AuthMethod,
+        endpoints: Option<&Endpoints>,
+    ) -> Result<(), ConfigError> {
+        let by_key = match method {
+            AuthMethod::PrivateKeyJwt => true,
+            AuthMethod::ClientSecretJwt => false,
+            _ => return Ok(()),
+        };
+        self.assertion.check(by_key, endpoints)
+    }
+
+    /// Chooses the method, by what the server supports if that is known.
+    pub(super) fn method(&self, supported: Option<&[String]>) -> Result<AuthMethod, &'static str> {
+        if let Some(method) = self.method {
+            return Ok(method);
+        }
+        #[cfg(feature = "jwt")]
+        if self.private_key().is_some() {
+            return Ok(AuthMethod::PrivateKeyJwt);
+        }
+        let supports = |method: AuthMethod| {
+            supported.is_some_and(|names| names.iter().any(|name| name == method.name()))
+        };
+        if self.secret.is_some() {
+            // RFC 8414 section 2: a list that is left out stands for the first one.
+            if supported.is_none() {
+                return Ok(AuthMethod::ClientSecretBasic);
+            }
+            return BY_SECRET
+                .into_iter()
+                .find(|method| supports(*method))
+                .ok_or("the server supports no way to authenticate by a client secret");
+        }
+        if self.certificate.is_none() {
+            return Ok(AuthMethod::None);
+        }
+        if supports(AuthMethod::SelfSignedTlsClientAuth) && !supports(AuthMethod::TlsClientAuth) {
+            return Ok(AuthMethod::SelfSignedTlsClientAuth);
+        }
+        Ok(AuthMethod::TlsClientAuth)
+    }
+
+    /// Asks for the credentials that `method` takes.
+    pub(super) async fn gather(&self, method: Option<AuthMethod>) -> Result<Held, TokenError> {
+        let shared = match method {
+            Some(AuthMethod::ClientSecretBasic | AuthMethod::ClientSecretPost) => {
+                self.secret.as_ref()
+            }
+            #[cfg(feature = "jwt")]
+            Some(AuthMethod::ClientSecretJwt) => self.secret.as_ref(),
+            #[cfg(feature = "jwt")]
+            Some(AuthMethod::PrivateKeyJwt) => self.private_key(),
+            _ => None,
+        };
+        let mut held = Held::default();
+        if let Some(credential) = shared {
+            held.shared = Some(credential.get().await?);
+        }
+        // Whatever the method, since tokens can be bound to it (RFC 8705 section 3).
+        if let Some(Certificate { chain, key }) = &self.certificate {
+            held.certificate = Some((chain.get().await?, key.get().await?));
+        }
+        Ok(held)
+    }
+
+    /// Makes the proof that goes with one token request.
+    pub(super) fn prove(
+        &self,
+        method: AuthMethod,
+        client_id: &str,
+        held: &Held,
+        endpoints: &Endpoints,
+    ) -> Result<Proof, ConfigError> {
+        let text = held.shared.as_ref().map_or("", Given::text);
+        Ok(match method {
+            AuthMethod::ClientSecretBasic => Proof {
+                authorization: Authorization::Given(basic(client_id, text, self.raw_basic)),
+                params: Vec::new(),
+            },
+            AuthMethod::ClientSecretPost => Proof {
+                authorization: Authorization::AsItIs,
+                params: vec![("client_secret", SecretString::from(text))],
+            },
+            #[cfg(feature = "jwt")]
+            AuthMethod::ClientSecretJwt | AuthMethod::PrivateKeyJwt => {
+                let by_key = method == AuthMethod::PrivateKeyJwt;
+                let assertion = self.assertion.sign(by_key, text, client_id, endpoints)?;
+                Proof {
+                    authorization: Authorization::AsItIs,
+                    params: vec![
+                        ("client_assertion_type", assertion::TYPE.into()),
+                        ("client_assertion", assertion),
+                    ],
+                }
+            }
+            AuthMethod::TlsClientAuth | AuthMethod::SelfSignedTlsClientAuth | AuthMethod::None => {
+                // Only assertions speak of their audience.
+                let _ = endpoints;
+                Proof {
+                    authorization: Authorization::AsItIs,
+                    params: Vec::new(),
+                }
+            }
+        })
+    }
+
+    fn private_key(&self) -> Option<&Credential> {
+        #[cfg(feature = "jwt")]
+        return self.assertion.key.as_ref();
+        #[cfg(not(feature = "jwt"))]
+        None
+    }
+}
+
+/// What goes into a token request.
+pub(super) struct Proof {
+    pub(super) authorization: Authorization,
+    pub(super) params: Vec<(&'static str, SecretString)>,
+}
+
+/// The credentials of one token request.
+#[derive(Clone, Default)]
+pub(super) struct Held {
+    shared: Option<Given>,
+    pub(super) certificate: Option<(Given, Given)>,
+}
+
+impl Held {
+    /// Has another token request ask for others.
+    pub(super) fn refuse(&self) {
+        self.iter().for_each(Given::refuse);
+    }
+
+    pub(super) fn is_as(&self, other: &Self) -> bool {
+        self.iter()
+            .map(Given::text)
+            .eq(other.iter().map(Given::text))
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Given> {
+        let certificate = self.certificate.iter();
+        let certificate = certificate.flat_map(|(chain, key)| [chain, key]);
+        self.shared.iter().chain(certificate)
+    }
+}
+
+/// The credentials that the server refused last, for good.
+pub(super) struct Refused(Mutex<Option<Refusal>>);
+
+#[derive(Clone)]
+struct Refusal {
+    held: Held,
+    /// When the files were looked at last.
+    looked: Option<Instant>,
+    changed: bool,
+}
+
+impl Refused {
+    pub(super) fn new() -> Self {
+        Self(Mutex::new(None))
+    }
+
+    pub(super) fn set(&self, held: &Held) {
+        *self.0.lock() = Some(Refusal {
+            held: held.clone(),
+            looked: None,
+            changed: false,
+        });
+    }
+
+    pub(super) fn clear(&self) {
+        *self.0.lock() = None;
+    }
+
+    /// Whether there is something else by now. Files are looked at once in a second at most, and not under the
+    /// lock.
+    pub(super) fn has_changed(&self, now: Instant) -> bool {
+        let (held, look) = {
+            let mut refusal = self.0.lock();
+            let Some(refusal) = &mut *refusal else {
+                return false;
+            };
+            if refusal.changed {
+                return true;
+            }
+            let look = refusal
+                .looked
+                .is_none_or(|looked| now.duration_since(looked) >= LOOK_EVERY);
+            if look {
+                refusal.looked = Some(now);
+            }
+            (refusal.held.clone(), look)
+        };
+        let changed = held
+            .iter()
+            .any(|given| (look || !given.is_of_file()) && given.is_outdated());
+        if changed {
+            let mut refusal = self.0.lock();
+            // Unless it is about others by now.
+            if let Some(refusal) = refusal.as_mut().filter(|now| now.held.is_as(&held)) {
+                refusal.changed = true;
+            }
+        }
+        changed
+    }
+}
+
+/// The header of RFC 6749 section 2.3.1.
+fn basic(client_id: &str, secret: &str, raw: bool) -> HeaderValue {
+    let pair = Zeroizing::new(if raw {
+        format!("{client_id}:{secret}")
+    } else {
+        format!("{}:{}", *form_encoded(client_id), *form_encoded(secret))
+    });
+    let value = Zeroizing::new(format!(
+        "Basic {}",
+        *Zeroizing::new(STANDARD.encode(&*pair))
+    ));
+    let mut value = HeaderValue::from_str(&value).expect("base64 fits into a header");
+    value.set_sensitive(true);
+    value
+}
+
+/// Writes the header that `oauth2` made in the way of [`basic`]. What is none of its headers stays.
+pub(super) fn basic_again(header: &HeaderValue, raw: bool) -> Option<HeaderValue> {
+    let encoded = header.to_str().ok()?.strip_prefix("Basic ")?;
+    let pair = Zeroizing::new(STANDARD.decode(encoded).ok()?);
+    let (id, secret) = std::str::from_utf8(&pair).ok()?.split_once(':')?;
+    let decoded = |text: &str| {
+        // Encoded text has neither `=` nor `&`, so this is one name.
+        let mut pairs = form_urlencoded::parse(text.as_bytes());
+        Zeroizing::new(
+            pairs
+                .next()
+                .map(|(name, _)| name.into_owned())
+                .unwrap_or_default(),
+        )
+    };
+    Some(basic(&decoded(id), &decoded(secret), raw))
+}
+
+/// RFC 6749 appendix B, with a space as `%20`: a decoder of forms reads that as well as `+`, and one of URLs
+/// reads nothing else.
+fn form_encoded(text: &str) -> Zeroizing<String> {
+    let encoded: String = form_urlencoded::byte_serialize(text.as_bytes()).collect();
+    // A plus of the text itself is `%2B` by now.
+    Zeroizing::new(encoded.replace('+', "%20"))
+}
+
+/// In the order in which they are chosen.
+#[cfg(feature = "jwt")]
+const BY_SECRET: [AuthMethod; 3] = [
+    AuthMethod::ClientSecretBasic,
+    AuthMethod::ClientSecretPost,
+    AuthMethod::ClientSecretJwt,
+];
+#[cfg(not(feature = "jwt"))]
+const BY_SECRET: [AuthMethod; 2] = [AuthMethod::ClientSecretBasic, AuthMethod::ClientSecretPost];
+
+/// How often the files of refused credentials are looked at.
+const LOOK_EVERY: std::time::Duration = std::time::Duration::from_secs(1);

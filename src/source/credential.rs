@@ -1,0 +1,448 @@
+//! [`Credential`]: where a secret, a key or a certificate comes from, and whether it has changed.
+
+use std::{
+    env,
+    ffi::{OsStr, OsString},
+    fmt,
+    fs::{self, File, Metadata},
+    future::Future,
+    io::{self, Read},
+    path::{Path, PathBuf},
+    pin::Pin,
+    sync::Arc,
+    time::SystemTime,
+};
+
+use secrecy::{ExposeSecret, SecretString};
+use zeroize::Zeroizing;
+
+use crate::{
+    error::{BoxError, TokenError},
+    sync::Mutex,
+};
+
+/// Where a secret, a private key or a certificate comes from: a constant, a file, an environment variable or a
+/// function.
+///
+/// All but constants may change while the program runs. A file and a variable are read for every token
+/// request. A function is asked once, and what it gave is kept until the server refuses it. When the server answers
+/// `invalid_client`, the credential is asked for again within the same attempt, and if it has changed the
+/// token request is sent once more.
+///
+/// Text is converted as it is. Nothing of it is ever printed, and it is wiped from memory on drop.
+///
+/// ```
+/// use tower_bearer::{BoxError, Credential};
+///
+/// # async fn read_from_vault() -> Result<String, BoxError> { Ok("secret".to_owned()) }
+/// let constant = Credential::from("secret");
+/// let mounted = Credential::file("/var/run/secrets/client-secret");
+/// let variable = Credential::env("CLIENT_SECRET");
+/// let vault = Credential::from_fn(|| async { read_from_vault().await });
+/// # let _ = (constant, mounted, variable, vault);
+/// ```
+///
+/// Clones are cheap, and share what a function gave.
+///
+/// # Errors
+///
+/// A credential that cannot be had, such as a file that is not there, fails the attempt with a transient
+/// [`TokenError`]: the cache tries again with backoff.
+#[derive(Clone)]
+pub struct Credential(Arc<Origin>);
+
+enum Origin {
+    Constant(Text),
+    File(PathBuf),
+    Env(OsString),
+    Function(Function),
+}
+
+struct Function {
+    ask: Box<dyn Fn() -> Asking + Send + Sync>,
+    kept: Mutex<Kept>,
+    /// Held while the function is asked, so that many token requests ask it once.
+    turn: tokio::sync::Mutex<()>,
+}
+
+/// What a function gave last.
+#[derive(Clone, Default)]
+struct Kept {
+    text: Option<Text>,
+    /// Whether the server has refused it, so that the next token request asks for another one.
+    refused: bool,
+}
+
+type Text = Arc<SecretString>;
+
+type Asking = Pin<Box<dyn Future<Output = Result<String, BoxError>> + Send>>;
+
+impl Credential {
+    /// Creates a credential that is read from a file for every token request: a Kubernetes mount, for example.
+    ///
+    /// Line breaks at its end are left out. It is read off the runtime's own threads, up to 1 MiB.
+    pub fn file(path: impl Into<PathBuf>) -> Self {
+        Self(Arc::new(Origin::File(path.into())))
+    }
+
+    /// Creates a credential that is read from an environment variable for every token request.
+    pub fn env(name: impl Into<OsString>) -> Self {
+        Self(Arc::new(Origin::Env(name.into())))
+    }
+
+    /// Creates a credential that an async function gives: a client of Vault, for example.
+    ///
+    /// It is asked when the first token is due, and again when the server has refused what it gave; never by two
+    /// at once. It is dropped with the attempt, 10 s in the cache, so it needs no timeout of its own. Its error
+    /// becomes the source of a [`TokenError`], so it should hold no secret.
+    pub fn from_fn<F, Fut>(f: F) -> Self
+    where
+        F: Fn() -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<String, BoxError>> + Send + 'static,
+    {
+        Self(Arc::new(Origin::Function(Function {
+            ask: Box::new(move || Box::pin(f())),
+            kept: Mutex::new(Kept::default()),
+            turn: tokio::sync::Mutex::new(()),
+        })))
+    }
+
+    /// The text, if it is known while the program is set up.
+    pub(super) fn constant(&self) -> Option<&SecretString> {
+        match &*self.0 {
+            Origin::Constant(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// What a token request is to be sent with now.
+    pub(super) async fn get(&self) -> Result<Given, TokenError> {
+        let (text, stamp) = match &*self.0 {
+            Origin::Constant(text) => (text.clone(), None),
+            Origin::File(path) => {
+                let (text, stamp) = read_off_runtime(path.clone()).await?;
+                (Arc::new(text), Some(stamp))
+            }
+            Origin::Env(name) => (Arc::new(read_env(name)?), None),
+            Origin::Function(function) => (function.get().await?, None),
+        };
+        Ok(Given {
+            credential: self.clone(),
+            text,
+            stamp,
+        })
+    }
+}
+
+impl From<String> for Credential {
+    fn from(text: String) -> Self {
+        Self(Arc::new(Origin::Constant(Arc::new(text.into()))))
+    }
+}
+
+impl From<&str> for Credential {
+    fn from(text: &str) -> Self {
+        text.to_owned().into()
+    }
+}
+
+impl fmt::Debug for Credential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut tuple = f.debug_tuple("Credential");
+        match &*self.0 {
+            Origin::Constant(_) => tuple.field(&format_args!("constant")),
+            Origin::File(path) => tuple.field(path),
+            Origin::Env(name) => tuple.field(name),
+            Origin::Function(_) => tuple.field(&format_args!("function")),
+        };
+        tuple.finish()
+    }
+}
+
+/// What a credential gave for one token request.
+#[derive(Clone)]
+pub(super) struct Given {
+    credential: Credential,
+    text: Text,
+    stamp: Option<Stamp>,
+}
+
+impl Given {
+    pub(super) fn text(&self) -> &str {
+        self.text.expose_secret()
+    }
+
+    pub(super) fn is_of_file(&self) -> bool {
+        matches!(&*self.credential.0, Origin::File(_))
+    }
+
+    /// Has the next token request ask for another one, since the server refused this one.
+    pub(super) fn refuse(&self) {
+        if let Origin::Function(function) = &*self.credential.0 {
+            let mut kept = function.kept.lock();
+            if kept.is(&self.text) {
+                kept.refused = true;
+            }
+        }
+    }
+
+    /// Whether the next token request would be sent with something else, as far as can be told at once.
+    pub(super) fn is_outdated(&self) -> bool {
+        match &*self.credential.0 {
+            Origin::Constant(_) => false,
+            Origin::File(path) => Stamp::of(fs::metadata(path)) != self.stamp,
+            Origin::Env(name) => env::var_os(name)
+                .is_some_and(|value| value.as_encoded_bytes() != self.text().as_bytes()),
+            // Text that was given again is no other text.
+            Origin::Function(function) => {
+                let kept = function.kept.lock().text.clone();
+                kept.is_some_and(|kept| kept.expose_secret() != self.text())
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Given {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.credential.fmt(f)
+    }
+}
+
+impl Kept {
+    fn is(&self, text: &Text) -> bool {
+        self.text
+            .as_ref()
+            .is_some_and(|kept| Arc::ptr_eq(kept, text))
+    }
+
+    fn usable(&self) -> Option<Text> {
+        self.text.clone().filter(|_| !self.refused)
+    }
+}
+
+impl Function {
+    async fn get(&self) -> Result<Text, TokenError> {
+        let kept = self.kept.lock().usable();
+        if let Some(text) = kept {
+            return Ok(text);
+        }
+        let _turn = self.turn.lock().await;
+        // Whoever had the turn before may have got it.
+        let kept = self.kept.lock().usable();
+        if let Some(text) = kept {
+            return Ok(text);
+        }
+        let text = (self.ask)().await.map_err(TokenError::transient)?;
+        let text = Arc::new(SecretString::from(text));
+        *self.kept.lock() = Kept {
+            text: Some(text.clone()),
+            refused: false,
+        };
+        Ok(text)
+    }
+}
+
+/// By what a file's change is told without reading it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Stamp {
+    modified: Option<SystemTime>,
+    length: u64,
+}
+
+impl Stamp {
+    fn new(metadata: &Metadata) -> Self {
+        Self {
+            modified: metadata.modified().ok(),
+            length: metadata.len(),
+        }
+    }
+
+    fn of(metadata: io::Result<Metadata>) -> Option<Self> {
+        metadata.ok().as_ref().map(Self::new)
+    }
+}
+
+async fn read_off_runtime(path: PathBuf) -> Result<(SecretString, Stamp), TokenError> {
+    let reading = tokio::task::spawn_blocking(move || {
+        read_file(&path).map_err(|error| {
+            let problem = format!("the file {path:?} cannot be read");
+            TokenError::transient(Unreadable { problem, error })
+        })
+    });
+    match reading.await {
+        Ok(read) => read,
+        // The runtime shuts down.
+        Err(error) => Err(TokenError::transient(error)),
+    }
+}
+
+fn read_file(path: &Path) -> io::Result<(SecretString, Stamp)> {
+    let file = File::open(path)?;
+    // Before its content: what changes in between counts as a change.
+    let stamp = Stamp::new(&file.metadata()?);
+    // Of one size from the start, since a buffer that grows leaves its content behind.
+    let capacity = stamp.length.min(FILE_LIMIT) as usize + 1;
+    let mut text = Zeroizing::new(Vec::with_capacity(capacity));
+    file.take(FILE_LIMIT + 1).read_to_end(&mut text)?;
+    if text.len() as u64 > FILE_LIMIT {
+        return Err(io::Error::other("it is larger than 1 MiB"));
+    }
+    // The error would quote nothing, but hold the bytes.
+    let text = std::str::from_utf8(&text).map_err(|_| io::Error::other("it is not UTF-8"))?;
+    let text = text.trim_end_matches(['\r', '\n']);
+    if text.is_empty() {
+        // A file that is being written.
+        return Err(io::Error::other("it is empty"));
+    }
+    Ok((SecretString::from(text), stamp))
+}
+
+fn read_env(name: &OsStr) -> Result<SecretString, TokenError> {
+    let problem = match env::var(name) {
+        Ok(text) if !text.is_empty() => return Ok(text.into()),
+        Ok(_) => "is empty",
+        Err(env::VarError::NotPresent) => "is not set",
+        Err(env::VarError::NotUnicode(_)) => "is not UTF-8",
+    };
+    let problem = format!("the environment variable {name:?} {problem}");
+    Err(TokenError::transient(problem))
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("{problem}")]
+struct Unreadable {
+    problem: String,
+    #[source]
+    error: io::Error,
+}
+
+/// Far more than a chain of certificates takes.
+const FILE_LIMIT: u64 = 1024 * 1024;
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    async fn text(credential: &Credential) -> String {
+        credential.get().await.unwrap().text().to_owned()
+    }
+
+    /// A file of its own, gone with the test.
+    struct Temporary(PathBuf);
+
+    impl Temporary {
+        fn new(name: &str) -> Self {
+            let name = format!("tower-bearer-{}-{name}", std::process::id());
+            Self(env::temp_dir().join(name))
+        }
+
+        fn write(&self, text: &str) {
+            fs::write(&self.0, text).unwrap();
+        }
+    }
+
+    impl Drop for Temporary {
+        fn drop(&mut self) {
+            let _ = fs::remove_file(&self.0);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_is_read_each_time_without_its_last_line_breaks() {
+        let file = Temporary::new("read");
+        let credential = Credential::file(&file.0);
+        for (written, read) in [("one", "one"), (" two \r\n", " two "), ("a\nb\n\n", "a\nb")] {
+            file.write(written);
+            assert_eq!(text(&credential).await, read);
+        }
+        let given = credential.get().await.unwrap();
+        assert!(!given.is_outdated());
+        file.write("another length");
+        assert!(given.is_outdated());
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_read_is_transient_and_shows_no_content() {
+        let file = Temporary::new("broken");
+        for broken in [None, Some(&b""[..]), Some(b"\n"), Some(b"CANARY\xFF")] {
+            if let Some(content) = broken {
+                fs::write(&file.0, content).unwrap();
+            }
+            let error = Credential::file(&file.0).get().await.unwrap_err();
+            assert!(error.is_transient());
+            assert!(!format!("{error:?}").contains("CANARY"), "{error:?}");
+        }
+        let large = Temporary::new("large");
+        large.write(&"a".repeat(FILE_LIMIT as usize + 1));
+        assert!(Credential::file(&large.0).get().await.is_err());
+        let missing = Credential::env("TOWER_BEARER_IS_NOT_SET");
+        assert!(missing.get().await.unwrap_err().is_transient());
+    }
+
+    #[tokio::test]
+    async fn a_variable_is_read_as_it_is() {
+        // Cargo sets it for every test.
+        let credential = Credential::env("CARGO_PKG_NAME");
+        let given = credential.get().await.unwrap();
+        assert_eq!(given.text(), "tower-bearer");
+        assert!(!given.is_outdated());
+    }
+
+    #[tokio::test]
+    async fn a_function_is_asked_once_until_what_it_gave_is_refused() {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = asked.clone();
+        let credential = Credential::from_fn(move || {
+            let count = count.clone();
+            async move {
+                tokio::task::yield_now().await;
+                Ok(format!("secret-{}", count.fetch_add(1, Ordering::Relaxed)))
+            }
+        });
+        let (one, other) = tokio::join!(text(&credential), text(&credential));
+        assert_eq!((&*one, &*other), ("secret-0", "secret-0"));
+
+        let (first, also_first) = (
+            credential.get().await.unwrap(),
+            credential.get().await.unwrap(),
+        );
+        assert!(!first.is_outdated());
+        first.refuse();
+        assert_eq!(text(&credential).await, "secret-1");
+        assert!(first.is_outdated());
+        // Another token request that was sent with the old one finds the new one.
+        also_first.refuse();
+        assert_eq!(text(&credential).await, "secret-1");
+        assert_eq!(asked.load(Ordering::Relaxed), 2);
+    }
+
+    /// Law 5: whoever is dropped while it asks leaves the turn to the next.
+    #[tokio::test(start_paused = true)]
+    async fn a_function_that_hangs_is_asked_again_by_the_next() {
+        let asked = AtomicUsize::new(0);
+        let credential = Credential::from_fn(move || {
+            let first = asked.fetch_add(1, Ordering::Relaxed) == 0;
+            async move {
+                if first {
+                    std::future::pending::<()>().await;
+                }
+                Ok("secret".to_owned())
+            }
+        });
+        let limit = std::time::Duration::from_secs(1);
+        assert!(tokio::time::timeout(limit, credential.get()).await.is_err());
+        assert_eq!(text(&credential).await, "secret");
+    }
+
+    /// Law 9.
+    #[tokio::test]
+    async fn nothing_shows_the_text() {
+        let credential = Credential::from("CANARY");
+        let given = credential.get().await.unwrap();
+        assert!(!format!("{credential:?} {given:?}").contains("CANARY"));
+        let file = format!("{:?}", Credential::file("/a/b"));
+        assert_eq!(file, "Credential(\"/a/b\")");
+    }
+}

@@ -1,0 +1,394 @@
+//! How a client proves its identity, and what becomes of credentials that change.
+
+use std::{
+    convert::Infallible,
+    fs,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::{BodyExt, Full};
+use tower::util::BoxCloneSyncService;
+use tower_bearer::{
+    AuthMethod, ClientCredentials, ClientCredentialsBuilder, Credential, Fetch, TokenCache,
+    TokenSource,
+};
+
+const URL: &str = "https://as.example/token";
+
+/// An authorization server that knows one secret at a time.
+#[derive(Clone, Default)]
+struct Server {
+    secret: Arc<Mutex<String>>,
+    bodies: Arc<Mutex<Vec<String>>>,
+}
+
+impl Server {
+    fn set_secret(&self, secret: &str) {
+        *self.secret.lock().unwrap() = secret.to_owned();
+    }
+
+    fn bodies(&self) -> Vec<String> {
+        self.bodies.lock().unwrap().clone()
+    }
+
+    fn service(
+        &self,
+    ) -> BoxCloneSyncService<Request<Full<Bytes>>, Response<Full<Bytes>>, Infallible> {
+        let server = self.clone();
+        BoxCloneSyncService::new(tower::service_fn(move |request: Request<Full<Bytes>>| {
+            let server = server.clone();
+            async move {
+                let body = request.into_body().collect().await.unwrap().to_bytes();
+                let body = String::from_utf8(body.to_vec()).unwrap();
+                let secret = server.secret.lock().unwrap().clone();
+                let known = body.ends_with(&format!("&client_secret={secret}"));
+                server.bodies.lock().unwrap().push(body);
+                let (status, answer) = if known {
+                    (200, r#"{"access_token":"token","token_type":"Bearer"}"#)
+                } else {
+                    (401, r#"{"error":"invalid_client"}"#)
+                };
+                let response = Response::builder().status(status);
+                Ok::<_, Infallible>(response.body(Full::from(answer)).unwrap())
+            }
+        }))
+    }
+
+    fn source(&self, secret: impl Into<Credential>) -> ClientCredentials {
+        builder()
+            .client_secret(secret)
+            .auth_method(AuthMethod::ClientSecretPost)
+            .build_with(self.service())
+            .unwrap()
+    }
+}
+
+fn builder() -> ClientCredentialsBuilder {
+    ClientCredentials::builder(URL, "id")
+}
+
+/// A directory of its own, gone with the test.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn new(name: &str) -> Self {
+        let name = format!("tower-bearer-it-{}-{name}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    fn write(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.0.join(name);
+        // As Kubernetes does it: what is there is whole.
+        fs::write(path.with_extension("new"), text).unwrap();
+        fs::rename(path.with_extension("new"), &path).unwrap();
+        path
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_is_replaced_is_read_for_the_next_token() {
+    let directory = Directory::new("replaced");
+    let server = Server::default();
+    server.set_secret("one");
+    let source = server.source(Credential::file(directory.write("secret", "one\n")));
+    source.fetch(Fetch::new()).await.unwrap();
+    directory.write("secret", "two\n");
+    server.set_secret("two");
+    source.fetch(Fetch::new()).await.unwrap();
+    assert_eq!(server.bodies().len(), 2);
+}
+
+/// Many keys of one source ask the function once.
+#[tokio::test]
+async fn a_secret_that_the_server_has_replaced_is_asked_for_once() {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let server = Server::default();
+    server.set_secret("0");
+    let count = asked.clone();
+    let source = server.source(Credential::from_fn(move || {
+        let count = count.clone();
+        async move { Ok(count.fetch_add(1, Ordering::SeqCst).to_string()) }
+    }));
+    source.fetch(Fetch::new()).await.unwrap();
+
+    server.set_secret("1");
+    let fetches: Vec<_> = (0..20)
+        .map(|_| {
+            let source = source.clone();
+            tokio::spawn(async move { source.fetch(Fetch::new()).await.map(drop) })
+        })
+        .collect();
+    for fetch in fetches {
+        fetch.await.unwrap().unwrap();
+    }
+    assert_eq!(asked.load(Ordering::SeqCst), 2);
+}
+
+/// Law 7: a cache whose secret was wrong serves as soon as it is right.
+#[tokio::test]
+async fn a_cache_recovers_from_a_wrong_secret() {
+    let directory = Directory::new("wrong");
+    let server = Server::default();
+    server.set_secret("right");
+    let source = Arc::new(server.source(Credential::file(directory.write("secret", "wrong"))));
+    let cache = TokenCache::new(source.clone());
+    let error = cache.get().await.unwrap_err();
+    assert_eq!(error.oauth_error(), Some("invalid_client"));
+    assert!(!source.has_new_credentials());
+    directory.write("secret", "right");
+    // Looked at once in a second at most.
+    tokio::time::pause();
+    tokio::time::advance(std::time::Duration::from_secs(1)).await;
+    assert!(source.has_new_credentials());
+    source.fetch(Fetch::new()).await.unwrap();
+    assert!(!source.has_new_credentials());
+}
+
+#[tokio::test]
+async fn a_credential_that_cannot_be_had_sends_nothing() {
+    let server = Server::default();
+    for credential in [
+        Credential::file("/nonexistent/secret"),
+        Credential::env("TOWER_BEARER_IS_NOT_SET"),
+        Credential::from_fn(|| async { Err("sealed".into()) }),
+    ] {
+        let source = server.source(credential);
+        let error = source.fetch(Fetch::new()).await.unwrap_err();
+        assert!(error.is_transient(), "{error:?}");
+        assert_eq!(error.status(), None);
+    }
+    assert!(server.bodies().is_empty());
+}
+
+#[cfg(feature = "jwt")]
+mod jwt {
+    use jsonwebtoken::{Algorithm, DecodingKey, Validation};
+    use tower_bearer::AssertionAudience;
+
+    use super::*;
+
+    fn param(body: &str, name: &str) -> String {
+        let mut pairs = oauth2::url::form_urlencoded::parse(body.as_bytes());
+        let (_, value) = pairs.find(|(other, _)| other == name).expect(name);
+        value.into_owned()
+    }
+
+    /// A server that leaves it to the test to judge its clients.
+    async fn bodies(builder: ClientCredentialsBuilder, fetches: usize) -> Vec<String> {
+        let server = Server::default();
+        let source = builder.build_with(server.service()).unwrap();
+        for _ in 0..fetches {
+            source.fetch(Fetch::new()).await.unwrap_err();
+        }
+        server.bodies()
+    }
+
+    #[tokio::test]
+    async fn every_token_request_has_an_assertion_of_its_own() {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let builder = builder()
+            .issuer("https://as.example/")
+            .private_key(key.serialize_pem())
+            .key_id("k1");
+        let bodies = bodies(builder, 2).await;
+        let mut ids = Vec::new();
+        for body in bodies {
+            assert_eq!(
+                param(&body, "client_assertion_type"),
+                "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+            );
+            assert_eq!(param(&body, "client_id"), "id");
+            assert!(!body.contains("client_secret"));
+            let mut validation = Validation::new(Algorithm::ES256);
+            validation.set_audience(&["https://as.example/"]);
+            validation.set_issuer(&["id"]);
+            let data = jsonwebtoken::decode::<serde_json::Value>(
+                param(&body, "client_assertion"),
+                &DecodingKey::from_ec_der(rcgen::PublicKeyData::der_bytes(&key)),
+                &validation,
+            )
+            .unwrap();
+            assert_eq!(
+                data.header.typ.as_deref(),
+                Some("client-authentication+jwt")
+            );
+            assert_eq!(data.header.kid.as_deref(), Some("k1"));
+            ids.push(data.claims["jti"].as_str().unwrap().to_owned());
+        }
+        assert_ne!(ids[0], ids[1]);
+    }
+
+    #[tokio::test]
+    async fn a_secret_that_signs_stays_at_home() {
+        let builder = builder()
+            .client_secret("CANARY")
+            .auth_method(AuthMethod::ClientSecretJwt)
+            .assertion_audience(AssertionAudience::TokenEndpoint);
+        let bodies = bodies(builder, 1).await;
+        assert!(!bodies[0].contains("CANARY"));
+        let mut validation = Validation::new(Algorithm::HS256);
+        validation.set_audience(&[URL]);
+        let assertion = param(&bodies[0], "client_assertion");
+        let key = DecodingKey::from_secret(b"CANARY");
+        let data = jsonwebtoken::decode::<serde_json::Value>(&assertion, &key, &validation);
+        assert_eq!(data.unwrap().header.typ.as_deref(), Some("JWT"));
+    }
+
+    /// Law 7: a broken key is no panic, and is forgotten once it has been replaced.
+    #[tokio::test]
+    async fn a_key_that_breaks_is_terminal_until_it_is_replaced() {
+        let directory = Directory::new("key");
+        let server = Server::default();
+        let path = directory.write("key", "CANARY");
+        let source = builder()
+            .issuer("https://as.example")
+            .private_key(Credential::file(path))
+            .build_with(server.service())
+            .unwrap();
+        let error = source.fetch(Fetch::new()).await.unwrap_err();
+        assert!(!error.is_transient());
+        assert!(!format!("{error:?}").contains("CANARY"));
+        assert!(server.bodies().is_empty());
+        let key = rcgen::KeyPair::generate().unwrap();
+        directory.write("key", &key.serialize_pem());
+        assert!(source.has_new_credentials());
+        let error = source.fetch(Fetch::new()).await.unwrap_err();
+        assert_eq!(error.oauth_error(), Some("invalid_client"));
+    }
+}
+
+#[cfg(feature = "rustls")]
+mod mutual_tls {
+    use rcgen::{CertifiedKey, KeyPair};
+    use rustls::{
+        RootCertStore, ServerConfig,
+        pki_types::{CertificateDer, PrivatePkcs8KeyDer},
+        server::WebPkiClientVerifier,
+    };
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    /// A server that gives a token to those who present a certificate it knows, and tells which it was.
+    async fn endpoint(
+        own: &CertifiedKey<KeyPair>,
+        clients: &[&CertifiedKey<KeyPair>],
+    ) -> (String, Arc<Mutex<Vec<(CertificateDer<'static>, String)>>>) {
+        let mut roots = RootCertStore::empty();
+        for client in clients {
+            roots.add(client.cert.der().clone()).unwrap();
+        }
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let verifier =
+            WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone()).build();
+        let key = PrivatePkcs8KeyDer::from(own.signing_key.serialize_der());
+        let config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_client_cert_verifier(verifier.unwrap())
+            .with_single_cert(vec![own.cert.der().clone()], key.into())
+            .unwrap();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let presented = seen.clone();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let Ok(mut stream) = acceptor.accept(stream).await else {
+                    continue;
+                };
+                let certificates = stream.get_ref().1.peer_certificates().unwrap();
+                let certificate = certificates[0].clone().into_owned();
+                let mut request = Vec::new();
+                while !request.ends_with(b"client_id=id") {
+                    assert_ne!(stream.read_buf(&mut request).await.unwrap(), 0);
+                }
+                let request = String::from_utf8(request).unwrap();
+                presented.lock().unwrap().push((certificate, request));
+                let body = r#"{"access_token":"token","token_type":"Bearer"}"#;
+                let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", body.len());
+                let _ = stream.write_all((head + body).as_bytes()).await;
+                let _ = stream.shutdown().await;
+            }
+        });
+        (format!("https://localhost:{port}/token"), seen)
+    }
+
+    fn certified() -> CertifiedKey<KeyPair> {
+        rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap()
+    }
+
+    /// RFC 8705 section 2: the certificate proves who it is, and the body says it.
+    #[tokio::test]
+    async fn a_certificate_is_presented_and_followed_when_it_changes() {
+        let (own, one, other) = (certified(), certified(), certified());
+        let (url, seen) = endpoint(&own, &[&one, &other]).await;
+        let directory = Directory::new("tls");
+        let source = ClientCredentials::builder(url, "id")
+            .client_certificate(
+                Credential::file(directory.write("tls.crt", &one.cert.pem())),
+                Credential::file(directory.write("tls.key", &one.signing_key.serialize_pem())),
+            )
+            .root_certificates(own.cert.pem())
+            .build()
+            .unwrap();
+        source.fetch(Fetch::new()).await.unwrap();
+
+        // Half of the pair has been replaced: they do not fit, and nothing is sent.
+        directory.write("tls.crt", &other.cert.pem());
+        let error = source.fetch(Fetch::new()).await.unwrap_err();
+        assert!(!error.is_transient(), "{error:?}");
+        directory.write("tls.key", &other.signing_key.serialize_pem());
+        assert!(source.has_new_credentials());
+        source.fetch(Fetch::new()).await.unwrap();
+
+        let seen = seen.lock().unwrap();
+        let presented: Vec<_> = seen.iter().map(|(certificate, _)| certificate).collect();
+        assert_eq!(presented, [one.cert.der(), other.cert.der()]);
+        for (_, request) in &*seen {
+            assert!(request.ends_with("\r\n\r\ngrant_type=client_credentials&client_id=id"));
+            assert!(!request.to_lowercase().contains("authorization"));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_that_does_not_know_the_certificate_gives_no_token() {
+        let (own, one, other) = (certified(), certified(), certified());
+        let (url, seen) = endpoint(&own, &[&one]).await;
+        let source = ClientCredentials::builder(url, "id")
+            .client_certificate(other.cert.pem(), other.signing_key.serialize_pem())
+            .root_certificates(own.cert.pem())
+            .build()
+            .unwrap();
+        let error = source.fetch(Fetch::new()).await.unwrap_err();
+        assert!(error.is_transport(), "{error:?}");
+        assert!(seen.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_key_of_another_certificate_is_refused_at_once() {
+        let (one, other) = (certified(), certified());
+        let builder = builder()
+            .client_certificate(one.cert.pem(), other.signing_key.serialize_pem())
+            .root_certificates(one.cert.pem());
+        assert!(builder.build().is_err());
+    }
+}
