@@ -100,6 +100,15 @@ impl Means {
         own_method || self.secret.is_some() || self.private_key().is_some()
     }
 
+    /// Whether requests go over a connection with a client certificate.
+    pub(super) fn present_certificate(&self) -> bool {
+        let by_method = matches!(
+            self.method,
+            Some(AuthMethod::TlsClientAuth | AuthMethod::SelfSignedTlsClientAuth)
+        );
+        by_method || self.certificate.is_some()
+    }
+
     /// Finds what contradicts itself, and constants that are of no use.
     ///
     /// `certificate_elsewhere` if the transport may present one that we do not know of.

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Body;
 use http_body_util::Full;
-use oauth2::{AuthType, TokenUrl};
+use oauth2::{AuthType, TokenUrl, url::Url};
 #[cfg(feature = "rustls")]
 use secrecy::ExposeSecret;
 use tower_service::Service;
@@ -20,6 +20,7 @@ use super::{
     asked::{Asked, names},
     auth::{Means, Refused},
     client_credentials::{Client, Inner, Way},
+    discovery::{Discovery, Issuer, Place},
     endpoints::{Endpoints, check_url},
     grant::Grant,
     transport::Transport,
@@ -32,13 +33,15 @@ use crate::error::{BoxError, ConfigError};
 pub(super) enum Target {
     /// The client of this id at this token endpoint.
     Client { id: String, token_url: TokenUrl },
+    /// The client of this id at the server of this issuer.
+    Issuer { id: String, issuer: String },
     /// A client of `oauth2`, with whatever it knows of itself.
     Whole(Box<dyn Grant>),
 }
 
 /// Builds [`ClientCredentials`].
 ///
-/// Made by [`ClientCredentials::builder`] and [`ClientCredentials::from_oauth2`]. Whatever is wrong with a
+/// Made by [`ClientCredentials::builder`], [`ClientCredentials::discover`] and [`ClientCredentials::from_oauth2`]. Whatever is wrong with a
 /// setting is reported by `build` or [`build_with`](Self::build_with).
 #[must_use = "a builder does nothing until it is built"]
 pub struct ClientCredentialsBuilder {
@@ -49,6 +52,7 @@ pub struct ClientCredentialsBuilder {
     scopes: Vec<String>,
     resources: Vec<String>,
     params: Vec<(String, String)>,
+    revocation_url: Option<String>,
     plain_http: bool,
     #[cfg(feature = "rustls")]
     https: https::Settings,
@@ -64,6 +68,7 @@ impl ClientCredentialsBuilder {
             scopes: Vec::new(),
             resources: Vec::new(),
             params: Vec::new(),
+            revocation_url: None,
             plain_http: false,
             #[cfg(feature = "rustls")]
             https: https::Settings::default(),
@@ -201,6 +206,13 @@ impl ClientCredentialsBuilder {
         self
     }
 
+    /// Sets where tokens are revoked (RFC 7009). By default it is what a
+    /// [discovered](ClientCredentials::discover) server says of itself, or nothing: then they are not.
+    pub fn revocation_url(mut self, url: impl Into<String>) -> Self {
+        self.revocation_url = Some(url.into());
+        self
+    }
+
     /// Sets for how long the default client tries to open a TCP connection, 3 s by default.
     ///
     /// The TLS handshake and the answer are bounded by the timeout of the whole attempt, 10 s in the cache.
@@ -243,10 +255,14 @@ impl ClientCredentialsBuilder {
     #[cfg(feature = "rustls")]
     pub fn build(mut self) -> Result<ClientCredentials, ConfigError> {
         let parts = self.checked(false)?;
-        let uses_tls = parts.endpoints.token_url.url().scheme() == "https";
+        let uses_tls = match &parts.spot {
+            Spot::Told(endpoints) => endpoints.token_url.url().scheme() == "https",
+            Spot::Issuer(issuer) => issuer.uses_tls(),
+        };
         let dialer = self.https.dialer(uses_tls)?;
+        let transport = dialer.transport(None)?;
         let way = match &self.means.certificate {
-            None => Way::Fixed(dialer.transport(None)?),
+            None => Way::Fixed(transport.clone()),
             Some(_) if !uses_tls => {
                 return Err(ConfigError::new(
                     "a client_certificate can be presented to an https URL only",
@@ -260,7 +276,7 @@ impl ClientCredentialsBuilder {
                 Way::Mutual(mutual)
             }
         };
-        Ok(self.assembled(parts, way))
+        Ok(self.assembled(parts, transport, way))
     }
 
     /// Builds the source with any HTTP service as the way to the token endpoint.
@@ -271,7 +287,7 @@ impl ClientCredentialsBuilder {
     ///
     /// # Errors
     ///
-    /// If the token URL cannot be parsed, is neither `https` nor `http` on a loopback host (but see
+    /// If the token URL, the revocation URL or the issuer cannot be parsed, is neither `https` nor `http` on a loopback host (but see
     /// [`dangerous_plain_http`](Self::dangerous_plain_http)), or has credentials or a fragment; if the
     /// client's id is empty; if a scope is empty or has a character that RFC 6749 section 3.3 rules out; if a
     /// resource is not an absolute URI or has a fragment; if a parameter has no name or one that the request
@@ -293,14 +309,33 @@ impl ClientCredentialsBuilder {
             ));
         }
         let parts = self.checked(true)?;
-        Ok(self.assembled(parts, Way::Fixed(Transport::new(service))))
+        let transport = Transport::new(service);
+        let way = Way::Fixed(transport.clone());
+        Ok(self.assembled(parts, transport, way))
     }
 
     /// Checks all settings but those of the transport.
     fn checked(&mut self, certificate_elsewhere: bool) -> Result<Parts, ConfigError> {
         let target = std::mem::replace(&mut self.target, Err(ConfigError::new("it is taken")))?;
-        let (client, token_url) = self.own(target);
-        check_url(token_url.url(), "token", self.plain_http)?;
+        let (client, spot) = match target {
+            Target::Client { id, token_url } => {
+                (Client::Own(id), Spot::Told(self.endpoints(token_url)?))
+            }
+            Target::Whole(client) => {
+                let (client, token_url) = self.own(client);
+                (client, Spot::Told(self.endpoints(token_url)?))
+            }
+            Target::Issuer { id, issuer } => {
+                #[cfg(feature = "jwt")]
+                if self.issuer.is_some() {
+                    return Err(ConfigError::new("the issuer is set twice"));
+                }
+                let mutual = self.means.present_certificate();
+                let mut issuer = Issuer::new(&issuer, self.plain_http, mutual)?;
+                issuer.revocation_url = self.checked_revocation_url()?;
+                (Client::Own(id), Spot::Issuer(issuer))
+            }
+        };
         if client.id().is_empty() {
             return Err(ConfigError::new("the client id is empty"));
         }
@@ -310,17 +345,12 @@ impl ClientCredentialsBuilder {
                 "a client id with a colon cannot be sent in raw_basic_credentials",
             ));
         }
-        let endpoints = Endpoints {
-            token_url,
-            revocation_url: None,
-            #[cfg(feature = "jwt")]
-            issuer: self.issuer.clone(),
-            auth_methods: None,
-            #[cfg(feature = "jwt")]
-            algorithms: None,
-        };
         if let Client::Own(_) = client {
-            self.means.check(Some(&endpoints), certificate_elsewhere)?;
+            let endpoints = match &spot {
+                Spot::Told(endpoints) => Some(endpoints),
+                Spot::Issuer(_) => None,
+            };
+            self.means.check(endpoints, certificate_elsewhere)?;
         }
         let asked = Asked::new(
             self.scopes.iter().map(String::as_str),
@@ -329,17 +359,37 @@ impl ClientCredentialsBuilder {
         )?;
         Ok(Parts {
             client,
-            endpoints,
+            spot,
             asked,
         })
     }
 
-    /// Takes a client of `oauth2` apart if its way to prove its identity is set here.
-    fn own(&mut self, target: Target) -> (Client, TokenUrl) {
-        let client = match target {
-            Target::Client { id, token_url } => return (Client::Own(id), token_url),
-            Target::Whole(client) => client,
+    fn endpoints(&self, token_url: TokenUrl) -> Result<Endpoints, ConfigError> {
+        check_url(token_url.url(), "token", self.plain_http)?;
+        Ok(Endpoints {
+            token_url,
+            revocation_url: self.checked_revocation_url()?,
+            #[cfg(feature = "jwt")]
+            issuer: self.issuer.clone(),
+            auth_methods: None,
+            #[cfg(feature = "jwt")]
+            algorithms: None,
+        })
+    }
+
+    fn checked_revocation_url(&self) -> Result<Option<Url>, ConfigError> {
+        let Some(url) = &self.revocation_url else {
+            return Ok(None);
         };
+        let url = Url::parse(url).map_err(|error| {
+            ConfigError::new("the revocation URL cannot be parsed").with_source(error)
+        })?;
+        check_url(&url, "revocation", self.plain_http)?;
+        Ok(Some(url))
+    }
+
+    /// Takes a client of `oauth2` apart if its way to prove its identity is set here.
+    fn own(&mut self, client: Box<dyn Grant>) -> (Client, TokenUrl) {
         let token_url = client.token_url().clone();
         if self.means.take_over() {
             if matches!(client.auth_type(), AuthType::RequestBody) && self.means.secret.is_some() {
@@ -356,15 +406,19 @@ impl ClientCredentialsBuilder {
         (Client::Whole(client), token_url)
     }
 
-    fn assembled(self, parts: Parts, way: Way) -> ClientCredentials {
+    fn assembled(self, parts: Parts, transport: Transport, way: Way) -> ClientCredentials {
         let Parts {
             client,
-            endpoints,
+            spot,
             asked,
         } = parts;
+        let place = match spot {
+            Spot::Told(endpoints) => Place::Told(Arc::new(endpoints)),
+            Spot::Issuer(issuer) => Place::Found(Discovery::new(issuer, transport)),
+        };
         ClientCredentials::new(Inner {
             client,
-            endpoints: Arc::new(endpoints),
+            place,
             asked,
             means: self.means,
             refused: Refused::new(),
@@ -376,8 +430,13 @@ impl ClientCredentialsBuilder {
 /// What has been checked.
 struct Parts {
     client: Client,
-    endpoints: Endpoints,
+    spot: Spot,
     asked: Asked,
+}
+
+enum Spot {
+    Told(Endpoints),
+    Issuer(Issuer),
 }
 
 impl fmt::Debug for ClientCredentialsBuilder {

@@ -1,10 +1,10 @@
 //! The client-credentials grant (RFC 6749 section 4.4), with the refresh token first if there is one.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 use oauth2::{
     AuthType, ClientId, ClientSecret, EndpointSet, EndpointState, ErrorResponse, RevocableToken,
-    TokenIntrospectionResponse, TokenUrl, basic::BasicClient,
+    TokenIntrospectionResponse, TokenUrl, basic::BasicClient, url::Url,
 };
 use secrecy::ExposeSecret;
 use tokio::time::{self, Instant};
@@ -12,10 +12,11 @@ use tokio::time::{self, Instant};
 #[cfg(feature = "rustls")]
 use super::https;
 use super::{
-    AuthMethod, Fetch, RefreshToken, TokenResponse, TokenSource,
+    AuthMethod, Fetch, RefreshToken, Revocation, TokenResponse, TokenSource,
     asked::{Asked, names},
     auth::{Held, Means, Proof, Refused},
     builder::{ClientCredentialsBuilder, Target},
+    discovery::Place,
     endpoints::Endpoints,
     grant::{Grant, Sent},
     response::Answer,
@@ -24,6 +25,7 @@ use super::{
 use crate::{
     error::{ConfigError, Kind, TokenError},
     telemetry,
+    token::AccessToken,
 };
 
 /// Fetches tokens by the OAuth 2.0 client-credentials grant (RFC 6749 section 4.4).
@@ -61,7 +63,7 @@ pub struct ClientCredentials {
 
 pub(super) struct Inner {
     pub(super) client: Client,
-    pub(super) endpoints: Arc<Endpoints>,
+    pub(super) place: Place,
     pub(super) asked: Asked,
     pub(super) means: Means,
     pub(super) refused: Refused,
@@ -115,6 +117,12 @@ impl Way {
 enum Request<'a> {
     ClientCredentials,
     RefreshToken(&'a RefreshToken),
+    /// RFC 7009 section 2.1.
+    Revocation {
+        url: &'a Url,
+        token: &'a str,
+        hint: &'static str,
+    },
 }
 
 impl Inner {
@@ -124,9 +132,9 @@ impl Inner {
         &self,
         request: Request<'_>,
         asked: &Asked,
+        endpoints: &Endpoints,
         judge: impl Fn(Answer) -> Result<T, TokenError>,
     ) -> Result<T, TokenError> {
-        let endpoints = &*self.endpoints;
         let method = match &self.client {
             Client::Own(_) => {
                 let supported = endpoints.auth_methods.as_deref();
@@ -146,8 +154,11 @@ impl Inner {
                     return Err(TokenError::terminal(error));
                 }
             };
+            let watch = self.place.watch();
             let answer = self.send(request, asked, endpoints, proof, transport).await;
-            let error = match answer.and_then(&judge) {
+            let outcome = answer.and_then(&judge);
+            watch.end(outcome.as_ref().err());
+            let error = match outcome {
                 Ok(success) => {
                     self.refused.clear();
                     return Ok(success);
@@ -230,17 +241,31 @@ impl Inner {
         let proof = params
             .iter()
             .map(|(name, value)| (*name, value.expose_secret()));
-        let sent = Sent {
+        let mut sent = Sent {
             scopes: &asked.scopes,
-            params: proof.chain(asked.params()).collect(),
+            params: proof.collect(),
             channel: Channel {
                 transport,
                 authorization,
+                elsewhere: None,
             },
         };
         match request {
-            Request::ClientCredentials => client.client_credentials(sent).await,
-            Request::RefreshToken(token) => client.refresh_token(token, sent).await,
+            Request::ClientCredentials => {
+                sent.params.extend(asked.params());
+                client.client_credentials(sent).await
+            }
+            Request::RefreshToken(token) => {
+                sent.params.extend(asked.params());
+                client.refresh_token(token, sent).await
+            }
+            Request::Revocation { url, token, hint } => {
+                sent.scopes = &[];
+                sent.params
+                    .extend([("token", token), ("token_type_hint", hint)]);
+                sent.channel.elsewhere = Some(url.clone());
+                client.client_credentials(sent).await
+            }
         }
     }
 }
@@ -261,6 +286,50 @@ impl ClientCredentials {
             })
             .map_err(|error| ConfigError::new("the token URL cannot be parsed").with_source(error));
         ClientCredentialsBuilder::new(target)
+    }
+
+    /// Starts a source for the client `client_id` at the authorization server of this issuer, which says by itself
+    /// where its token endpoint is and what it understands.
+    ///
+    /// The metadata are fetched with the first token: those of RFC 8414, or else those of OpenID Connect Discovery
+    /// 1.0. Their `issuer` must be the one that is given here, letter by letter, or they are not used; so it is written
+    /// as the server writes it, with or without a slash at its end. Taken from them are the token endpoint, or its
+    /// alias for clients with a certificate (RFC 8705 section 5); the revocation endpoint; and, for what the
+    /// builder was not told, the method of client authentication: for a secret the first that the server supports of
+    /// `client_secret_basic`, `client_secret_post` and `client_secret_jwt`.
+    ///
+    /// All keys of a cache share them. They are kept until a token request fails in a way that speaks of the endpoint,
+    /// such as a lost connection, a timeout or a 404. Then the next attempt fetches them anew, within half of its
+    /// time, and goes on with the old ones if it cannot.
+    ///
+    /// ```
+    /// # #[cfg(feature = "rustls")]
+    /// # fn main() -> Result<(), tower_bearer::ConfigError> {
+    /// use tower_bearer::{ClientCredentials, Credential};
+    ///
+    /// let source = ClientCredentials::discover("http://localhost:8080/realms/sims", "client-id")
+    ///     .client_secret(Credential::file("/var/run/secrets/client-secret"))
+    ///     .build()?;
+    /// # let _ = source;
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "rustls"))]
+    /// # fn main() {}
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// An attempt fails with a terminal [`TokenError`] if the metadata are those of another issuer, or name a
+    /// token endpoint that is neither `https` nor on a loopback host, or no method that the client has the means for.
+    /// Metadata that cannot be had or read are a transient one.
+    pub fn discover(
+        issuer: impl Into<String>,
+        client_id: impl Into<String>,
+    ) -> ClientCredentialsBuilder {
+        ClientCredentialsBuilder::new(Ok(Target::Issuer {
+            id: client_id.into(),
+            issuer: issuer.into(),
+        }))
     }
 
     /// Starts a source from a client of the `oauth2` crate that has a token URL.
@@ -326,16 +395,22 @@ impl ClientCredentials {
         &self,
         token: &RefreshToken,
         asked: &Asked,
+        endpoints: &Endpoints,
     ) -> Result<TokenResponse, TokenError> {
         let request = Request::RefreshToken(token);
         self.inner
-            .exchange(request, asked, Answer::into_token)
+            .exchange(request, asked, endpoints, Answer::into_token)
             .await
     }
 
-    async fn grant(&self, asked: &Asked) -> Result<TokenResponse, TokenError> {
+    async fn grant(
+        &self,
+        asked: &Asked,
+        endpoints: &Endpoints,
+    ) -> Result<TokenResponse, TokenError> {
+        let request = Request::ClientCredentials;
         self.inner
-            .exchange(Request::ClientCredentials, asked, Answer::into_token)
+            .exchange(request, asked, endpoints, Answer::into_token)
             .await
     }
 }
@@ -346,27 +421,60 @@ impl TokenSource for ClientCredentials {
             .inner
             .asked
             .of(&fetch.request, fetch.claims.as_deref())?;
+        let endpoints = &*self.inner.place.endpoints(fetch.timeout / 2).await?;
         let response = match fetch.refresh_token {
             // A session is as it is; claims that the API misses in its tokens come with a new one.
             Some(token) if fetch.claims.is_none() => {
                 // Half of the time is left for the other grant, should this one hang.
-                let refreshed = time::timeout(fetch.timeout / 2, self.refresh(&token, &asked))
-                    .await
-                    .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout, true)));
+                let refreshed =
+                    time::timeout(fetch.timeout / 2, self.refresh(&token, &asked, endpoints))
+                        .await
+                        .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout, true)));
                 match refreshed {
                     Ok(response) => response,
                     Err(error) => {
                         telemetry::refresh_token_failed(&error);
-                        self.grant(&asked).await?
+                        self.grant(&asked, endpoints).await?
                     }
                 }
             }
-            _ => self.grant(&asked).await?,
+            _ => self.grant(&asked, endpoints).await?,
         };
         Ok(match asked.scope() {
             Some(scope) => response.requested_scope(scope),
             None => response,
         })
+    }
+
+    async fn revoke(&self, revocation: Revocation) -> Result<(), TokenError> {
+        let Revocation {
+            refresh_token,
+            access_token,
+        } = revocation;
+        let endpoints = &*self.inner.place.endpoints(DISCOVERY_LIMIT).await?;
+        let Some(url) = &endpoints.revocation_url else {
+            return Err(TokenError::terminal(
+                "the revocation URL of the authorization server is not known",
+            ));
+        };
+        let refresh_token = refresh_token.as_ref().map(RefreshToken::expose_secret);
+        let access_token = access_token.as_ref().map(AccessToken::expose_secret);
+        let mut outcome = Ok(());
+        for (token, hint) in [
+            // Many servers end the session with it, and the access tokens with the session.
+            (refresh_token, "refresh_token"),
+            (access_token, "access_token"),
+        ] {
+            let Some(token) = token else { continue };
+            let request = Request::Revocation { url, token, hint };
+            let asked = &self.inner.asked;
+            let revoked = self
+                .inner
+                .exchange(request, asked, endpoints, Answer::into_revoked)
+                .await;
+            outcome = outcome.and(revoked);
+        }
+        outcome
     }
 
     fn has_new_credentials(&self) -> bool {
@@ -378,15 +486,16 @@ impl fmt::Debug for ClientCredentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Inner {
             client,
-            endpoints,
+            place,
             asked,
             ..
         } = &*self.inner;
-        // Without its query, where some servers want a key.
-        let mut token_url = endpoints.token_url.url().clone();
-        token_url.set_query(None);
+        let place_is = match place {
+            Place::Told(_) => "token_url",
+            Place::Found(_) => "issuer",
+        };
         f.debug_struct("ClientCredentials")
-            .field("token_url", &token_url.as_str())
+            .field(place_is, &place.name())
             .field("client_id", &client.id())
             .field("scopes", &asked.scopes)
             .field("params", &names(asked.params()))
@@ -394,9 +503,12 @@ impl fmt::Debug for ClientCredentials {
     }
 }
 
+/// For how long newer metadata are looked for when a token is revoked. Its caller sets no time.
+const DISCOVERY_LIMIT: Duration = Duration::from_secs(5);
+
 #[cfg(test)]
 mod tests {
-    use std::{collections::VecDeque, convert::Infallible, sync::Mutex, time::Duration};
+    use std::{collections::VecDeque, convert::Infallible, sync::Mutex};
 
     use bytes::Bytes;
     use http::{Request, Response, header::AUTHORIZATION};

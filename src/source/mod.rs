@@ -7,6 +7,7 @@ mod auth;
 mod builder;
 mod client_credentials;
 mod credential;
+mod discovery;
 mod endpoints;
 mod grant;
 #[cfg(feature = "rustls")]

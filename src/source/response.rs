@@ -21,7 +21,7 @@ use serde::{
     Deserialize, Deserializer,
     de::{IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
-use serde_json::{error::Category, value::RawValue};
+use serde_json::{Map, Value, error::Category, value::RawValue};
 
 use super::{RefreshToken, TokenResponse};
 use crate::{
@@ -57,6 +57,36 @@ impl Answer {
             }),
             Err(error) => Err(self.describe(error)),
         }
+    }
+
+    /// Judges the answer to a revocation by RFC 7009 section 2.2. A success has no content.
+    pub(super) fn into_revoked(self) -> Result<(), TokenError> {
+        let status = self.response.status();
+        if status.is_success() {
+            return Ok(());
+        }
+        let document = Document::parse(self.response.body());
+        let error = match error_code(document.as_ref().ok()) {
+            Some(code) => refused(status, code),
+            None => unavailable(status),
+        };
+        Err(self.describe(error))
+    }
+
+    /// Reads the metadata of an authorization server (RFC 8414 section 3.2).
+    pub(super) fn into_metadata(self) -> Result<Map<String, Value>, TokenError> {
+        let status = self.response.status();
+        let metadata = if status.is_success() {
+            let body = self.response.body();
+            let body = body.strip_prefix(BYTE_ORDER_MARK).unwrap_or(body);
+            serde_json::from_slice(body).map_err(|error| {
+                let problem = describe_json_error(&error);
+                malformed(format!("the metadata cannot be read: {problem}"))
+            })
+        } else {
+            Err(unavailable(status).with_source("the metadata cannot be had"))
+        };
+        metadata.map_err(|error| self.describe(error))
     }
 
     /// Adds what every error has from the head of its answer.
@@ -249,7 +279,7 @@ fn unavailable(status: StatusCode) -> TokenError {
 }
 
 /// A page that claims success may be a captive portal's, so it may heal by itself.
-fn malformed(reason: impl Into<String>) -> TokenError {
+pub(super) fn malformed(reason: impl Into<String>) -> TokenError {
     TokenError::new(Kind::Malformed, true).with_source(reason.into())
 }
 

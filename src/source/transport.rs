@@ -7,10 +7,16 @@
 use std::{error::Error, fmt, io, pin::Pin, sync::Arc};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Request, Response, header::AUTHORIZATION};
+use http::{
+    HeaderMap, HeaderValue, Request, Response,
+    header::{ACCEPT, AUTHORIZATION},
+};
 use http_body::Body;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use oauth2::{AsyncHttpClient, HttpRequest, HttpResponse};
+use oauth2::{
+    AsyncHttpClient, HttpRequest, HttpResponse,
+    url::{Url, form_urlencoded},
+};
 use tower::{ServiceExt, util::BoxCloneService};
 use tower_service::Service;
 
@@ -49,6 +55,15 @@ impl Transport {
         }
     }
 
+    /// Fetches what is public.
+    pub(super) async fn get(&self, url: &Url) -> Result<Answer, TokenError> {
+        let request = Request::get(url.as_str())
+            .header(ACCEPT, "application/json")
+            .body(Vec::new())
+            .expect("the URL was checked");
+        exchange(self.service(), request).await
+    }
+
     fn service(&self) -> Erased {
         self.prototype.lock().clone()
     }
@@ -64,6 +79,20 @@ impl fmt::Debug for Transport {
 pub(super) struct Channel {
     pub(super) transport: Transport,
     pub(super) authorization: Authorization,
+    /// Where it goes if it is no token request, but the same client's request to another endpoint.
+    pub(super) elsewhere: Option<Url>,
+}
+
+/// Has a token request that `oauth2` built sent to another endpoint, as no grant.
+///
+/// `oauth2` builds revocations as well, but for `https` only and for clients of another type state.
+fn divert(request: &mut HttpRequest, url: &Url) {
+    *request.uri_mut() = url.as_str().parse().expect("the URL was checked");
+    let params = form_urlencoded::parse(request.body()).filter(|(name, _)| name != "grant_type");
+    let body = form_urlencoded::Serializer::new(String::new())
+        .extend_pairs(params)
+        .finish();
+    *request.body_mut() = body.into_bytes();
 }
 
 /// What becomes of the `Authorization` header that `oauth2` wrote.
@@ -100,6 +129,9 @@ impl<'c> AsyncHttpClient<'c> for Channel {
 
     fn call(&'c self, mut request: HttpRequest) -> Self::Future {
         self.authorization.put(request.headers_mut());
+        if let Some(url) = &self.elsewhere {
+            divert(&mut request, url);
+        }
         let service = self.transport.service();
         Box::pin(async move { Err(Answered(exchange(service, request).await)) })
     }
@@ -194,6 +226,7 @@ mod tests {
         let channel = Channel {
             transport: transport.clone(),
             authorization: Authorization::AsItIs,
+            elsewhere: None,
         };
         channel.call(request()).await.unwrap_err().0
     }

@@ -1,0 +1,768 @@
+//! What an authorization server says of itself: RFC 8414 and OpenID Connect discovery.
+
+use std::{sync::Arc, time::Duration};
+
+use http::StatusCode;
+use oauth2::{TokenUrl, url::Url};
+use serde_json::{Map, Value};
+use tokio::time;
+
+use super::{
+    endpoints::{Endpoints, check_url},
+    response::{Answer, malformed},
+    transport::Transport,
+};
+use crate::{
+    error::{ConfigError, Kind, TokenError},
+    sync::Mutex,
+};
+
+/// Whom to discover.
+pub(super) struct Issuer {
+    /// As it was configured, to be compared letter by letter.
+    identifier: String,
+    /// Where its metadata may be, in the order in which they are looked for.
+    documents: [Url; 2],
+    plain_http: bool,
+    /// Whether a client certificate is presented, which some servers have other endpoints for.
+    mutual: bool,
+    /// What was set goes before what the server says.
+    pub(super) revocation_url: Option<Url>,
+}
+
+impl Issuer {
+    pub(super) fn new(
+        identifier: &str,
+        plain_http: bool,
+        mutual: bool,
+    ) -> Result<Self, ConfigError> {
+        let url = Url::parse(identifier).map_err(|error| {
+            ConfigError::new("the issuer URL cannot be parsed").with_source(error)
+        })?;
+        check_url(&url, "issuer", plain_http)?;
+        if url.query().is_some() {
+            // RFC 8414 section 2.
+            return Err(ConfigError::new("the issuer URL must not have a query"));
+        }
+        let path = url.path().trim_end_matches('/').to_owned();
+        let at = |path: String| {
+            let mut url = url.clone();
+            url.set_path(&path);
+            url
+        };
+        Ok(Self {
+            identifier: identifier.to_owned(),
+            documents: [
+                // RFC 8414 section 3.1: between host and path.
+                at(format!("/.well-known/oauth-authorization-server{path}")),
+                // OpenID Connect Discovery section 4: behind the path.
+                at(format!("{path}/.well-known/openid-configuration")),
+            ],
+            plain_http,
+            mutual,
+            revocation_url: None,
+        })
+    }
+
+    #[cfg(feature = "rustls")]
+    pub(super) fn uses_tls(&self) -> bool {
+        self.documents[0].scheme() == "https"
+    }
+
+    async fn ask(&self, transport: &Transport) -> Result<Endpoints, TokenError> {
+        let mut refusal = None;
+        let mut failure = None;
+        for url in &self.documents {
+            let metadata = transport.get(url).await.and_then(Answer::into_metadata);
+            match metadata.and_then(|metadata| self.read(&metadata)) {
+                Ok(endpoints) => return Ok(endpoints),
+                // The other document is on the same host.
+                Err(error)
+                    if error.is_transport()
+                        || error.is_timeout()
+                        || error.retry_after().is_some() =>
+                {
+                    return Err(error);
+                }
+                // Some servers answer every path, so the other document may still be the right one.
+                Err(error) if error.is_transient() => failure = Some(error),
+                Err(error) => refusal = Some(error),
+            }
+        }
+        Err(refusal.or(failure).expect("one of them failed"))
+    }
+
+    fn read(&self, metadata: &Map<String, Value>) -> Result<Endpoints, TokenError> {
+        // RFC 8414 section 3.3: or anybody could have our secret sent to them.
+        if text(metadata, "issuer") != Some(&*self.identifier) {
+            return Err(TokenError::terminal(
+                "the metadata of the authorization server are those of another issuer",
+            ));
+        }
+        let aliases = match metadata.get("mtls_endpoint_aliases") {
+            Some(Value::Object(aliases)) if self.mutual => Some(aliases),
+            _ => None,
+        };
+        let endpoint = |name| {
+            aliases
+                .and_then(|aliases| text(aliases, name))
+                .or_else(|| text(metadata, name))
+        };
+        let token_url = endpoint("token_endpoint")
+            .ok_or_else(|| malformed("the metadata name no token_endpoint"))?;
+        let token_url = TokenUrl::new(token_url.to_owned())
+            .map_err(|_| malformed("the token_endpoint of the metadata is no URL"))?;
+        check_url(token_url.url(), "token", self.plain_http).map_err(TokenError::terminal)?;
+        // Nothing but its own use depends on this one.
+        let revocation_url = endpoint("revocation_endpoint")
+            .and_then(|url| Url::parse(url).ok())
+            .filter(|url| check_url(url, "revocation", self.plain_http).is_ok());
+        Ok(Endpoints {
+            token_url,
+            revocation_url: self.revocation_url.clone().or(revocation_url),
+            #[cfg(feature = "jwt")]
+            issuer: Some(self.identifier.clone()),
+            auth_methods: texts(metadata, "token_endpoint_auth_methods_supported"),
+            #[cfg(feature = "jwt")]
+            algorithms: texts(metadata, "token_endpoint_auth_signing_alg_values_supported"),
+        })
+    }
+}
+
+/// Where the authorization server is: told, or found out.
+pub(super) enum Place {
+    Told(Arc<Endpoints>),
+    Found(Discovery),
+}
+
+impl Place {
+    /// Returns what is known, or finds it out. `limit` bounds the search for something newer.
+    pub(super) async fn endpoints(&self, limit: Duration) -> Result<Arc<Endpoints>, TokenError> {
+        match self {
+            Self::Told(endpoints) => Ok(endpoints.clone()),
+            Self::Found(discovery) => discovery.endpoints(limit).await,
+        }
+    }
+
+    /// Watches one request to the endpoints.
+    pub(super) fn watch(&self) -> Watch<'_> {
+        match self {
+            Self::Told(_) => Watch(None),
+            Self::Found(discovery) => Watch(Some(discovery)),
+        }
+    }
+
+    /// The URL by which people know it, without its query.
+    pub(super) fn name(&self) -> String {
+        let url = match self {
+            Self::Told(endpoints) => endpoints.token_url.url(),
+            Self::Found(discovery) => return discovery.issuer.identifier.clone(),
+        };
+        let mut url = url.clone();
+        // Some servers want a key there.
+        url.set_query(None);
+        url.into()
+    }
+}
+
+/// The metadata of an authorization server, kept until the endpoints fail.
+pub(super) struct Discovery {
+    issuer: Issuer,
+    /// Presents no certificate: the metadata are public.
+    transport: Transport,
+    state: Mutex<State>,
+    /// Held while the server is asked, so that the token requests of many keys ask it once. Whoever is dropped
+    /// meanwhile leaves it to the next.
+    turn: tokio::sync::Mutex<()>,
+}
+
+#[derive(Default)]
+struct State {
+    endpoints: Option<Arc<Endpoints>>,
+    /// Whether the endpoints have failed, so that they may have moved.
+    suspect: bool,
+    /// How often the server was asked.
+    rounds: u64,
+    error: Option<TokenError>,
+}
+
+impl State {
+    /// What came of the last round. Endpoints that were good once are better than none.
+    fn outcome(&self) -> Result<Arc<Endpoints>, TokenError> {
+        match (&self.endpoints, &self.error) {
+            (Some(endpoints), _) => Ok(endpoints.clone()),
+            (None, Some(error)) => Err(error.clone()),
+            (None, None) => unreachable!("a round ends with one of them"),
+        }
+    }
+}
+
+impl Discovery {
+    pub(super) fn new(issuer: Issuer, transport: Transport) -> Self {
+        Self {
+            issuer,
+            transport,
+            state: Mutex::new(State::default()),
+            turn: tokio::sync::Mutex::new(()),
+        }
+    }
+
+    async fn endpoints(&self, limit: Duration) -> Result<Arc<Endpoints>, TokenError> {
+        let rounds = {
+            let state = self.state.lock();
+            if let (Some(endpoints), false) = (&state.endpoints, state.suspect) {
+                return Ok(endpoints.clone());
+            }
+            state.rounds
+        };
+        let _turn = self.turn.lock().await;
+        let limit = {
+            let state = self.state.lock();
+            // Also a failure is shared, or all who wait would repeat it one after the other.
+            if state.rounds != rounds {
+                return state.outcome();
+            }
+            state.endpoints.as_ref().map(|_| limit)
+        };
+        let asking = self.issuer.ask(&self.transport);
+        let found = match limit {
+            Some(limit) => time::timeout(limit, asking)
+                .await
+                .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout, true))),
+            // Without endpoints there is nothing else to do within the attempt.
+            None => asking.await,
+        };
+        let mut state = self.state.lock();
+        state.rounds += 1;
+        match found {
+            Ok(endpoints) => {
+                state.endpoints = Some(Arc::new(endpoints));
+                state.suspect = false;
+            }
+            Err(error) => state.error = Some(error),
+        }
+        state.outcome()
+    }
+}
+
+/// A request to the endpoints that is under way. If it is dropped, which is what a timeout does, they are suspect.
+pub(super) struct Watch<'a>(Option<&'a Discovery>);
+
+impl Watch<'_> {
+    /// Ends the watch with what came of the request.
+    pub(super) fn end(mut self, failure: Option<&TokenError>) {
+        if !failure.is_some_and(speaks_of_endpoint) {
+            self.0 = None;
+        }
+    }
+}
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        if let Some(discovery) = self.0 {
+            discovery.state.lock().suspect = true;
+        }
+    }
+}
+
+/// Whether an endpoint may have moved: not if there is a server that knows its business and is busy.
+fn speaks_of_endpoint(error: &TokenError) -> bool {
+    let gone = matches!(
+        error.status(),
+        Some(StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED | StatusCode::GONE)
+    );
+    let busy =
+        error.status() == Some(StatusCode::TOO_MANY_REQUESTS) || error.retry_after().is_some();
+    gone || error.is_transport() || error.is_timeout() || (error.is_unavailable() && !busy)
+}
+
+fn text<'a>(object: &'a Map<String, Value>, name: &str) -> Option<&'a str> {
+    object.get(name)?.as_str()
+}
+
+fn texts(object: &Map<String, Value>, name: &str) -> Option<Vec<String>> {
+    let texts = object.get(name)?.as_array()?.iter();
+    Some(
+        texts
+            .filter_map(|text| Some(text.as_str()?.to_owned()))
+            .collect(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::HashMap, convert::Infallible};
+
+    use bytes::Bytes;
+    use http::{Request, Response};
+    use http_body_util::{BodyExt, Full};
+    use serde_json::json;
+
+    use super::*;
+    use crate::{
+        AuthMethod, ClientCredentials, ClientCredentialsBuilder, Credential, Fetch, RefreshToken,
+        Revocation, TokenSource,
+    };
+
+    const ISSUER: &str = "https://as.example/realms/a";
+    const OAUTH: &str = "/.well-known/oauth-authorization-server/realms/a";
+    const OPENID: &str = "/realms/a/.well-known/openid-configuration";
+
+    /// A server that answers by path, with 404 to those that it does not know, and remembers what it was asked.
+    #[derive(Clone)]
+    struct Server(Arc<Mutex<Inner>>);
+
+    struct Inner {
+        answers: HashMap<String, (u16, String)>,
+        /// Path and body.
+        asked: Vec<(String, String)>,
+        headers: Vec<Option<String>>,
+        hanging: bool,
+    }
+
+    impl Server {
+        fn new() -> Self {
+            let server = Self(Arc::new(Mutex::new(Inner {
+                answers: HashMap::new(),
+                asked: Vec::new(),
+                headers: Vec::new(),
+                hanging: false,
+            })));
+            server.answer("/token", 200, TOKEN);
+            server
+        }
+
+        fn with(path: &str, metadata: &Value) -> Self {
+            let server = Self::new();
+            server.answer(path, 200, &metadata.to_string());
+            server
+        }
+
+        fn answer(&self, path: &str, status: u16, body: &str) {
+            let answer = (status, body.to_owned());
+            self.0.lock().answers.insert(path.to_owned(), answer);
+        }
+
+        fn source(&self, builder: ClientCredentialsBuilder) -> ClientCredentials {
+            let server = self.clone();
+            let service = move |request: Request<Full<Bytes>>| {
+                let server = server.clone();
+                async move {
+                    tokio::task::yield_now().await;
+                    let path = request.uri().path().to_owned();
+                    let header = request.headers().get("authorization").cloned();
+                    let body = request.into_body().collect().await.unwrap().to_bytes();
+                    let body = String::from_utf8(body.to_vec()).unwrap();
+                    let (hanging, (status, answer)) = {
+                        let mut inner = server.0.lock();
+                        inner.asked.push((path.clone(), body));
+                        let header = header.map(|value| value.to_str().unwrap().to_owned());
+                        inner.headers.push(header);
+                        let unknown = (404, String::new());
+                        let answer = inner.answers.get(&path).cloned().unwrap_or(unknown);
+                        (inner.hanging && path != "/token", answer)
+                    };
+                    if hanging {
+                        std::future::pending::<()>().await;
+                    }
+                    let response = Response::builder().status(status);
+                    Ok::<_, Infallible>(response.body(Full::<Bytes>::from(answer)).unwrap())
+                }
+            };
+            builder.build_with(tower::service_fn(service)).unwrap()
+        }
+
+        /// The paths of the requests since the last look.
+        fn paths(&self) -> Vec<String> {
+            let asked = std::mem::take(&mut self.0.lock().asked);
+            asked.into_iter().map(|(path, _)| path).collect()
+        }
+
+        fn bodies(&self) -> Vec<String> {
+            let asked = std::mem::take(&mut self.0.lock().asked);
+            asked.into_iter().map(|(_, body)| body).collect()
+        }
+    }
+
+    const TOKEN: &str = r#"{"access_token":"token","token_type":"Bearer"}"#;
+
+    fn metadata() -> Value {
+        json!({"issuer": ISSUER, "token_endpoint": "https://as.example/token"})
+    }
+
+    fn builder() -> ClientCredentialsBuilder {
+        ClientCredentials::discover(ISSUER, "id").client_secret("s")
+    }
+
+    async fn fetch(source: &ClientCredentials) -> Result<(), TokenError> {
+        source.fetch(Fetch::new()).await.map(drop)
+    }
+
+    #[tokio::test]
+    async fn metadata_are_looked_for_at_both_places_and_kept() {
+        for (place, expected) in [
+            (OAUTH, &[OAUTH, "/token", "/token"][..]),
+            (OPENID, &[OAUTH, OPENID, "/token", "/token"]),
+        ] {
+            let server = Server::with(place, &metadata());
+            let source = server.source(builder());
+            assert!(server.paths().is_empty(), "nothing is sent at build");
+            fetch(&source).await.unwrap();
+            fetch(&source).await.unwrap();
+            assert_eq!(server.paths(), expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_slash_at_the_end_belongs_to_the_issuer_and_not_to_the_path() {
+        for (issuer, oauth, openid) in [
+            (
+                "https://as.example",
+                "/.well-known/oauth-authorization-server",
+                "/.well-known/openid-configuration",
+            ),
+            (
+                "https://as.example/",
+                "/.well-known/oauth-authorization-server",
+                "/.well-known/openid-configuration",
+            ),
+            (
+                "https://as.example/a/",
+                "/.well-known/oauth-authorization-server/a",
+                "/a/.well-known/openid-configuration",
+            ),
+        ] {
+            let mut metadata = metadata();
+            metadata["issuer"] = issuer.into();
+            let server = Server::with(openid, &metadata);
+            fetch(&server.source(ClientCredentials::discover(issuer, "id")))
+                .await
+                .unwrap();
+            assert_eq!(server.paths(), [oauth, openid, "/token"]);
+        }
+    }
+
+    /// RFC 8414 section 3.3: the secret goes nowhere that another issuer names.
+    #[tokio::test]
+    async fn metadata_of_another_issuer_are_not_used() {
+        for issuer in [
+            json!("https://as.example/realms/a/"),
+            json!("https://as.example/realms/A"),
+            json!("https://AS.example/realms/a"),
+            json!("https://other.example"),
+            json!([ISSUER]),
+            Value::Null,
+        ] {
+            for place in [OAUTH, OPENID] {
+                let mut other = metadata();
+                other["issuer"] = issuer.clone();
+                let server = Server::with(place, &other);
+                let error = fetch(&server.source(builder())).await.unwrap_err();
+                assert!(!error.is_transient(), "{issuer}");
+                assert_eq!(server.paths(), [OAUTH, OPENID]);
+            }
+        }
+        // A server that answers for its root everywhere is still right about the other document.
+        let server = Server::with(OAUTH, &json!({"issuer": "https://as.example"}));
+        server.answer(OPENID, 200, &metadata().to_string());
+        fetch(&server.source(builder())).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn metadata_that_cannot_be_had_or_read_are_transient() {
+        let without_endpoint = json!({"issuer": ISSUER}).to_string();
+        let large = format!("\"{}\"", "a".repeat(1024 * 1024));
+        for (status, body) in [
+            (404, ""),
+            (302, ""),
+            (500, ""),
+            (403, "<html>"),
+            (200, "<html>"),
+            (200, "[]"),
+            (200, &without_endpoint),
+            (200, &large),
+        ] {
+            let server = Server::new();
+            server.answer(OAUTH, status, body);
+            server.answer(OPENID, status, body);
+            let error = fetch(&server.source(builder())).await.unwrap_err();
+            assert!(error.is_transient(), "{status} {error:?}");
+            assert_eq!(server.paths(), [OAUTH, OPENID]);
+        }
+    }
+
+    /// Law 9: metadata make no exception for where the secret may go.
+    #[tokio::test]
+    async fn a_token_endpoint_that_is_not_secure_is_refused() {
+        for url in [
+            "http://as.example/token",
+            "https://a:CANARY@as.example/",
+            "ftp://as.example",
+        ] {
+            let mut insecure = metadata();
+            insecure["token_endpoint"] = url.into();
+            let server = Server::with(OAUTH, &insecure);
+            let error = fetch(&server.source(builder())).await.unwrap_err();
+            assert!(!error.is_transient());
+            assert!(!format!("{error:?}").contains("CANARY"));
+            assert!(!server.paths().contains(&"/token".to_owned()));
+        }
+        let bad = |issuer: &str| {
+            let builder = ClientCredentials::discover(issuer, "id");
+            let service = |_: Request<Full<Bytes>>| async {
+                Ok::<_, Infallible>(Response::new(Full::<Bytes>::default()))
+            };
+            builder.build_with(tower::service_fn(service)).is_err()
+        };
+        assert!(bad("http://as.example") && bad("as.example") && bad("https://as.example?a=b"));
+    }
+
+    #[tokio::test]
+    async fn the_method_is_one_that_the_server_supports() {
+        for (supported, header, body) in [
+            (Value::Null, true, "grant_type=client_credentials"),
+            (
+                json!([
+                    "private_key_jwt",
+                    "client_secret_post",
+                    "client_secret_basic"
+                ]),
+                true,
+                "grant_type=client_credentials",
+            ),
+            (
+                json!(["client_secret_jwt", "client_secret_post"]),
+                false,
+                "grant_type=client_credentials&client_id=id&client_secret=s",
+            ),
+        ] {
+            let mut metadata = metadata();
+            metadata["token_endpoint_auth_methods_supported"] = supported;
+            let server = Server::with(OAUTH, &metadata);
+            fetch(&server.source(builder())).await.unwrap();
+            assert_eq!(server.0.lock().headers[1].is_some(), header);
+            assert_eq!(server.bodies()[1], body);
+        }
+        let mut metadata = metadata();
+        metadata["token_endpoint_auth_methods_supported"] = json!(["private_key_jwt"]);
+        let server = Server::with(OAUTH, &metadata);
+        let error = fetch(&server.source(builder())).await.unwrap_err();
+        assert!(!error.is_transient());
+        // What was set is not put in question.
+        let set = builder().auth_method(AuthMethod::ClientSecretPost);
+        fetch(&server.source(set)).await.unwrap();
+    }
+
+    #[cfg(feature = "jwt")]
+    #[tokio::test]
+    async fn the_issuer_is_whom_assertions_are_addressed_to() {
+        let mut metadata = metadata();
+        metadata["token_endpoint_auth_methods_supported"] = json!(["client_secret_jwt"]);
+        metadata["token_endpoint_auth_signing_alg_values_supported"] = json!(["HS384"]);
+        let server = Server::with(OAUTH, &metadata);
+        fetch(&server.source(builder())).await.unwrap();
+        let body = &server.bodies()[1];
+        let (_, assertion) = body.rsplit_once("&client_assertion=").unwrap();
+        let mut validation = jsonwebtoken::Validation::new(jsonwebtoken::Algorithm::HS384);
+        validation.set_audience(&[ISSUER]);
+        let key = jsonwebtoken::DecodingKey::from_secret(b"s");
+        jsonwebtoken::decode::<Value>(assertion, &key, &validation).unwrap();
+    }
+
+    /// RFC 8705 section 5.
+    #[tokio::test]
+    async fn a_client_with_a_certificate_goes_to_the_alias() {
+        let mut metadata = metadata();
+        metadata["mtls_endpoint_aliases"] = json!({"token_endpoint": "https://as.example/mtls"});
+        let server = Server::with(OAUTH, &metadata);
+        server.answer("/mtls", 200, TOKEN);
+        fetch(&server.source(builder())).await.unwrap();
+        assert_eq!(server.paths(), [OAUTH, "/token"]);
+        let mutual =
+            ClientCredentials::discover(ISSUER, "id").auth_method(AuthMethod::TlsClientAuth);
+        fetch(&server.source(mutual)).await.unwrap();
+        assert_eq!(server.paths(), [OAUTH, "/mtls"]);
+    }
+
+    #[tokio::test]
+    async fn many_keys_ask_once_and_share_a_failure() {
+        for found in [true, false] {
+            let server = Server::new();
+            if found {
+                server.answer(OAUTH, 200, &metadata().to_string());
+            }
+            let source = server.source(builder());
+            let fetches: Vec<_> = (0..50)
+                .map(|_| {
+                    let source = source.clone();
+                    tokio::spawn(async move { fetch(&source).await })
+                })
+                .collect();
+            for fetch in fetches {
+                assert_eq!(fetch.await.unwrap().is_ok(), found);
+            }
+            let paths = server.paths();
+            let documents = paths.iter().filter(|path| *path != "/token").count();
+            assert_eq!(documents, if found { 1 } else { 2 });
+        }
+    }
+
+    /// Law 5: whoever is dropped while it asks takes nobody along.
+    #[tokio::test(start_paused = true)]
+    async fn a_discovery_that_is_dropped_leaves_the_turn_to_the_next() {
+        let server = Server::with(OAUTH, &metadata());
+        let source = server.source(builder());
+        server.0.lock().hanging = true;
+        let first = time::timeout(Duration::from_secs(1), fetch(&source));
+        assert!(first.await.is_err());
+        server.0.lock().hanging = false;
+        fetch(&source).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn endpoints_that_fail_are_looked_up_again() {
+        for (status, body, moved) in [
+            (404, r#"{"error":"not_found"}"#, true),
+            (405, "", true),
+            (410, "", true),
+            (500, "", true),
+            (302, "", true),
+            (429, "", false),
+            (400, r#"{"error":"invalid_scope"}"#, false),
+            (401, r#"{"error":"invalid_client"}"#, false),
+            (200, "{}", false),
+        ] {
+            let server = Server::with(OAUTH, &metadata());
+            let source = server.source(builder());
+            server.answer("/token", status, body);
+            fetch(&source).await.unwrap_err();
+            let mut elsewhere = metadata();
+            elsewhere["token_endpoint"] = "https://as.example/moved".into();
+            server.answer(OAUTH, 200, &elsewhere.to_string());
+            server.answer("/moved", 200, TOKEN);
+            server.paths();
+            assert_eq!(fetch(&source).await.is_ok(), moved, "{status}");
+            let expected = if moved {
+                &[OAUTH, "/moved"][..]
+            } else {
+                &["/token"]
+            };
+            assert_eq!(server.paths(), expected, "{status}");
+        }
+    }
+
+    /// Law 7: metadata that are gone, or hang, are no reason not to try what was good.
+    #[tokio::test(start_paused = true)]
+    async fn old_endpoints_are_better_than_none() {
+        for hanging in [false, true] {
+            let server = Server::with(OAUTH, &metadata());
+            let source = server.source(builder());
+            server.answer("/token", 503, "");
+            fetch(&source).await.unwrap_err();
+            server.answer("/token", 200, TOKEN);
+            server.answer(OAUTH, 503, "");
+            server.0.lock().hanging = hanging;
+            let attempt = time::timeout(Fetch::new().timeout, fetch(&source));
+            attempt.await.expect("it keeps to its time").unwrap();
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_token_request_that_was_cut_makes_its_endpoint_suspect() {
+        let server = Server::with(OAUTH, &metadata());
+        let mut slow = metadata();
+        slow["token_endpoint"] = "https://as.example/slow".into();
+        server.answer(OAUTH, 200, &slow.to_string());
+        let source = server.source(builder());
+        fetch(&source).await.unwrap_err();
+        server.answer("/slow", 200, TOKEN);
+        fetch(&source).await.unwrap();
+        server.0.lock().hanging = true;
+        let cut = time::timeout(Duration::from_secs(10), fetch(&source));
+        assert!(cut.await.is_err());
+        server.0.lock().hanging = false;
+        server.paths();
+        fetch(&source).await.unwrap();
+        assert_eq!(server.paths(), [OAUTH, "/slow"]);
+    }
+
+    async fn revocation(refresh: bool) -> Revocation {
+        let source = crate::source_fn(|_| async { crate::TokenResponse::new("access") });
+        Revocation {
+            refresh_token: refresh.then(|| RefreshToken::new("refresh")),
+            access_token: Some(crate::TokenCache::new(source).get().await.unwrap()),
+        }
+    }
+
+    #[tokio::test]
+    async fn tokens_are_revoked_where_the_server_says_refresh_token_first() {
+        let mut metadata = metadata();
+        metadata["revocation_endpoint"] = "https://as.example/revoke".into();
+        let server = Server::with(OAUTH, &metadata);
+        server.answer("/revoke", 200, "");
+        server.answer("/own", 200, "");
+        for (builder, path) in [
+            (builder().scope("a").resource("urn:a"), "/revoke"),
+            (builder().revocation_url("https://as.example/own"), "/own"),
+        ] {
+            let source = server.source(builder);
+            source.revoke(revocation(true).await).await.unwrap();
+            let asked = std::mem::take(&mut server.0.lock().asked);
+            let expected = [
+                "token=refresh&token_type_hint=refresh_token",
+                "token=access&token_type_hint=access_token",
+            ];
+            let expected = expected.map(|body| (path.to_owned(), body.to_owned()));
+            assert_eq!(asked[1..], expected);
+        }
+        // base64 of "id:s"
+        assert_eq!(
+            server.0.lock().headers[1].as_deref(),
+            Some("Basic aWQ6cw==")
+        );
+        let post = server.source(builder().auth_method(AuthMethod::ClientSecretPost));
+        post.revoke(revocation(false).await).await.unwrap();
+        let expected = "client_id=id&client_secret=s&token=access&token_type_hint=access_token";
+        assert_eq!(server.bodies()[1], expected);
+    }
+
+    #[tokio::test]
+    async fn a_token_that_cannot_be_revoked_does_not_spare_the_other() {
+        let builder = ClientCredentials::builder("https://as.example/token", "id");
+        let server = Server::new();
+        server.answer("/revoke", 400, r#"{"error":"unsupported_token_type"}"#);
+        let source = server.source(builder.revocation_url("https://as.example/revoke"));
+        let error = source.revoke(revocation(true).await).await.unwrap_err();
+        assert_eq!(error.oauth_error(), Some("unsupported_token_type"));
+        assert_eq!(server.paths(), ["/revoke", "/revoke"]);
+
+        let builder = ClientCredentials::builder("https://as.example/token", "id");
+        let source = server.source(builder);
+        assert!(
+            !source
+                .revoke(revocation(true).await)
+                .await
+                .unwrap_err()
+                .is_transient()
+        );
+        assert!(server.paths().is_empty());
+    }
+
+    /// The secret that was changed is found for this as well.
+    #[tokio::test]
+    async fn a_revocation_asks_for_a_new_secret() {
+        let count = std::sync::atomic::AtomicUsize::new(0);
+        let secret = Credential::from_fn(move || {
+            let count = count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            async move { Ok(count.to_string()) }
+        });
+        let server = Server::new();
+        server.answer("/revoke", 401, r#"{"error":"invalid_client"}"#);
+        let builder = ClientCredentials::builder("https://as.example/token", "id")
+            .client_secret(secret)
+            .revocation_url("https://as.example/revoke");
+        let source = server.source(builder);
+        source.revoke(revocation(false).await).await.unwrap_err();
+        assert_eq!(server.paths().len(), 2);
+    }
+}
