@@ -414,7 +414,7 @@ impl ClientCredentialsBuilder {
         } = parts;
         let place = match spot {
             Spot::Told(endpoints) => Place::Told(Arc::new(endpoints)),
-            Spot::Issuer(issuer) => Place::Found(Discovery::new(issuer, transport)),
+            Spot::Issuer(issuer) => Place::Found(Box::new(Discovery::new(issuer, transport))),
         };
         ClientCredentials::new(Inner {
             client,

@@ -108,6 +108,7 @@ impl Credential {
     }
 
     /// The text, if it is known while the program is set up.
+    #[cfg(any(feature = "jwt", feature = "rustls"))]
     pub(super) fn constant(&self) -> Option<&SecretString> {
         match &*self.0 {
             Origin::Constant(text) => Some(text),

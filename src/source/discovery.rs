@@ -132,7 +132,7 @@ impl Issuer {
 /// Where the authorization server is: told, or found out.
 pub(super) enum Place {
     Told(Arc<Endpoints>),
-    Found(Discovery),
+    Found(Box<Discovery>),
 }
 
 impl Place {
