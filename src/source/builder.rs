@@ -556,6 +556,19 @@ mod tests {
                     .client_secret("s")
                     .raw_basic_credentials(true),
             ),
+            (
+                "a revocation URL that is not secure",
+                bare().revocation_url("http://as.example/revoke"),
+            ),
+            (
+                "a revocation URL that is none",
+                bare().revocation_url("/revoke"),
+            ),
+            #[cfg(feature = "jwt")]
+            (
+                "two issuers",
+                ClientCredentials::discover("https://as.example", "id").issuer("i"),
+            ),
             #[cfg(feature = "rustls")]
             (
                 "a certificate that the service does not know",

@@ -34,6 +34,9 @@ use crate::{
 /// (RFC 6749 section 6), and if it brings nothing, for whatever reason, the client's own credentials are sent
 /// at once. A refresh token is sent at most once, since some servers end the session when they see it again.
 ///
+/// When the server does not know the client (`invalid_client`), the [`Credential`](crate::Credential) is asked for
+/// again within the same attempt, and if it has changed, the request is sent once more with the new one.
+///
 /// Answers that differ from the standard are understood where that is safe: lifetimes as text or fractions,
 /// other statuses than 200, any `Content-Type`. At most 1 MiB of an answer is read. Redirects are not
 /// followed, for they would carry the secret along.
@@ -138,7 +141,12 @@ impl Inner {
         let method = match &self.client {
             Client::Own(_) => {
                 let supported = endpoints.auth_methods.as_deref();
-                Some(self.means.method(supported).map_err(TokenError::terminal)?)
+                let method = self.means.method(supported).map_err(|problem| {
+                    // The next attempt looks whether the server supports more by then.
+                    drop(self.place.watch());
+                    TokenError::terminal(problem)
+                })?;
+                Some(method)
             }
             Client::Whole(_) => None,
         };
@@ -299,8 +307,8 @@ impl ClientCredentials {
     /// `client_secret_basic`, `client_secret_post` and `client_secret_jwt`.
     ///
     /// All keys of a cache share them. They are kept until a token request fails in a way that speaks of the endpoint,
-    /// such as a lost connection, a timeout or a 404. Then the next attempt fetches them anew, within half of its
-    /// time, and goes on with the old ones if it cannot.
+    /// such as a lost connection, a timeout or a 404, or the client is refused. Then the next attempt fetches them
+    /// anew, within a quarter of its time, and goes on with the old ones if it cannot.
     ///
     /// ```
     /// # #[cfg(feature = "rustls")]
@@ -334,8 +342,9 @@ impl ClientCredentials {
 
     /// Starts a source from a client of the `oauth2` crate that has a token URL.
     ///
-    /// The client builds the requests, with its id, its secret and its way to authenticate. Its types for
-    /// answers are not used: most servers that differ from the standard would fail to fit them.
+    /// The client builds the requests, with its id, its secret and its way to authenticate, unless the builder is
+    /// given others. A header that it makes is written anew, with a space as `%20`. Its types for answers are not
+    /// used: most servers that differ from the standard would fail to fit them.
     ///
     /// The last type parameter must be `EndpointSet`, as `set_token_uri` makes it; a bare `BasicClient` in a
     /// function's signature stands for one without a token URL. To depend on `oauth2` for this, leave out its
@@ -421,7 +430,7 @@ impl TokenSource for ClientCredentials {
             .inner
             .asked
             .of(&fetch.request, fetch.claims.as_deref())?;
-        let endpoints = &*self.inner.place.endpoints(fetch.timeout / 2).await?;
+        let endpoints = &*self.inner.place.endpoints(fetch.timeout / 4).await?;
         let response = match fetch.refresh_token {
             // A session is as it is; claims that the API misses in its tokens come with a new one.
             Some(token) if fetch.claims.is_none() => {

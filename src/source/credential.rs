@@ -248,6 +248,9 @@ impl Function {
 struct Stamp {
     modified: Option<SystemTime>,
     length: u64,
+    /// A file that was put in the place of another is told from it whatever the resolution of the clock.
+    #[cfg(unix)]
+    inode: u64,
 }
 
 impl Stamp {
@@ -255,6 +258,8 @@ impl Stamp {
         Self {
             modified: metadata.modified().ok(),
             length: metadata.len(),
+            #[cfg(unix)]
+            inode: std::os::unix::fs::MetadataExt::ino(metadata),
         }
     }
 

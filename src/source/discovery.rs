@@ -265,15 +265,21 @@ impl Drop for Watch<'_> {
     }
 }
 
-/// Whether an endpoint may have moved: not if there is a server that knows its business and is busy.
+/// Whether an endpoint may have moved, or wants another proof than it said: not if there is a server that knows its
+/// business and is busy.
 fn speaks_of_endpoint(error: &TokenError) -> bool {
+    let unknown = error.oauth_error() == Some("invalid_client");
     let gone = matches!(
         error.status(),
         Some(StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED | StatusCode::GONE)
     );
     let busy =
         error.status() == Some(StatusCode::TOO_MANY_REQUESTS) || error.retry_after().is_some();
-    gone || error.is_transport() || error.is_timeout() || (error.is_unavailable() && !busy)
+    unknown
+        || gone
+        || error.is_transport()
+        || error.is_timeout()
+        || (error.is_unavailable() && !busy)
 }
 
 fn text<'a>(object: &'a Map<String, Value>, name: &str) -> Option<&'a str> {
@@ -546,8 +552,12 @@ mod tests {
         let mut metadata = metadata();
         metadata["token_endpoint_auth_methods_supported"] = json!(["private_key_jwt"]);
         let server = Server::with(OAUTH, &metadata);
-        let error = fetch(&server.source(builder())).await.unwrap_err();
-        assert!(!error.is_transient());
+        let source = server.source(builder());
+        assert!(!fetch(&source).await.unwrap_err().is_transient());
+        // Law 7: the server may learn it.
+        server.answer(OAUTH, 200, &self::metadata().to_string());
+        fetch(&source).await.unwrap();
+        server.answer(OAUTH, 200, &metadata.to_string());
         // What was set is not put in question.
         let set = builder().auth_method(AuthMethod::ClientSecretPost);
         fetch(&server.source(set)).await.unwrap();
@@ -629,7 +639,7 @@ mod tests {
             (302, "", true),
             (429, "", false),
             (400, r#"{"error":"invalid_scope"}"#, false),
-            (401, r#"{"error":"invalid_client"}"#, false),
+            (401, r#"{"error":"invalid_client"}"#, true),
             (200, "{}", false),
         ] {
             let server = Server::with(OAUTH, &metadata());

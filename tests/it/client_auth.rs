@@ -15,8 +15,7 @@ use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
 use tower::util::BoxCloneSyncService;
 use tower_bearer::{
-    AuthMethod, ClientCredentials, ClientCredentialsBuilder, Credential, Fetch, TokenCache,
-    TokenSource,
+    AuthMethod, ClientCredentials, ClientCredentialsBuilder, Credential, Fetch, TokenSource,
 };
 
 const URL: &str = "https://as.example/token";
@@ -138,21 +137,17 @@ async fn a_secret_that_the_server_has_replaced_is_asked_for_once() {
     assert_eq!(asked.load(Ordering::SeqCst), 2);
 }
 
-/// Law 7: a cache whose secret was wrong serves as soon as it is right.
+/// Law 7: whoever holds the error of a wrong secret back learns when there is another one.
 #[tokio::test]
-async fn a_cache_recovers_from_a_wrong_secret() {
+async fn a_wrong_secret_that_was_replaced_is_told() {
     let directory = Directory::new("wrong");
     let server = Server::default();
     server.set_secret("right");
-    let source = Arc::new(server.source(Credential::file(directory.write("secret", "wrong"))));
-    let cache = TokenCache::new(source.clone());
-    let error = cache.get().await.unwrap_err();
+    let source = server.source(Credential::file(directory.write("secret", "wrong")));
+    let error = source.fetch(Fetch::new()).await.unwrap_err();
     assert_eq!(error.oauth_error(), Some("invalid_client"));
-    assert!(!source.has_new_credentials());
+    assert_eq!(server.bodies().len(), 1);
     directory.write("secret", "right");
-    // Looked at once in a second at most.
-    tokio::time::pause();
-    tokio::time::advance(std::time::Duration::from_secs(1)).await;
     assert!(source.has_new_credentials());
     source.fetch(Fetch::new()).await.unwrap();
     assert!(!source.has_new_credentials());
@@ -172,6 +167,50 @@ async fn a_credential_that_cannot_be_had_sends_nothing() {
         assert_eq!(error.status(), None);
     }
     assert!(server.bodies().is_empty());
+}
+
+/// The default client finds the server by itself, and follows it nowhere else.
+#[cfg(feature = "rustls")]
+#[tokio::test]
+async fn a_server_is_discovered_over_a_socket() {
+    use axum::{Json, Router, response::Redirect, routing::get};
+
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let host = format!("http://{}", listener.local_addr().unwrap());
+    let elsewhere = Arc::new(AtomicUsize::new(0));
+    let visits = elsewhere.clone();
+    let metadata = serde_json::json!({
+        "issuer": format!("{host}/realms/a"),
+        "token_endpoint": format!("{host}/token"),
+    });
+    let token = serde_json::json!({"access_token": "token", "token_type": "Bearer"});
+    let router = Router::new()
+        .route(
+            "/.well-known/oauth-authorization-server/realms/a",
+            get(|| async { Redirect::temporary("/elsewhere") }),
+        )
+        .route(
+            "/elsewhere",
+            get(move || async move {
+                visits.fetch_add(1, Ordering::SeqCst);
+            }),
+        )
+        .route(
+            "/realms/a/.well-known/openid-configuration",
+            get(move || async move { Json(metadata) }),
+        )
+        .route(
+            "/token",
+            axum::routing::post(move || async move { Json(token) }),
+        );
+    tokio::spawn(async move { axum::serve(listener, router).await });
+
+    let source = ClientCredentials::discover(format!("{host}/realms/a"), "id")
+        .client_secret("secret")
+        .build()
+        .unwrap();
+    source.fetch(Fetch::new()).await.unwrap();
+    assert_eq!(elsewhere.load(Ordering::SeqCst), 0);
 }
 
 #[cfg(feature = "jwt")]
