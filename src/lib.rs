@@ -161,8 +161,9 @@
 //! - `rustls` (default): the default client for the token endpoint, hyper over rustls with ring and the system's
 //!   roots. Without it, [`ClientCredentialsBuilder::build_with`] takes any tower HTTP service.
 //! - `jwt`: clients that prove who they are by a signed assertion, `private_key_jwt` and `client_secret_jwt`, with
-//!   `jsonwebtoken` over `aws-lc-rs` (which takes a C compiler). It neither reads nor sets the process-wide backend of
-//!   `jsonwebtoken`, so an application may use another one.
+//!   `jsonwebtoken` 10 over `aws-lc-rs` (which takes a C compiler). The backend is taken by name; the process-wide one is
+//!   neither read nor set. An application that uses the same `jsonwebtoken` with `rust_crypto` has both backends
+//!   compiled in then, and has to choose its own by `CryptoProvider::install_default` before it uses it.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod cache;
