@@ -13,7 +13,7 @@ mod watch;
 
 use std::{fmt, sync::Arc};
 
-use tokio::task::JoinSet;
+use tokio::{task::JoinSet, time};
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::{
@@ -165,7 +165,8 @@ impl TokenCache {
     /// refresh tokens, which end their sessions, and the access tokens.
     ///
     /// To be called when no request is under way any more. A token that the server grants at this moment is not
-    /// known and lives on. Up to 16 keys' tokens are revoked at a time; the future has no timeout of its own.
+    /// known and lives on. Up to 16 keys' tokens are revoked at a time, each within
+    /// [`RefreshPolicy::attempt_timeout`].
     ///
     /// # Cancel safety
     ///
@@ -188,7 +189,12 @@ impl TokenCache {
                 let Some((entry, revocation)) = revocations.next() else {
                     break;
                 };
-                tasks.spawn(async move { entry.source().revoke(revocation).await });
+                tasks.spawn(async move {
+                    let limit = entry.policy().attempt_limit();
+                    time::timeout(limit, entry.source().revoke(revocation))
+                        .await
+                        .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout, true)))
+                });
             }
             match tasks.join_next().await {
                 Some(revoked) => {

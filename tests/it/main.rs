@@ -11,9 +11,9 @@
 mod auto_traits;
 mod bodies;
 mod cancellation;
+mod client_auth;
 #[cfg(feature = "rustls")]
 mod hostile;
-mod client_auth;
 mod interruption;
 mod invalidate;
 mod keys;

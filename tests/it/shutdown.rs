@@ -13,7 +13,7 @@ use tower_bearer::{
 };
 
 use crate::support::{
-    Answer, Api, AuthServer, caller, get, millis, now, secs, settle, token_error,
+    Answer, Api, AuthServer, caller, get, millis, now, secs, settle, timed, token_error,
 };
 
 /// A source that revokes, slowly, and remembers what.
@@ -167,6 +167,28 @@ async fn what_is_dead_is_not_revoked() {
     cache.shutdown_and_revoke().await.unwrap();
     cache.get().await.unwrap_err();
     assert!(source.revoked.lock().unwrap().is_empty());
+}
+
+/// A server that does not answer keeps nobody for ever.
+#[tokio::test(start_paused = true)]
+async fn a_revocation_that_hangs_is_given_up() {
+    struct Hanging;
+
+    impl TokenSource for Hanging {
+        async fn fetch(&self, _: Fetch) -> Result<TokenResponse, TokenError> {
+            Ok(TokenResponse::new("token")?.expires_in(secs(300)))
+        }
+
+        async fn revoke(&self, _: Revocation) -> Result<(), TokenError> {
+            std::future::pending().await
+        }
+    }
+
+    let cache = TokenCache::new(Hanging);
+    cache.get().await.unwrap();
+    let (revoked, took) = timed(cache.shutdown_and_revoke()).await;
+    assert!(revoked.unwrap_err().is_timeout());
+    assert!(took <= secs(11), "{took:?}");
 }
 
 #[tokio::test(start_paused = true)]
