@@ -143,27 +143,29 @@ where
 {
     type Output = Result<Response<ResBody>, BoxError>;
 
+    #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut state = self.project().state;
         loop {
             let result = match state.as_mut().project() {
                 StateProj::Sending { response, sent } => {
-                    let result = ready!(response.poll(cx));
-                    let sent = match &result {
-                        Ok(answer) if challenge::is_candidate(answer) => sent.take(),
-                        _ => None,
+                    let answer = match ready!(response.poll(cx)) {
+                        Ok(answer) if challenge::is_candidate(&answer) => answer,
+                        // What most requests come to; what is left of them goes with this future.
+                        result => return Poll::Ready(result.map_err(Into::into)),
                     };
+                    let sent = sent.take();
                     // The inner future goes before anything waits: it may hold a permit of a limit below.
                     state.set(State::Done);
-                    match (result, sent) {
-                        (Ok(answer), Some(sent)) => match sent.judge(answer) {
-                            Judged::Answer(answer) => Ok(answer),
-                            Judged::Again(waiting) => {
-                                state.set(State::Waiting { waiting });
-                                continue;
-                            }
-                        },
-                        (result, _) => result.map_err(Into::into),
+                    let Some(sent) = sent else {
+                        return Poll::Ready(Ok(answer));
+                    };
+                    match sent.judge(answer) {
+                        Judged::Answer(answer) => Ok(answer),
+                        Judged::Again(waiting) => {
+                            state.set(State::Waiting { waiting });
+                            continue;
+                        }
                     }
                 }
                 StateProj::Waiting { waiting } => {

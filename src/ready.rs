@@ -5,7 +5,9 @@ use std::sync::Arc;
 use arc_swap::ArcSwapOption;
 use http::HeaderValue;
 
-use crate::{settings::Settings, source::TokenRequest, time::Coarse, token::AccessToken};
+use crate::{
+    cache::Watched, settings::Settings, source::TokenRequest, time::Coarse, token::AccessToken,
+};
 
 /// A token with all that a request takes of it, and all that is needed if the API refuses it.
 ///
@@ -14,8 +16,11 @@ pub(crate) struct Ready {
     pub(crate) token: AccessToken,
     /// The token's header value, or a copy of it with a reference count of its own.
     header: HeaderValue,
+    /// The token's number, and where to see whether it still stands.
+    number: u64,
+    watched: Watched,
     /// When the token is due or dead by the wall clock.
-    until: Option<Coarse>,
+    until: Coarse,
     pub(crate) settings: Arc<Settings>,
 }
 
@@ -23,7 +28,9 @@ impl Ready {
     pub(crate) fn new(token: AccessToken, settings: Arc<Settings>) -> Arc<Self> {
         Arc::new(Self {
             header: token.header_value().clone(),
-            until: token.fresh_until().wall().map(Coarse::of),
+            number: token.number(),
+            watched: settings.cache.watched().clone(),
+            until: token.fresh_until().wall().map_or(Coarse::MAX, Coarse::of),
             token,
             settings,
         })
@@ -37,8 +44,7 @@ impl Ready {
     /// Whether a request may leave with the token as it stands.
     #[inline]
     fn is_fresh(&self) -> bool {
-        self.settings.cache.is_watched(&self.token)
-            && self.until.is_none_or(|until| Coarse::read() < until)
+        self.watched.is(self.number) && Coarse::read() < self.until
     }
 
     /// The same with reference counts that nobody else writes.
@@ -46,6 +52,8 @@ impl Ready {
         Arc::new(Self {
             token: self.token.clone(),
             header: self.token.copy_header(),
+            number: self.number,
+            watched: self.watched.clone(),
             until: self.until,
             settings: Arc::clone(&self.settings),
         })
@@ -96,19 +104,18 @@ impl Door {
     pub(crate) fn ready(&mut self, request: Option<&TokenRequest>) -> Option<Arc<Ready>> {
         match (&self.own, request) {
             (Some(own), None) if own.is_fresh() => Some(Arc::clone(own)),
-            (_, None) => self.look(),
-            (_, Some(request)) => self.look_for(request),
+            _ => self.look(request),
         }
     }
 
-    fn look_for(&self, request: &TokenRequest) -> Option<Arc<Ready>> {
-        let settings = &self.front.settings;
-        let token = settings.cache.attach(Some(request))?;
-        Some(Ready::new(token, Arc::clone(settings)))
-    }
-
     /// What other services of the layer have found, or the cache has.
-    fn look(&mut self) -> Option<Arc<Ready>> {
+    #[inline(never)]
+    fn look(&mut self, request: Option<&TokenRequest>) -> Option<Arc<Ready>> {
+        if request.is_some() {
+            let settings = &self.front.settings;
+            let token = settings.cache.attach(request)?;
+            return Some(Ready::new(token, Arc::clone(settings)));
+        }
         let shared = self.front.ready.load();
         let shared = shared.as_ref().filter(|ready| ready.is_fresh());
         let used = std::mem::replace(&mut self.used, true);
@@ -125,7 +132,7 @@ impl Door {
         let token = settings.cache.attach(None)?;
         let shared = self.front.ready.load();
         let known = shared.as_ref();
-        if let Some(ready) = known.filter(|ready| ready.token.number() == token.number()) {
+        if let Some(ready) = known.filter(|ready| ready.number == token.number()) {
             return Some(Arc::clone(ready));
         }
         let ready = Ready::new(token, Arc::clone(settings));

@@ -90,6 +90,7 @@ where
         self.inner.poll_ready(cx).map_err(Into::into)
     }
 
+    #[inline]
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let settings = self.door.settings();
         let extensions = request.extensions();

@@ -92,6 +92,12 @@ pub(crate) struct Coarse {
 }
 
 impl Coarse {
+    /// A moment that does not come.
+    pub(crate) const MAX: Self = Self {
+        seconds: i64::MAX,
+        nanos: 0,
+    };
+
     pub(crate) fn of(moment: SystemTime) -> Self {
         // A clock that stands before 1970 reads as 1970.
         let since = moment.duration_since(UNIX_EPOCH).unwrap_or_default();

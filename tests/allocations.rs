@@ -24,8 +24,21 @@ fn answer(request: Request<()>) -> Ready<Result<Response<()>, Infallible>> {
     ready(Ok(Response::new(())))
 }
 
-/// How many blocks a thousand requests allocate, after two.
-async fn blocks<S>(mut service: S) -> u64
+/// How many blocks a thousand requests allocate, after two: the least of three times, since the harness has a thread
+/// of its own that allocates too.
+async fn blocks<S>(service: S) -> u64
+where
+    S: Service<Request<()>, Response = Response<()>> + Clone,
+    S::Error: std::fmt::Debug,
+{
+    let mut least = u64::MAX;
+    for _ in 0..3 {
+        least = least.min(blocks_once(service.clone()).await);
+    }
+    least
+}
+
+async fn blocks_once<S>(mut service: S) -> u64
 where
     S: Service<Request<()>, Response = Response<()>>,
     S::Error: std::fmt::Debug,

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::gate::SharedGate;
+use super::{gate::SharedGate, watch::Watched};
 use crate::{
     source::{ErasedSource, SharedSource},
     sync::Mutex,
@@ -17,6 +17,8 @@ pub(super) struct Endpoint {
     pub(super) gate: Mutex<SharedGate>,
     /// The `not_before` that came with the last token of any key.
     not_before: AtomicU64,
+    /// The token of the key for nothing in particular, if it is watched.
+    watched: Watched,
 }
 
 impl Endpoint {
@@ -25,6 +27,7 @@ impl Endpoint {
             source,
             gate: Mutex::new(SharedGate::default()),
             not_before: AtomicU64::new(0),
+            watched: Watched::default(),
         }
     }
 
@@ -32,14 +35,19 @@ impl Endpoint {
         self.source.get()
     }
 
-    #[inline]
+    pub(super) fn watched(&self) -> &Watched {
+        &self.watched
+    }
+
     pub(super) fn not_before(&self) -> u64 {
-        // Nothing else is read by its value.
-        self.not_before.load(Ordering::Relaxed)
+        self.not_before.load(Ordering::SeqCst)
     }
 
     pub(super) fn set_not_before(&self, not_before: u64) {
-        self.not_before.store(not_before, Ordering::Relaxed);
+        if self.not_before.swap(not_before, Ordering::SeqCst) != not_before {
+            // Whoever comes now is to look whether the token is void.
+            self.watched.clear();
+        }
     }
 
     /// Forgets that the client was refused if it can prove its identity by something else now.

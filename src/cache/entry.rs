@@ -19,6 +19,7 @@ use super::{
     flight::{self, End, Flight, Outcome},
     gate::{KeyId, SharedGate},
     state::{Decision, Plan, Refusal, State},
+    watch::Watched,
 };
 use crate::{
     error::{Kind, TokenError},
@@ -41,9 +42,6 @@ pub(crate) struct Entry {
     ///
     /// Written with the state locked, so that it follows the state in order.
     hot: ArcSwapOption<token::Inner>,
-    /// The number of the token in `hot` while somebody watches the monotonic clock for it, else 0. Written as
-    /// `hot` is, or to 0.
-    watched: AtomicU64,
     pub(super) state: Mutex<State<Arc<Flight>>>,
 }
 
@@ -104,7 +102,6 @@ impl Entry {
             plain: request.is_plain(),
             closing,
             hot: ArcSwapOption::empty(),
-            watched: AtomicU64::new(0),
             state: Mutex::new(State::new(id, request, Arc::clone(&policy), Rng::new())),
             policy,
         })
@@ -213,13 +210,8 @@ impl Entry {
         }
     }
 
-    /// Whether `token` may be attached without a look at the monotonic clock: it is what the state shows, and
-    /// watched.
-    #[inline]
-    pub(super) fn is_watched(&self, token: &AccessToken) -> bool {
-        // All that is read by these values is in `token`.
-        self.watched.load(Ordering::Relaxed) == token.number()
-            && token.not_before() >= self.endpoint.not_before()
+    pub(super) fn watched(&self) -> &Watched {
+        self.endpoint.watched()
     }
 
     /// Promises to watch the clock for the token, if there is one that is fresh, and returns its number.
@@ -229,15 +221,13 @@ impl Entry {
         if token.fresh_until().has_come(Now::read()) {
             return None;
         }
-        self.watched.store(token.number(), Ordering::Relaxed);
+        self.watched().begin(token.number());
+        // Only now, or a rise in between would be missed.
+        if token.not_before() < self.endpoint.not_before() {
+            self.watched().end(token.number());
+            return None;
+        }
         Some(token.number())
-    }
-
-    pub(super) fn end_watch(&self, token: u64) {
-        // Fails if another token is watched by now.
-        let _ = self
-            .watched
-            .compare_exchange(token, 0, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     /// Whether nothing is lost if this entry is forgotten.
@@ -354,7 +344,9 @@ impl Entry {
         let token = state.unquestioned().map(|token| &token.0);
         let shown = self.hot.load();
         if shown.as_ref().map(Arc::as_ptr) != token.map(Arc::as_ptr) {
-            self.watched.store(0, Ordering::Relaxed);
+            if self.plain {
+                self.watched().clear();
+            }
             self.hot.store(token.cloned());
         }
     }

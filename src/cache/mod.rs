@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 pub(crate) use self::{
     acquire::Acquire,
     entry::{Complaint, Remedy},
+    watch::Watched,
 };
 use self::{endpoint::Endpoint, entry::Entry, keys::Keys};
 use crate::{
@@ -230,10 +231,9 @@ impl TokenCache {
         }
     }
 
-    /// Whether `token`, which is for nothing in particular, may be attached without a look at the monotonic clock.
-    #[inline]
-    pub(crate) fn is_watched(&self, token: &AccessToken) -> bool {
-        self.plain.is_watched(token)
+    /// Whether the token for nothing in particular may be attached without a look at the monotonic clock.
+    pub(crate) fn watched(&self) -> &Watched {
+        self.plain.watched()
     }
 
     /// Waits for a token.

@@ -2,13 +2,16 @@
 //!
 //! A clock reading costs a request about as much as its header. So the task of a flight stays behind and watches
 //! the monotonic clock for the token, and requests attach it without a look at that clock for as long as they
-//! see that it is [watched](Entry::watched). They do look at the wall clock, coarsely, which costs little: a
-//! machine that slept, and a runtime that is parked, stop the watch.
+//! see that it is [`Watched`]. They do look at the wall clock, coarsely, which costs little: a machine that slept,
+//! and a runtime that is parked, stop the watch.
 //!
 //! Tokens with a key are not watched: a cache may hold thousands.
 
 use std::{
-    sync::{Arc, Weak},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -54,25 +57,51 @@ pub(super) async fn keep(entry: Arc<Entry>) {
     }
 }
 
+/// The number of the token that may be attached without a further look, or 0: somebody watches the clock for it, and
+/// it is neither replaced, nor refused, nor void.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Watched(Arc<AtomicU64>);
+
+impl Watched {
+    #[inline]
+    pub(crate) fn is(&self, token: u64) -> bool {
+        // All else that is known of the token is in the token.
+        self.0.load(Ordering::Relaxed) == token
+    }
+
+    pub(super) fn begin(&self, token: u64) {
+        self.0.store(token, Ordering::SeqCst);
+    }
+
+    /// Ends the watch over `token`, if no other one is watched by now.
+    pub(super) fn end(&self, token: u64) {
+        let _ = self
+            .0
+            .compare_exchange(token, 0, Ordering::SeqCst, Ordering::SeqCst);
+    }
+
+    pub(super) fn clear(&self) {
+        self.0.store(0, Ordering::SeqCst);
+    }
+}
+
 /// The watch over one token, which ends with its task: a runtime that shuts down drops it.
 struct Watch {
-    entry: Weak<Entry>,
+    watched: Watched,
     token: u64,
 }
 
 impl Watch {
-    fn begin(entry: &Arc<Entry>) -> Option<Self> {
+    fn begin(entry: &Entry) -> Option<Self> {
         let token = entry.begin_watch()?;
-        let entry = Arc::downgrade(entry);
-        Some(Self { entry, token })
+        let watched = entry.watched().clone();
+        Some(Self { watched, token })
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        if let Some(entry) = self.entry.upgrade() {
-            entry.end_watch(self.token);
-        }
+        self.watched.end(self.token);
     }
 }
 
