@@ -268,8 +268,12 @@ impl Entry {
         let _remembered = state.remembered(&shared);
         let mut retry_in = None;
         let end = match outcome {
-            Outcome::Granted(response, sent) => {
+            Outcome::Granted(mut response, sent) => {
                 let not_before = response.not_before_policy;
+                // An answer that says nothing of it says nothing against its own token.
+                response
+                    .not_before_policy
+                    .get_or_insert(self.endpoint.not_before());
                 let token = state.succeeded(&mut shared, flight, response, sent, now);
                 if let (Some(_), Some(not_before)) = (&token, not_before) {
                     self.endpoint.set_not_before(not_before);

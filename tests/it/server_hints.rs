@@ -126,6 +126,31 @@ async fn a_rise_of_not_before_voids_the_tokens_of_other_keys() {
     assert_eq!(script.asked(), 5);
 }
 
+/// Laws 2 and 4: an answer that says nothing of it voids nothing, not even its own token.
+#[tokio::test(start_paused = true)]
+async fn a_token_without_not_before_is_not_void() {
+    let script = Script::new([
+        Ok(response("a-1").not_before_policy(100)),
+        Ok(response("b-1")),
+        Ok(response("a-2").not_before_policy(200)),
+        Ok(response("b-2")),
+    ]);
+    let cache = TokenCache::new(script.clone());
+    let [a, b] = ["a", "b"].map(|scope| TokenRequest::new().scope(scope));
+    cache.get_for(&a).await.unwrap();
+    cache.get_for(&b).await.unwrap();
+    assert_eq!(now(cache.get_for(&b)).unwrap().expose_secret(), "b-1");
+    assert_eq!(now(cache.get_for(&a)).unwrap().expose_secret(), "a-1");
+    assert_eq!(script.asked(), 2);
+    // It is as old as the value that held when it came, and so void by a later rise.
+    time::sleep(secs(291)).await;
+    cache.get_for(&a).await.unwrap();
+    assert!(cache.peek_for(&b).is_none());
+    cache.get_for(&b).await.unwrap();
+    assert_eq!(now(cache.get_for(&b)).unwrap().expose_secret(), "b-2");
+    assert_eq!(script.asked(), 4);
+}
+
 #[tokio::test(start_paused = true)]
 async fn scopes_that_were_not_granted_are_named() {
     let asked = |text| response(text).requested_scope("read write admin");
