@@ -280,6 +280,11 @@ pub(crate) fn cooldown(previous: Option<Duration>) -> Duration {
     }
 }
 
+/// For how long other credentials open no gate after they have opened it in vain `n` times in a row.
+pub(crate) fn renewal_pause(n: u32) -> Duration {
+    doubled(FLOOR, n, TERMINAL_CAP)
+}
+
 /// `first · 2^(n-1)`, at most `cap`, for any `n` from 1.
 fn doubled(first: Duration, n: u32, cap: Duration) -> Duration {
     let factor = 1_u32.checked_shl(n.saturating_sub(1)).unwrap_or(u32::MAX);

@@ -54,11 +54,13 @@ impl Endpoint {
     pub(super) fn heed_new_credentials(&self, now: Now) {
         let held = {
             let gate = self.gate.lock();
-            gate.remembered().filter(|_| gate.is_refused(now)).cloned()
+            gate.remembered()
+                .filter(|_| gate.is_renewable(now))
+                .cloned()
         };
         // A source is foreign code, and so is the error that is forgotten: neither has a place under the lock.
         if held.is_some() && self.source().has_new_credentials() {
-            self.gate.lock().renew();
+            self.gate.lock().renew(now);
         }
     }
 }

@@ -7,7 +7,9 @@
 //! one, with no success between them, such a failure shuts the shared gate as well, but only for the keys that
 //! have failed: whoever has not is free to find out.
 //!
-//! When a shared gate opens, one key goes first, and those whom it binds wait for what comes of it.
+//! When a shared gate opens, one key goes first, and those whom it binds wait for what comes of it. If that is a
+//! failure of which nobody can say whose fault it is, another key goes first the next time, and from then on it binds
+//! those only that have failed.
 
 use std::time::Duration;
 
@@ -17,7 +19,7 @@ use tokio::time::Instant;
 
 use crate::{
     error::TokenError,
-    policy::RefreshPolicy,
+    policy::{self, RefreshPolicy},
     time::{Deadline, Now},
 };
 
@@ -84,6 +86,9 @@ pub(crate) struct SharedGate {
     probe: Option<(KeyId, Instant)>,
     /// How often the client was refused and has got other credentials since.
     renewals: u64,
+    /// How often that was since the last success, and when the next time may be.
+    vain: u32,
+    renewable: Option<Deadline>,
 }
 
 impl SharedGate {
@@ -92,21 +97,73 @@ impl SharedGate {
         self.gate.is_open(now) && !self.probe.is_some_and(waits)
     }
 
-    /// Whether a refusal of the client is held back from all keys, which other credentials would end.
-    pub(crate) fn is_refused(&self, now: Now) -> bool {
-        self.gate.terminal > 0 && !self.gate.is_open(now)
+    /// Whether a refusal of the client holds all keys back, which other credentials would end.
+    pub(crate) fn is_renewable(&self, now: Now) -> bool {
+        let may_be = self
+            .renewable
+            .is_none_or(|renewable| renewable.has_come(now));
+        may_be && self.gate.terminal > 0 && !self.gate.is_open(now)
     }
 
     /// Opens the gates that a refusal of the client has shut, since its credentials are others now.
-    pub(crate) fn renew(&mut self) {
-        if self.gate.terminal > 0 {
-            self.forget();
-            self.renewals += 1;
+    ///
+    /// A source that says so time and again while the server goes on refusing gets ever fewer tries (law 2).
+    pub(crate) fn renew(&mut self, now: Now) {
+        if !self.is_renewable(now) {
+            return;
         }
+        let vain = self.vain.saturating_add(1);
+        self.forget();
+        self.renewals += 1;
+        self.vain = vain;
+        self.renewable = Some(now.after(policy::renewal_pause(vain)));
     }
 
     pub(crate) fn remembered(&self) -> Option<&TokenError> {
         self.gate.remembered.as_ref()
+    }
+
+    /// Takes a failure that tells of all keys, or may do, of a flight that `began` at this time, and returns for how
+    /// long the key that had it is to wait.
+    fn shut(
+        &mut self,
+        policy: &RefreshPolicy,
+        error: Option<&TokenError>,
+        rng: &mut Rng,
+        began: Instant,
+        now: Now,
+    ) -> Duration {
+        let is_certain = Fault::of(error) != Fault::Either;
+        let is_open = self.gate.is_open(now);
+        // A thousand flights that were in the air together are one failure of the endpoint.
+        let is_known = !is_open && self.shut.is_some_and(|shut| began < shut);
+        let asks_for_more =
+            error.is_some_and(|error| !error.is_transient() || error.retry_after().is_some());
+        if is_known && !asks_for_more {
+            return Duration::ZERO;
+        }
+        let before = (self.gate.opens, self.gate.strict, self.gate.terminal);
+        if is_known {
+            self.gate.failures -= 1;
+            self.gate.terminal = self.gate.terminal.saturating_sub(1);
+        }
+        let after = self.gate.shut(policy, error, rng, now);
+        if !is_certain {
+            // Others wait for half as long as the key that has failed, so that one of them goes first the next time:
+            // a key that is broken and much asked for would keep them back for as long as it is both.
+            self.gate.opens = Some(now.after(after / 2));
+        }
+        if !is_open {
+            // Nothing that was asked for is taken back.
+            self.gate.opens = later(before.0, self.gate.opens);
+            self.gate.strict = later(before.1, self.gate.strict);
+            if is_known {
+                self.gate.terminal = self.gate.terminal.max(before.2);
+            }
+        }
+        self.certain = is_certain || (self.certain && !is_open);
+        self.shut = Some(now.monotonic);
+        after
     }
 
     fn forget(&mut self) {
@@ -169,10 +226,7 @@ impl OwnGate {
     pub(crate) fn opens(&self, shared: &SharedGate) -> Option<Deadline> {
         let own = self.gate.opens.filter(|_| !self.is_renewed(shared));
         let shared = self.binding(shared).and_then(|shared| shared.gate.opens);
-        match (own, shared) {
-            (Some(own), Some(shared)) => Some(own.latest(shared)),
-            (own, shared) => own.or(shared),
-        }
+        later(own, shared)
     }
 
     /// Takes note of a flight that starts, to be over at `until`.
@@ -221,18 +275,18 @@ impl OwnGate {
                 false
             }
         };
-        // A thousand flights that were in the air together are one failure of the endpoint.
-        let is_known = shared.shut.is_some_and(|shut| began < shut)
-            && !shared.gate.is_open(now)
-            && error.is_none_or(|error| error.is_transient() && error.retry_after().is_none());
-        if everybodys && !is_known {
-            // With the same sample of chance: for a key that is the only one, both open at the same time.
-            shared.gate.shut(policy, error, &mut rng.clone(), now);
-            shared.shut = Some(now.monotonic);
-            shared.certain |= fault != Fault::Either;
+        let mut shared_for = Duration::ZERO;
+        if everybodys {
+            // With the same sample of chance: for a key that is the only one, both are shut for the same time.
+            shared_for = shared.shut(policy, error, &mut rng.clone(), began, now);
         }
         self.refused = (fault == Fault::Client).then_some(shared.renewals);
-        self.gate.shut(policy, error, rng, now)
+        let own_for = self.gate.shut(policy, error, rng, now);
+        if fault != Fault::Either || shared_for <= own_for {
+            return own_for;
+        }
+        self.gate.opens = Some(now.after(shared_for));
+        shared_for
     }
 
     /// The shared gate, if it holds this key back.
@@ -250,6 +304,13 @@ impl OwnGate {
     /// Ends the probe that this key's flight was, if it was one.
     fn end_probe(&self, shared: &mut SharedGate) -> bool {
         shared.probe.take_if(|(key, _)| *key == self.key).is_some()
+    }
+}
+
+fn later(a: Option<Deadline>, b: Option<Deadline>) -> Option<Deadline> {
+    match (a, b) {
+        (Some(a), Some(b)) => Some(a.latest(b)),
+        (a, b) => a.or(b),
     }
 }
 
@@ -312,9 +373,14 @@ mod tests {
         }
 
         fn fail(&mut self, key: usize, error: &TokenError) {
+            self.fail_after(key, error, self.now.monotonic);
+        }
+
+        /// A flight fails that began at this time.
+        fn fail_after(&mut self, key: usize, error: &TokenError, began: Instant) {
             let (policy, rng) = (RefreshPolicy::new(), &mut Rng::with_seed(7));
             let (shared, now) = (&mut self.shared, self.now);
-            self.keys[key].shut(shared, &policy, Some(error), rng, now.monotonic, now);
+            self.keys[key].shut(shared, &policy, Some(error), rng, began, now);
         }
 
         fn start(&mut self, key: usize) {
@@ -475,6 +541,87 @@ mod tests {
         assert_eq!(case.open(), [false; 3]);
     }
 
+    #[test]
+    fn a_client_that_is_refused_in_many_flights_at_once_is_refused_once() {
+        let mut case = Case::new();
+        let began = case.now.monotonic;
+        case.pass(1);
+        for key in 0..3 {
+            case.fail_after(key, &rejected("invalid_client"), began);
+        }
+        assert_eq!(
+            (case.shared.gate.failures, case.shared.gate.terminal),
+            (1, 1)
+        );
+        // The next refusal is another one.
+        case.pass(6);
+        case.fail(0, &rejected("invalid_client"));
+        assert_eq!(
+            (case.shared.gate.failures, case.shared.gate.terminal),
+            (2, 2)
+        );
+    }
+
+    #[test]
+    fn what_comes_after_a_retry_after_does_not_shorten_it() {
+        let busy =
+            |seconds| TokenError::transient("busy").with_retry_after(Duration::from_secs(seconds));
+        for (other, refused) in [
+            (busy(2), false),
+            (rejected("invalid_client"), true),
+            (TokenError::new(Kind::Transport, true), false),
+        ] {
+            for in_the_air in [true, false] {
+                let mut case = Case::new();
+                let before = case.now.monotonic;
+                case.pass(1);
+                case.fail(0, &busy(60));
+                let began = if in_the_air {
+                    before
+                } else {
+                    case.now.monotonic
+                };
+                case.fail_after(1, &other, began);
+                case.pass(59);
+                assert_eq!(case.open(), [false; 3], "{other}");
+                assert_eq!(case.shared.is_renewable(case.now), refused);
+            }
+        }
+        // Nor does it hide that the client is refused.
+        let mut case = Case::new();
+        let began = case.now.monotonic;
+        case.pass(1);
+        case.fail(0, &rejected("invalid_client"));
+        case.fail_after(1, &busy(60), began);
+        assert!(case.shared.is_renewable(case.now));
+    }
+
+    /// A key that is broken, and asked for all the time, is the first one wherever a gate opens.
+    #[test]
+    fn a_key_that_fails_as_the_first_one_lets_others_go_first() {
+        let broken = TokenError::new(Kind::Unavailable, true);
+        let mut case = Case::new();
+        // An outage that two keys have seen.
+        case.fail(0, &TokenError::new(Kind::Transport, true));
+        case.fail(1, &TokenError::new(Kind::Transport, true));
+        for _ in 0..8 {
+            case.pass(12);
+            case.start(0);
+            case.fail(0, &broken);
+            // Whoever has not failed since is free to find out.
+            assert_eq!(case.open(), [false, false, true]);
+            let (own, shared) = (case.keys[0].gate.opens, case.shared.gate.opens);
+            let [own, shared] = [own, shared].map(|opens| opens.unwrap().remaining(case.now));
+            assert!(
+                2 * shared <= own + Duration::from_nanos(9),
+                "{own:?} {shared:?}"
+            );
+            case.now.monotonic += shared;
+            case.now.wall += shared;
+            assert_eq!(case.open(), [false, true, true]);
+        }
+    }
+
     /// Law 2: whatever becomes of other keys, a key's own failures keep it back.
     #[test]
     fn another_keys_success_opens_no_own_gate() {
@@ -489,9 +636,9 @@ mod tests {
         let mut case = Case::new();
         case.fail(0, &rejected("invalid_scope"));
         case.fail(1, &rejected("invalid_client"));
-        assert!(case.shared.is_refused(case.now));
-        case.shared.renew();
-        assert!(!case.shared.is_refused(case.now));
+        assert!(case.shared.is_renewable(case.now));
+        case.shared.renew(case.now);
+        assert!(!case.shared.is_renewable(case.now));
         assert_eq!(case.open(), [false, true, true]);
         assert!(case.keys[1].is_lenient(&case.shared, case.now));
         // The next refusal holds again.

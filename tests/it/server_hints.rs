@@ -292,3 +292,33 @@ async fn other_failures_wait_for_their_gate_whatever_the_source_says() {
     }
     assert_eq!(*requests.lock().unwrap(), 3);
 }
+
+/// Law 2: nor does it gain more than a try each time, and ever fewer, while the client is refused.
+#[tokio::test(start_paused = true)]
+async fn a_client_that_is_refused_whatever_it_changes_is_bounded() {
+    struct Eager(Arc<Mutex<usize>>);
+
+    impl TokenSource for Eager {
+        async fn fetch(&self, _: Fetch) -> Result<TokenResponse, TokenError> {
+            *self.0.lock().unwrap() += 1;
+            Err(TokenError::terminal("no").with_oauth_error("invalid_client"))
+        }
+
+        fn has_new_credentials(&self) -> bool {
+            true
+        }
+    }
+
+    let requests = Arc::default();
+    let cache = TokenCache::new(Eager(Arc::clone(&requests)));
+    let (plain, key) = (TokenRequest::new(), TokenRequest::new().scope("a"));
+    for _ in 0..6_000 {
+        for request in [&plain, &key] {
+            cache.get_for(request).await.unwrap_err();
+        }
+        time::sleep(millis(10)).await;
+    }
+    // For each of two keys: one per renewal, at 0, 1, 3, 7, 15, 31 s, and one per gate.
+    let requests = *requests.lock().unwrap();
+    assert!((10..=40).contains(&requests), "{requests}");
+}
