@@ -18,7 +18,7 @@ use std::{
 use tokio::time;
 
 use super::entry::Entry;
-use crate::time::Now;
+use crate::{policy, time::Now};
 
 /// Watches the token until it is due, dead, replaced or refused, and then starts the flight that follows if the
 /// cache is to be kept warm.
@@ -49,11 +49,17 @@ pub(super) async fn keep(entry: Arc<Entry>) {
         let Some(next) = next else {
             return;
         };
+        let mut pause = next.remaining(now).min(STEP);
         if next.has_come(now) {
-            return entry.refresh_if_due();
+            entry.refresh_if_due();
+            if entry.progress().flights != this_flight {
+                return;
+            }
+            // Another key tries whether the endpoint is well.
+            pause = policy::FLOOR;
         }
         drop(entry);
-        time::sleep(next.remaining(now).min(STEP)).await;
+        time::sleep(pause).await;
     }
 }
 

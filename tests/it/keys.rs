@@ -433,6 +433,31 @@ async fn keep_warm_is_for_the_token_without_a_key() {
     assert_eq!(server.requests_for("a"), 1);
 }
 
+/// A token that is due while another key goes first after an outage is refreshed later, and not never.
+#[tokio::test(start_paused = true)]
+async fn a_cache_stays_warm_while_another_key_tries_whether_the_server_is_well() {
+    let server = ByScope::default();
+    let policy = RefreshPolicy::new()
+        .keep_warm(true)
+        .attempt_timeout(secs(240))
+        .flight_timeout(secs(240));
+    let cache = TokenCache::with_policy(server.clone(), policy);
+    cache.get().await.unwrap();
+    let busy = TokenError::transient("busy").with_retry_after(secs(1));
+    server.set("a", Answer::Fail(busy));
+    cache.get_for(&for_scope("a")).await.unwrap_err();
+    time::sleep(secs(2)).await;
+    server.set("a", Answer::Hang);
+    let (a, tries) = (for_scope("a"), cache.clone());
+    let first = tokio::spawn(async move { tries.get_for(&a).await });
+    // The token is due between 105 s and 225 s.
+    time::sleep(secs(230)).await;
+    assert_eq!(server.requests_for(""), 1);
+    first.await.unwrap().unwrap_err();
+    time::sleep(secs(2)).await;
+    assert_eq!(server.requests_for(""), 2);
+}
+
 /// Law 9: never anonymous, unless the request says so itself.
 #[tokio::test(start_paused = true)]
 async fn a_marked_request_passes_as_it_is() {
