@@ -16,6 +16,7 @@ use std::{
 use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
 
+use super::turn::Turn;
 use crate::{
     error::{BoxError, TokenError},
     sync::Mutex,
@@ -61,8 +62,8 @@ enum Origin {
 struct Function {
     ask: Box<dyn Fn() -> Asking + Send + Sync>,
     kept: Mutex<Kept>,
-    /// Held while the function is asked, so that many token requests ask it once.
-    turn: tokio::sync::Mutex<()>,
+    /// Had while the function is asked, so that many token requests ask it once.
+    turn: Turn,
 }
 
 /// What a function gave last.
@@ -93,7 +94,8 @@ impl Credential {
     /// Creates a credential that an async function gives: a client of Vault, for example.
     ///
     /// It is asked when the first token is due, and again when the server has refused what it gave; never by two
-    /// at once. It is dropped with the attempt, 10 s in the cache, so it needs no timeout of its own. Its error
+    /// at once, unless the first has not come back for 10 s. It is dropped with the attempt, 10 s in the cache, so it
+    /// needs no timeout of its own. Its error
     /// becomes the source of a [`TokenError`], so it should hold no secret.
     pub fn from_fn<F, Fut>(f: F) -> Self
     where
@@ -103,7 +105,7 @@ impl Credential {
         Self(Arc::new(Origin::Function(Function {
             ask: Box::new(move || Box::pin(f())),
             kept: Mutex::new(Kept::default()),
-            turn: tokio::sync::Mutex::new(()),
+            turn: Turn::new(),
         })))
     }
 
@@ -194,9 +196,9 @@ impl Given {
             Origin::File(path) => Stamp::of(fs::metadata(path)) != self.stamp,
             Origin::Env(name) => env::var_os(name)
                 .is_some_and(|value| value.as_encoded_bytes() != self.text().as_bytes()),
-            // Text that was given again is no other text.
+            // Text that was given again is no other text, and one that was refused too is of no use.
             Origin::Function(function) => {
-                let kept = function.kept.lock().text.clone();
+                let kept = function.kept.lock().usable();
                 kept.is_some_and(|kept| kept.expose_secret() != self.text())
             }
         }
@@ -227,7 +229,7 @@ impl Function {
         if let Some(text) = kept {
             return Ok(text);
         }
-        let _turn = self.turn.lock().await;
+        let _turn = self.turn.take().await;
         // Whoever had the turn before may have got it.
         let kept = self.kept.lock().usable();
         if let Some(text) = kept {
@@ -440,6 +442,52 @@ mod tests {
         let limit = std::time::Duration::from_secs(1);
         assert!(tokio::time::timeout(limit, credential.get()).await.is_err());
         assert_eq!(text(&credential).await, "secret");
+    }
+
+    /// Law 2: what was refused as well is no reason to ask the server again.
+    #[tokio::test]
+    async fn a_function_gave_nothing_new_if_that_was_refused_too() {
+        let count = AtomicUsize::new(0);
+        let credential = Credential::from_fn(move || {
+            let count = count.fetch_add(1, Ordering::Relaxed);
+            async move { Ok(format!("secret-{count}")) }
+        });
+        let first = credential.get().await.unwrap();
+        first.refuse();
+        let second = credential.get().await.unwrap();
+        assert!(first.is_outdated());
+        second.refuse();
+        assert!(!first.is_outdated());
+    }
+
+    /// Law 6: a runtime that is parked keeps the turn for as long as an attempt, and not for ever.
+    #[tokio::test(start_paused = true)]
+    async fn a_function_that_is_asked_on_a_parked_runtime_is_asked_again() {
+        let asked = AtomicUsize::new(0);
+        let credential = Credential::from_fn(move || {
+            let first = asked.fetch_add(1, Ordering::Relaxed) == 0;
+            async move {
+                if first {
+                    std::future::pending::<()>().await;
+                }
+                Ok("secret".to_owned())
+            }
+        });
+        let mut parked = std::pin::pin!(credential.get());
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(parked.as_mut().poll(&mut context).is_pending());
+        // One that waits for its turn may be parked as well.
+        let mut next = std::pin::pin!(credential.get());
+        assert!(next.as_mut().poll(&mut context).is_pending());
+        let limit = std::time::Duration::from_secs(11);
+        let (one, other) = tokio::join!(
+            tokio::time::timeout(limit, text(&credential)),
+            tokio::time::timeout(limit, text(&credential)),
+        );
+        assert_eq!(
+            (one.as_deref(), other.as_deref()),
+            (Ok("secret"), Ok("secret"))
+        );
     }
 
     /// Law 9.

@@ -11,6 +11,7 @@ use super::{
     endpoints::{Endpoints, check_url},
     response::{Answer, malformed},
     transport::Transport,
+    turn::Turn,
 };
 use crate::{
     error::{ConfigError, Kind, TokenError},
@@ -171,9 +172,8 @@ pub(super) struct Discovery {
     /// Presents no certificate: the metadata are public.
     transport: Transport,
     state: Mutex<State>,
-    /// Held while the server is asked, so that the token requests of many keys ask it once. Whoever is dropped
-    /// meanwhile leaves it to the next.
-    turn: tokio::sync::Mutex<()>,
+    /// Had while the server is asked, so that the token requests of many keys ask it once.
+    turn: Turn,
 }
 
 #[derive(Default)]
@@ -203,7 +203,7 @@ impl Discovery {
             issuer,
             transport,
             state: Mutex::new(State::default()),
-            turn: tokio::sync::Mutex::new(()),
+            turn: Turn::new(),
         }
     }
 
@@ -215,7 +215,7 @@ impl Discovery {
             }
             state.rounds
         };
-        let _turn = self.turn.lock().await;
+        let _turn = self.turn.take().await;
         let limit = {
             let state = self.state.lock();
             // Also a failure is shared, or all who wait would repeat it one after the other.
@@ -627,6 +627,21 @@ mod tests {
         assert!(first.await.is_err());
         server.0.lock().hanging = false;
         fetch(&source).await.unwrap();
+    }
+
+    /// Law 6: a runtime that is parked keeps the turn for as long as an attempt, and not for ever.
+    #[tokio::test(start_paused = true)]
+    async fn a_discovery_on_a_parked_runtime_is_passed_over() {
+        let server = Server::with(OAUTH, &metadata());
+        let source = server.source(builder());
+        server.0.lock().hanging = true;
+        let mut parked = std::pin::pin!(fetch(&source));
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(parked.as_mut().poll(&mut context).is_pending());
+        server.0.lock().hanging = false;
+        let limit = Duration::from_secs(11);
+        time::timeout(limit, fetch(&source)).await.unwrap().unwrap();
+        time::timeout(limit, fetch(&source)).await.unwrap().unwrap();
     }
 
     #[tokio::test]

@@ -16,6 +16,7 @@ mod request;
 mod response;
 mod shared;
 mod transport;
+mod turn;
 
 use std::{fmt, future::Future, sync::Arc, time::Duration};
 
