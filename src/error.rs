@@ -62,6 +62,8 @@ pub(crate) enum Kind {
     Unavailable,
     /// The answer claims success and is no token response.
     Malformed,
+    /// There is something about the client's credentials that keeps them from being sent.
+    Credentials,
     /// The source panicked.
     Panicked,
     /// The token request ended with the runtime that ran it.
@@ -167,6 +169,11 @@ impl TokenError {
         matches!(self.0.kind, Kind::Panicked | Kind::Abandoned)
     }
 
+    /// Whether the client's credentials cannot be sent as they are, to any server and for any key.
+    pub(crate) fn is_of_credentials(&self) -> bool {
+        self.0.kind == Kind::Credentials
+    }
+
     /// Returns `true` if the request was not sent because its URI may not carry a token.
     pub fn is_insecure_uri(&self) -> bool {
         self.0.kind == Kind::Insecure
@@ -251,6 +258,7 @@ impl fmt::Display for TokenError {
             Kind::Rejected => "the authorization server refused the token request",
             Kind::Unavailable => "the token endpoint is not available",
             Kind::Malformed => "the answer to the token request is not a token response",
+            Kind::Credentials => "the client's credentials cannot be used",
             Kind::Panicked => "the token source panicked",
             Kind::Abandoned => "the token request ended with the runtime that ran it",
             Kind::Custom => "the token source failed",

@@ -339,6 +339,7 @@ impl Fault {
             _ if error.is_transport() || is_busy => Self::Endpoint,
             _ if error.is_interrupted() => Self::Key,
             _ if error.is_transient() => Self::Either,
+            _ if error.is_of_credentials() => Self::Client,
             Some("invalid_client" | "unauthorized_client") => Self::Client,
             Some(_) => Self::Request,
             None => Self::Key,
@@ -413,6 +414,7 @@ mod tests {
             retry_after,
             rejected("invalid_client"),
             rejected("unauthorized_client"),
+            TokenError::new(Kind::Credentials, false),
         ] {
             let mut case = Case::new();
             case.fail(0, &error);

@@ -159,7 +159,7 @@ impl Inner {
                 Err(error) => {
                     held.refuse();
                     self.refused.set(&held);
-                    return Err(TokenError::terminal(error));
+                    return Err(TokenError::new(Kind::Credentials, false).with_source(error));
                 }
             };
             let watch = self.place.watch();

@@ -218,6 +218,8 @@ mod jwt {
     use jsonwebtoken::{Algorithm, DecodingKey, Validation};
     use tower_bearer::AssertionAudience;
 
+    use tower_bearer::{TokenCache, TokenRequest};
+
     use super::*;
 
     fn param(body: &str, name: &str) -> String {
@@ -306,6 +308,31 @@ mod jwt {
         directory.write("key", &key.serialize_pem());
         assert!(source.has_new_credentials());
         let error = source.fetch(Fetch::new()).await.unwrap_err();
+        assert_eq!(error.oauth_error(), Some("invalid_client"));
+    }
+
+    /// Every key has the same credentials, so all of them wait and none of them longer than it takes.
+    #[tokio::test(start_paused = true)]
+    async fn a_cache_asks_as_soon_as_a_broken_key_was_replaced() {
+        let directory = Directory::new("cache");
+        let server = Server::default();
+        let path = directory.write("key", "CANARY");
+        let source = builder()
+            .issuer("https://as.example")
+            .private_key(Credential::file(path))
+            .build_with(server.service())
+            .unwrap();
+        let cache = TokenCache::new(source);
+        let key = TokenRequest::new().scope("a");
+        let error = cache.get().await.unwrap_err();
+        assert!(!format!("{error} {error:?}").contains("CANARY"));
+        cache.get_for(&key).await.unwrap_err();
+        assert!(server.bodies().is_empty());
+        let new = rcgen::KeyPair::generate().unwrap();
+        directory.write("key", &new.serialize_pem());
+        // The files are looked at once in a second.
+        tokio::time::sleep(std::time::Duration::from_millis(1_100)).await;
+        let error = cache.get_for(&key).await.unwrap_err();
         assert_eq!(error.oauth_error(), Some("invalid_client"));
     }
 }
