@@ -8,8 +8,9 @@
 //! have failed: whoever has not is free to find out.
 //!
 //! When a shared gate opens, one key goes first, and those whom it binds wait for what comes of it. If that is a
-//! failure of which nobody can say whose fault it is, another key goes first the next time, and from then on it binds
-//! those only that have failed.
+//! failure of which nobody can say whose fault it is, the gate binds from then on those only that have failed. And
+//! since keys that are broken and much asked for would be the first ones each time, one of those who have waited for
+//! long passes in between, once in 5 s.
 
 use std::time::Duration;
 
@@ -89,6 +90,8 @@ pub(crate) struct SharedGate {
     /// How often that was since the last success, and when the next time may be.
     vain: u32,
     renewable: Option<Deadline>,
+    /// When the next one may pass in between who has waited for long.
+    between: Option<Deadline>,
 }
 
 impl SharedGate {
@@ -123,8 +126,7 @@ impl SharedGate {
         self.gate.remembered.as_ref()
     }
 
-    /// Takes a failure that tells of all keys, or may do, of a flight that `began` at this time, and returns for how
-    /// long the key that had it is to wait.
+    /// Takes a failure that tells of all keys, or may do, of a flight that `began` at this time.
     fn shut(
         &mut self,
         policy: &RefreshPolicy,
@@ -132,7 +134,7 @@ impl SharedGate {
         rng: &mut Rng,
         began: Instant,
         now: Now,
-    ) -> Duration {
+    ) {
         let is_certain = Fault::of(error) != Fault::Either;
         let is_open = self.gate.is_open(now);
         // A thousand flights that were in the air together are one failure of the endpoint.
@@ -140,19 +142,14 @@ impl SharedGate {
         let asks_for_more =
             error.is_some_and(|error| !error.is_transient() || error.retry_after().is_some());
         if is_known && !asks_for_more {
-            return Duration::ZERO;
+            return;
         }
         let before = (self.gate.opens, self.gate.strict, self.gate.terminal);
         if is_known {
             self.gate.failures -= 1;
             self.gate.terminal = self.gate.terminal.saturating_sub(1);
         }
-        let after = self.gate.shut(policy, error, rng, now);
-        if !is_certain {
-            // Others wait for half as long as the key that has failed, so that one of them goes first the next time:
-            // a key that is broken and much asked for would keep them back for as long as it is both.
-            self.gate.opens = Some(now.after(after / 2));
-        }
+        self.gate.shut(policy, error, rng, now);
         if !is_open {
             // Nothing that was asked for is taken back.
             self.gate.opens = later(before.0, self.gate.opens);
@@ -163,7 +160,6 @@ impl SharedGate {
         }
         self.certain = is_certain || (self.certain && !is_open);
         self.shut = Some(now.monotonic);
-        after
     }
 
     fn forget(&mut self) {
@@ -181,6 +177,8 @@ pub(crate) struct OwnGate {
     gate: Gate,
     /// The renewals there had been when the client was refused, if that has shut the gate.
     refused: Option<u64>,
+    /// From here on the key has waited for long.
+    overlooked: Option<Deadline>,
 }
 
 impl OwnGate {
@@ -189,14 +187,21 @@ impl OwnGate {
             key,
             gate: Gate::default(),
             refused: None,
+            overlooked: None,
         }
     }
 
     pub(crate) fn is_open(&self, shared: &SharedGate, now: Now) -> bool {
         let own = self.gate.is_open(now) || self.is_renewed(shared);
-        own && self
-            .binding(shared)
-            .is_none_or(|shared| shared.is_open(self.key, now))
+        let opens =
+            |shared: &SharedGate| shared.is_open(self.key, now) || self.passes_between(shared, now);
+        own && self.binding(shared).is_none_or(opens)
+    }
+
+    /// Whether it is this key's turn, though the shared gate is shut by what may be the fault of other keys.
+    fn passes_between(&self, shared: &SharedGate, now: Now) -> bool {
+        let has_come = |moment: Option<Deadline>| moment.is_none_or(|moment| moment.has_come(now));
+        !shared.certain && has_come(self.overlooked) && has_come(shared.between)
     }
 
     /// Whether a token at hard expiry may pass, open or not.
@@ -231,6 +236,9 @@ impl OwnGate {
 
     /// Takes note of a flight that starts, to be over at `until`.
     pub(crate) fn pass(&self, shared: &mut SharedGate, now: Now, until: Instant) {
+        if !shared.is_open(self.key, now) {
+            shared.between = Some(now.after(BETWEEN));
+        }
         let probed = shared.probe.is_some_and(|(_, until)| now.monotonic < until);
         if self.binding(shared).is_some() && !probed {
             shared.probe = Some((self.key, until));
@@ -275,18 +283,14 @@ impl OwnGate {
                 false
             }
         };
-        let mut shared_for = Duration::ZERO;
         if everybodys {
-            // With the same sample of chance: for a key that is the only one, both are shut for the same time.
-            shared_for = shared.shut(policy, error, &mut rng.clone(), began, now);
+            // With the same sample of chance: for a key that is the only one, both open at the same time.
+            shared.shut(policy, error, &mut rng.clone(), began, now);
         }
         self.refused = (fault == Fault::Client).then_some(shared.renewals);
         let own_for = self.gate.shut(policy, error, rng, now);
-        if fault != Fault::Either || shared_for <= own_for {
-            return own_for;
-        }
-        self.gate.opens = Some(now.after(shared_for));
-        shared_for
+        self.overlooked = Some(now.after(own_for + OVERLOOKED));
+        own_for
     }
 
     /// The shared gate, if it holds this key back.
@@ -346,6 +350,12 @@ impl Fault {
         }
     }
 }
+
+/// For how long a key waits for others after its own gate has opened: as long as that is shut at most.
+const OVERLOOKED: Duration = Duration::from_secs(10);
+
+/// How often one of those passes: not so often that an endpoint that is down would be asked much more for it.
+const BETWEEN: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
 mod tests {
@@ -598,30 +608,41 @@ mod tests {
         assert!(case.shared.is_renewable(case.now));
     }
 
-    /// A key that is broken, and asked for all the time, is the first one wherever a gate opens.
+    /// Keys that are broken, and asked for all the time, are the first ones wherever a gate opens.
     #[test]
-    fn a_key_that_fails_as_the_first_one_lets_others_go_first() {
-        let broken = TokenError::new(Kind::Unavailable, true);
+    fn keys_that_fail_as_the_first_ones_keep_no_other_out() {
+        let down = TokenError::new(Kind::Transport, true);
+        let broken = TokenError::new(Kind::Timeout, true);
         let mut case = Case::new();
-        // An outage that two keys have seen.
-        case.fail(0, &TokenError::new(Kind::Transport, true));
-        case.fail(1, &TokenError::new(Kind::Transport, true));
-        for _ in 0..8 {
-            case.pass(12);
-            case.start(0);
-            case.fail(0, &broken);
-            // Whoever has not failed since is free to find out.
-            assert_eq!(case.open(), [false, false, true]);
-            let (own, shared) = (case.keys[0].gate.opens, case.shared.gate.opens);
-            let [own, shared] = [own, shared].map(|opens| opens.unwrap().remaining(case.now));
-            assert!(
-                2 * shared <= own + Duration::from_nanos(9),
-                "{own:?} {shared:?}"
-            );
-            case.now.monotonic += shared;
-            case.now.wall += shared;
-            assert_eq!(case.open(), [false, true, true]);
+        for key in 0..3 {
+            case.fail(key, &down);
         }
+        case.pass(12);
+        assert_eq!(case.open(), [true; 3]);
+        for round in 0.. {
+            case.start(round % 2);
+            case.pass(10);
+            assert!(case.keys[2].gate.is_open(case.now));
+            if case.open()[2] {
+                // Not all at once.
+                case.start(2);
+                assert!(!case.open()[2]);
+                break;
+            }
+            assert!(round < 1, "it is kept out");
+            case.fail(round % 2, &broken);
+        }
+        // Whoever has not failed since is free to find out, and nobody once it is certain.
+        let mut case = Case::new();
+        case.fail(0, &down);
+        case.pass(12);
+        case.start(0);
+        case.fail(0, &broken);
+        assert_eq!(case.open(), [false, true, true]);
+        case.pass(12);
+        case.fail(0, &down.with_retry_after(Duration::from_secs(60)));
+        case.pass(59);
+        assert_eq!(case.open(), [false; 3]);
     }
 
     /// Law 2: whatever becomes of other keys, a key's own failures keep it back.

@@ -5,6 +5,7 @@
 //! are held against the figures that the crate promises.
 
 use std::{
+    mem, slice,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -68,6 +69,8 @@ enum Loss {
 #[derive(Clone, Debug)]
 struct Note {
     forced: bool,
+    /// When it was put on record.
+    began: u64,
     /// When the first attempt was, or was to be, sent.
     start: u64,
     end: u64,
@@ -115,14 +118,18 @@ struct World {
 
 impl World {
     fn new(seed: u64) -> Self {
+        Self::of_key(1, seed, Instant::now())
+    }
+
+    fn of_key(key: u64, seed: u64, origin: Instant) -> Self {
         let policy = RefreshPolicy::new();
         Self {
-            origin: Instant::now(),
+            origin,
             epoch: SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000),
             monotonic: 0,
             wall: 0,
             state: State::new(
-                1,
+                key,
                 TokenRequest::new(),
                 Arc::new(policy.clone()),
                 Rng::with_seed(seed),
@@ -310,6 +317,7 @@ impl World {
         let now = self.now();
         let note = Note {
             forced,
+            began: self.monotonic,
             start,
             end: start,
             attempts: 0,
@@ -572,6 +580,138 @@ impl World {
     }
 }
 
+/// Some keys of one source, each with its own world: they have the clock and the shared gate in common.
+struct Worlds {
+    keys: Vec<World>,
+    shared: SharedGate,
+}
+
+impl Worlds {
+    fn new(keys: u64, seed: u64) -> Self {
+        let origin = Instant::now();
+        Self {
+            keys: (0..keys)
+                .map(|key| World::of_key(key, seed.wrapping_add(key), origin))
+                .collect(),
+            shared: SharedGate::default(),
+        }
+    }
+
+    fn with(&mut self, key: usize, act: impl FnOnce(&mut World)) {
+        let world = &mut self.keys[key];
+        mem::swap(&mut world.shared, &mut self.shared);
+        act(world);
+        mem::swap(&mut world.shared, &mut self.shared);
+    }
+
+    fn run(&mut self, script: &[(usize, Op)]) {
+        for (key, op) in script {
+            match op {
+                Op::Calls { count, apart } => {
+                    for _ in 0..*count {
+                        self.with(*key, World::call);
+                        self.advance(*apart);
+                    }
+                }
+                Op::Pause(time) => self.advance(*time),
+                Op::Step(_) => {
+                    for world in &mut self.keys {
+                        world.run(slice::from_ref(op));
+                    }
+                }
+                Op::Server { .. } | Op::Refuse { .. } | Op::Lose(_) => {
+                    self.with(*key, |world| world.run(slice::from_ref(op)));
+                }
+            }
+        }
+    }
+
+    /// Lets all flights have their events in the order of their times.
+    fn advance(&mut self, time: u64) {
+        let until = self.keys[0].monotonic + time;
+        loop {
+            let next = |(key, world): (usize, &World)| {
+                let flight = world.flight.as_ref()?;
+                (!flight.parked && flight.next <= until).then_some((flight.next, key))
+            };
+            let next = self.keys.iter().enumerate().filter_map(next).min();
+            let at = next.map_or(until, |(at, _)| at);
+            for world in &mut self.keys {
+                world.pass(at);
+            }
+            let Some((_, key)) = next else { return };
+            self.with(key, World::step_flight);
+        }
+    }
+
+    /// Law 7: whatever has happened, and though the first keys go on to fail and are asked for without a pause, each
+    /// other one has a token within ten minutes.
+    fn recover_beside(&mut self, failing: usize, broken: &Answer) {
+        for world in &mut self.keys {
+            world.answer = Answer::Grant {
+                lifetime: Some(86_400),
+                same_text: false,
+                refresh_token: false,
+            };
+            world.latency = 20;
+        }
+        for world in &mut self.keys[..failing] {
+            world.answer = broken.clone();
+        }
+        for _ in 0..600 {
+            for _ in 0..100 {
+                for key in 0..failing {
+                    self.with(key, World::call);
+                }
+                self.advance(10);
+            }
+            for key in failing..self.keys.len() {
+                self.with(key, World::call);
+            }
+            let lacks = |world: &World| {
+                let held = world.state.attachable(world.now());
+                held.is_none_or(|held| held.is_due(world.now()))
+            };
+            if !self.keys[failing..].iter().any(lacks) {
+                return;
+            }
+        }
+        panic!("law 7: one key's failures keep another one out");
+    }
+
+    fn check(&mut self) {
+        // What is still in the air ends before the sums are drawn.
+        self.advance(60_000);
+        for key in 0..self.keys.len() {
+            self.with(key, |world| world.give_up(world.now()));
+            self.keys[key].check();
+        }
+        let notes = || {
+            let keys = self.keys.iter().enumerate();
+            keys.flat_map(|(key, world)| world.notes.iter().map(move |note| (key, note)))
+        };
+        for (key, told) in notes().filter(|(_, note)| note.retry_after > 0) {
+            let until = told.end + told.retry_after;
+            let heard = told.end..until;
+            // The endpoint may be well sooner: whoever was on the way has found out.
+            let well = |(_, note): (usize, &Note)| note.success.is_some() && note.end >= told.end;
+            let well = notes().filter(|&note| well(note)).map(|(_, note)| note.end);
+            let well = well.min().unwrap_or(u64::MAX);
+            let stepped = self.keys[0]
+                .forward_steps
+                .iter()
+                .any(|at| heard.contains(at));
+            for (other, note) in notes() {
+                let ignores = heard.contains(&note.began) && note.start < until;
+                assert!(
+                    !ignores || note.began <= told.end || stepped || note.began >= well,
+                    "law 2: key {other} ignores what key {key} was told: {note:?} {told:?}"
+                );
+            }
+        }
+    }
+}
+
 fn lifetimes() -> impl Strategy<Value = Option<u64>> {
     prop_oneof![
         Just(None),
@@ -636,6 +776,24 @@ proptest! {
         world.advance(60_000);
         world.give_up(world.now());
         world.check();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1_000, ..ProptestConfig::default() })]
+
+    /// Each key keeps the laws, whatever becomes of the others, and what the server asks for holds for all.
+    #[test]
+    fn the_laws_hold_for_each_key_of_a_source(
+        seed: u64,
+        script in proptest::collection::vec((0_usize..4, ops()), 1..60),
+        failing in 1_usize..3,
+        broken in proptest::sample::select(vec![Answer::Transient, Answer::Terminal, Answer::Hang]),
+    ) {
+        let mut worlds = Worlds::new(4, seed);
+        worlds.run(&script);
+        worlds.recover_beside(failing, &broken);
+        worlds.check();
     }
 }
 
