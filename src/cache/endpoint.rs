@@ -1,6 +1,9 @@
 //! [`Endpoint`]: what all keys of one source have in common.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    panic::{self, AssertUnwindSafe},
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use super::{gate::SharedGate, watch::Watched};
 use crate::{
@@ -58,8 +61,10 @@ impl Endpoint {
                 .filter(|_| gate.is_renewable(now))
                 .cloned()
         };
-        // A source is foreign code, and so is the error that is forgotten: neither has a place under the lock.
-        if held.is_some() && self.source().has_new_credentials() {
+        // A source is foreign code, and so is the error that is forgotten: neither has a place under the lock. And
+        // whoever asks for a token is not to panic for it.
+        let is_renewed = || self.source().has_new_credentials();
+        if held.is_some() && panic::catch_unwind(AssertUnwindSafe(is_renewed)).unwrap_or(false) {
             self.gate.lock().renew(now);
         }
     }

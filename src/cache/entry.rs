@@ -190,14 +190,21 @@ impl Entry {
         let shared = self.endpoint.gate.lock();
         let token = state.attachable(now);
         let token = token.or_else(|| state.last_resort(&shared, now));
-        token.filter(|token| token.not_before() >= self.endpoint.not_before())
+        token.filter(|token| !self.is_void(token))
     }
 
     /// A token that has died, for those whose flight has failed.
     pub(super) fn last_resort(&self) -> Option<AccessToken> {
         let state = self.state.lock();
         let shared = self.endpoint.gate.lock();
-        state.last_resort(&shared, Now::read())
+        let token = state.last_resort(&shared, Now::read());
+        token.filter(|token| !self.is_void(token))
+    }
+
+    /// Whether the server has declared the token void since it came.
+    #[inline]
+    pub(super) fn is_void(&self, token: &AccessToken) -> bool {
+        token.not_before() < self.endpoint.not_before()
     }
 
     pub(super) fn progress(&self) -> Progress {
@@ -223,7 +230,7 @@ impl Entry {
         }
         self.watched().begin(token.number());
         // Only now, or a rise in between would be missed.
-        if token.not_before() < self.endpoint.not_before() {
+        if self.is_void(token) {
             self.watched().end(token.number());
             return None;
         }

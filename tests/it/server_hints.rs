@@ -322,3 +322,66 @@ async fn a_client_that_is_refused_whatever_it_changes_is_bounded() {
     let requests = *requests.lock().unwrap();
     assert!((10..=40).contains(&requests), "{requests}");
 }
+
+/// Law 7: a panic in there is as good as a no.
+#[tokio::test(start_paused = true)]
+async fn a_source_that_panics_over_its_credentials_has_no_new_ones() {
+    struct Panics;
+
+    impl TokenSource for Panics {
+        async fn fetch(&self, _: Fetch) -> Result<TokenResponse, TokenError> {
+            Err(TokenError::terminal("no").with_oauth_error("invalid_client"))
+        }
+
+        fn has_new_credentials(&self) -> bool {
+            panic!("the scripted source panics");
+        }
+    }
+
+    let cache = TokenCache::new(Panics);
+    for _ in 0..2 {
+        let error = cache.get().await.unwrap_err();
+        assert_eq!(error.oauth_error(), Some("invalid_client"));
+    }
+}
+
+/// A token that was declared void while its replacement was fetched is no last resort.
+#[tokio::test(start_paused = true)]
+async fn a_void_token_is_no_last_resort() {
+    #[derive(Clone, Default)]
+    struct Slow(Arc<Mutex<usize>>);
+
+    impl TokenSource for Slow {
+        async fn fetch(&self, fetch: Fetch) -> Result<TokenResponse, TokenError> {
+            if fetch.request.scopes().any(|scope| scope == "raises") {
+                return Ok(response("other").not_before_policy(200));
+            }
+            let first = {
+                let mut asked = self.0.lock().unwrap();
+                *asked += 1;
+                *asked == 1
+            };
+            if first {
+                let token = response("void").not_before_policy(100);
+                return Ok(token.ext_expires_in(secs(3_600)));
+            }
+            time::sleep(secs(2)).await;
+            Err(TokenError::transient("down"))
+        }
+    }
+
+    for void in [false, true] {
+        let policy = RefreshPolicy::new().extended_lifetime(true);
+        let cache = TokenCache::with_policy(Slow::default(), policy);
+        cache.get().await.unwrap();
+        time::sleep(secs(400)).await;
+        let (last, _) = tokio::join!(cache.get(), async {
+            time::sleep(secs(1)).await;
+            if void {
+                let other = TokenRequest::new().scope("raises");
+                cache.get_for(&other).await.unwrap();
+            }
+        });
+        assert_eq!(last.is_err(), void);
+    }
+}
