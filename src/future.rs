@@ -368,13 +368,17 @@ where
                 PhaseProj::Readying { token } => {
                     ready!(this.service.poll_ready(cx)).map_err(Into::into)?;
                     // Getting ready takes its time: the token may have been replaced, or have died.
-                    let current = this.settings.cache.attach(Some(token.request()));
+                    let cache = &this.settings.cache;
+                    let current = cache.attach(Some(token.request()));
                     let current = current.filter(|current| this.turn.allows(current));
-                    if current.is_none() && *this.rounds > 0 && token.has_died(Now::read()) {
-                        *this.rounds -= 1;
+                    let is_stale =
+                        current.is_none() && (token.has_died(Now::read()) || cache.is_void(token));
+                    // Of a cache that was shut down there is an error to be had, and nothing else.
+                    if cache.is_closed() || (is_stale && *this.rounds > 0) {
+                        *this.rounds = this.rounds.saturating_sub(1);
                         // The next wait is one without readiness again.
                         *this.service = this.service.clone();
-                        let acquire = this.settings.cache.acquire(Some(token.request()))?;
+                        let acquire = cache.acquire(Some(token.request()))?;
                         Phase::Acquiring { acquire }
                     } else {
                         let request = this

@@ -65,7 +65,8 @@ impl Endpoint {
         // whoever asks for a token is not to panic for it.
         let is_renewed = || self.source().has_new_credentials();
         if held.is_some() && panic::catch_unwind(AssertUnwindSafe(is_renewed)).unwrap_or(false) {
-            self.gate.lock().renew(now);
+            let forgotten = self.gate.lock().renew(now);
+            drop(forgotten);
         }
     }
 }

@@ -111,15 +111,19 @@ impl SharedGate {
     /// Opens the gates that a refusal of the client has shut, since its credentials are others now.
     ///
     /// A source that says so time and again while the server goes on refusing gets ever fewer tries (law 2).
-    pub(crate) fn renew(&mut self, now: Now) {
+    ///
+    /// Returns what is forgotten with it, to be dropped when nothing is locked.
+    pub(crate) fn renew(&mut self, now: Now) -> Option<TokenError> {
         if !self.is_renewable(now) {
-            return;
+            return None;
         }
         let vain = self.vain.saturating_add(1);
+        let forgotten = self.gate.remembered.take();
         self.forget();
         self.renewals += 1;
         self.vain = vain;
         self.renewable = Some(now.after(policy::renewal_pause(vain)));
+        forgotten
     }
 
     pub(crate) fn remembered(&self) -> Option<&TokenError> {

@@ -210,8 +210,9 @@ impl TokenCache {
     /// Ends everything and returns what may be revoked.
     fn close(&self) -> Vec<(Arc<Entry>, Revocation)> {
         self.plain.closing().cancel();
-        let mut entries = self.keys.take();
-        entries.push(Arc::clone(&self.plain));
+        // The plain one first: its token is the one that services hold on to.
+        let mut entries = vec![Arc::clone(&self.plain)];
+        entries.extend(self.keys.take());
         let mut revocations = Vec::new();
         for entry in entries {
             let revocation = entry.close();
@@ -251,6 +252,16 @@ impl TokenCache {
             Some(entry) => entry.refused(token, complaint),
             None => Remedy::Nothing,
         }
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.plain.closing().is_cancelled()
+    }
+
+    /// Whether the server has declared `token` void since it came.
+    pub(crate) fn is_void(&self, token: &AccessToken) -> bool {
+        let entry = self.entry(token.request());
+        entry.is_some_and(|entry| entry.is_void(token))
     }
 
     fn entry(&self, request: &TokenRequest) -> Option<Arc<Entry>> {

@@ -259,7 +259,12 @@ impl ClientCredentialsBuilder {
             Spot::Told(endpoints) => endpoints.token_url.url().scheme() == "https",
             Spot::Issuer(issuer) => issuer.uses_tls(),
         };
-        let dialer = self.https.dialer(uses_tls)?;
+        let tls = match &parts.spot {
+            _ if uses_tls => https::Tls::Needed,
+            Spot::Issuer(_) => https::Tls::Possible,
+            Spot::Told(_) => https::Tls::Unused,
+        };
+        let dialer = self.https.dialer(tls)?;
         let transport = dialer.transport(None)?;
         let way = match &self.means.certificate {
             None => Way::Fixed(transport.clone()),

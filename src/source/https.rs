@@ -22,14 +22,18 @@ pub(super) struct Settings {
 }
 
 impl Settings {
-    /// Makes what makes clients; `uses_tls` if they are to speak to an `https` URL.
-    pub(super) fn dialer(&self, uses_tls: bool) -> Result<Dialer, ConfigError> {
+    /// Makes what makes clients; with TLS if they are to speak to an `https` URL, or may come to.
+    pub(super) fn dialer(&self, tls: Tls) -> Result<Dialer, ConfigError> {
         // Plain http must work where there are no roots, and reading the system's takes a while.
-        let roots = if uses_tls {
-            self.trusted_roots()?
-        } else {
-            RootCertStore::empty()
+        let roots = match tls {
+            Tls::Needed | Tls::Possible => self.trusted_roots()?,
+            Tls::Unused => RootCertStore::empty(),
         };
+        if roots.is_empty() && matches!(tls, Tls::Needed) {
+            return Err(ConfigError::new(
+                "the system trusts no root certificate and none was added",
+            ));
+        }
         Ok(Dialer {
             connect_timeout: self.connect_timeout,
             roots: Arc::new(roots),
@@ -43,13 +47,17 @@ impl Settings {
         for pem in &self.roots {
             add_pem(&mut roots, pem)?;
         }
-        if roots.is_empty() {
-            return Err(ConfigError::new(
-                "the system trusts no root certificate and none was added",
-            ));
-        }
         Ok(roots)
     }
+}
+
+/// Whether there will be `https` URLs.
+#[derive(Clone, Copy)]
+pub(super) enum Tls {
+    Needed,
+    /// The server has yet to say where its endpoints are.
+    Possible,
+    Unused,
 }
 
 /// Makes clients that open a connection for each request.
@@ -193,7 +201,7 @@ mod tests {
 
     #[test]
     fn plain_http_needs_no_roots() {
-        let dialer = Settings::default().dialer(false).unwrap();
+        let dialer = Settings::default().dialer(Tls::Unused).unwrap();
         assert!(dialer.transport(None).is_ok());
     }
 }

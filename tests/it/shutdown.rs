@@ -6,7 +6,7 @@ use tokio::{
     runtime::Handle,
     time::{self, Instant},
 };
-use tower::{Layer, ServiceExt};
+use tower::{Layer, ServiceExt, limit::ConcurrencyLimitLayer};
 use tower_bearer::{
     BearerAuthLayer, Fetch, RefreshPolicy, RefreshToken, Revocation, TokenCache, TokenError,
     TokenRequest, TokenResponse, TokenSource,
@@ -107,6 +107,31 @@ async fn a_live_token_is_not_handed_out_any_more() {
     cache.shutdown();
     settle().await;
     assert_eq!(tasks(), 0);
+}
+
+/// A request that has its token and waits for the inner service does not leave any more.
+#[tokio::test(start_paused = true)]
+async fn a_request_that_is_about_to_leave_stays() {
+    let server = AuthServer::new();
+    server.hold();
+    let (api, cache) = (Api::echoing(), TokenCache::new(server.clone()));
+    let limited = ConcurrencyLimitLayer::new(1).layer(api.clone());
+    let service = BearerAuthLayer::new(cache.clone()).layer(limited.clone());
+    let request = tokio::spawn(service.oneshot(get()));
+    settle().await;
+    // Somebody else has the only permit when the token comes.
+    api.hold();
+    let other = tokio::spawn(limited.oneshot(get()));
+    settle().await;
+    server.release();
+    settle().await;
+    assert!(cache.peek().is_some());
+    cache.shutdown();
+    api.release();
+    other.await.unwrap().unwrap();
+    let error = request.await.unwrap().unwrap_err();
+    assert!(token_error(&error).is_shut_down());
+    assert_eq!(api.arrivals().len(), 1);
 }
 
 #[tokio::test(start_paused = true)]
