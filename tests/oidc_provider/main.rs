@@ -10,6 +10,7 @@
     reason = "a test binary exports nothing; `pub` marks what modules share"
 )]
 
+#[path = "../servers/mod.rs"]
 mod servers;
 
 use std::{
