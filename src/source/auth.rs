@@ -334,8 +334,8 @@ impl Refused {
         *self.0.lock() = None;
     }
 
-    /// Whether there is something else by now. Files are looked at once in a second at most, and not under the
-    /// lock.
+    /// Whether there is something else by now. Files are looked at ten times a second at most, and not under
+    /// the lock.
     pub(super) fn has_changed(&self, now: Instant) -> bool {
         let (held, look) = {
             let mut refusal = self.0.lock();
@@ -419,5 +419,6 @@ const BY_SECRET: [AuthMethod; 3] = [
 #[cfg(not(feature = "jwt"))]
 const BY_SECRET: [AuthMethod; 2] = [AuthMethod::ClientSecretBasic, AuthMethod::ClientSecretPost];
 
-/// How often the files of refused credentials are looked at.
-const LOOK_EVERY: std::time::Duration = std::time::Duration::from_secs(1);
+/// How often the files of refused credentials are looked at. A token of seconds has a fraction of one left when its
+/// refresh is refused, and a look costs some microseconds.
+const LOOK_EVERY: std::time::Duration = std::time::Duration::from_millis(100);
