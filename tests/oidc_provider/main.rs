@@ -13,6 +13,12 @@
 #[path = "../servers/mod.rs"]
 mod servers;
 
+mod identity;
+#[cfg(feature = "jwt")]
+mod jwt;
+mod mutual_tls;
+mod rotation;
+
 use std::{
     collections::BTreeSet,
     time::{Duration, Instant, UNIX_EPOCH},
@@ -39,23 +45,29 @@ const READ_ONLY: &str = "https://api.example.com/bills";
 
 /// A server that knows the client [`ID`], which has this way to authenticate and may read and write.
 async fn server(method: &str) -> Option<Server> {
-    let client = |id, secret, method, scope| {
-        json!({
-            "client_id": id,
-            "client_secret": secret,
-            "token_endpoint_auth_method": method,
-            "scope": scope,
-        })
-    };
-    let config = json!({
-        "clients": [
-            client(ID, SECRET, method, "read write"),
-            client("inspector", "inspector", "client_secret_post", "read"),
-        ],
+    let client = json!({
+        "client_secret": SECRET,
+        "token_endpoint_auth_method": method,
+        "scope": "read write",
+    });
+    let settings = json!({
         "scopes": ["read", "write", "admin"],
         "resources": { RESOURCE: "read write", READ_ONLY: "read" },
     });
-    Server::start("oidc-provider", &config).await
+    start([client], settings).await
+}
+
+/// A server with these clients, the first of which is [`ID`], and with one that introspects.
+async fn start<const N: usize>(mut clients: [Value; N], mut settings: Value) -> Option<Server> {
+    clients[0]["client_id"] = ID.into();
+    let mut clients = Vec::from(clients);
+    clients.push(json!({
+        "client_id": "inspector",
+        "client_secret": "inspector",
+        "token_endpoint_auth_method": "client_secret_post",
+    }));
+    settings["clients"] = clients.into();
+    Server::start("oidc-provider", &settings).await
 }
 
 fn client(server: &Server) -> ClientCredentialsBuilder {
@@ -283,4 +295,22 @@ async fn call(client: tower_bearer::BearerAuth<HttpClient, CloneBody>, url: &str
     let seen: Value = serde_json::from_slice(&body).unwrap();
     assert_eq!(seen["client_id"], ID);
     seen["token"].as_str().unwrap().to_owned()
+}
+
+/// Gets a token and has the server say whose it is.
+async fn is_ours(server: &Server, cache: &TokenCache) -> String {
+    let token = cache.get().await.unwrap();
+    let said = server.introspect(token.expose_secret()).await;
+    assert_eq!(
+        (&said["active"], &said["client_id"]),
+        (&json!(true), &json!(ID))
+    );
+    token.expose_secret().to_owned()
+}
+
+/// Asks for a token as somebody whom the server does not know.
+async fn is_refused(source: ClientCredentials) {
+    let error = source.fetch(Fetch::new()).await.unwrap_err();
+    assert_eq!(error.oauth_error(), Some("invalid_client"), "{error:?}");
+    assert!(!error.is_transient());
 }

@@ -5,6 +5,7 @@ use std::{
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Stdio},
+    sync::Arc,
     thread,
     time::Duration,
 };
@@ -12,14 +13,20 @@ use std::{
 use bytes::Bytes;
 use http::{Method, Request, StatusCode, header::CONTENT_TYPE};
 use http_body_util::{BodyExt, Full};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::TokioExecutor,
 };
+use rustls::{
+    ClientConfig, RootCertStore,
+    crypto::ring,
+    pki_types::{CertificateDer, pem::PemObject},
+};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
 
-pub type HttpClient = Client<HttpConnector, Full<Bytes>>;
+pub type HttpClient = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
 
 /// A server that runs; it ends when it is dropped.
 pub struct Server {
@@ -31,8 +38,10 @@ pub struct Server {
 /// The line that the server prints.
 #[derive(Clone, Deserialize)]
 pub struct Endpoints {
+    pub issuer: String,
     pub token_endpoint: String,
     pub introspection_endpoint: String,
+    pub revocation_endpoint: String,
     pub api: String,
     admin: String,
 }
@@ -47,22 +56,13 @@ pub struct Counts {
 }
 
 impl Server {
-    /// Starts the server of this folder, or says that the running test is skipped, and why.
+    /// Starts the server of this folder, if it is [installed].
     pub async fn start(folder: &str, config: &Value) -> Option<Self> {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("tests/servers")
-            .join(folder);
-        if let Err(why) = is_installed(&folder) {
-            let name = thread::current().name().unwrap_or("?").to_owned();
-            println!("skipped: {name}: {why}");
-            let required = env::var_os("TOWER_BEARER_REQUIRE_SERVERS").is_some();
-            assert!(!required, "{name} must not be skipped: {why}");
-            return None;
-        }
+        let folder = installed(folder)?;
+        let http = http_client(config["tls"]["ca"].as_str());
         let config = config.to_string();
         let started = tokio::task::spawn_blocking(move || launch(&folder, &config));
         let (child, at) = started.await.expect("the server starts");
-        let http = Client::builder(TokioExecutor::new()).build_http();
         Some(Self { child, at, http })
     }
 
@@ -116,6 +116,41 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A client that trusts whoever signs the certificates of the server's clients.
+fn http_client(ca: Option<&str>) -> HttpClient {
+    let mut roots = RootCertStore::empty();
+    if let Some(ca) = ca {
+        let ca = CertificateDer::from_pem_slice(ca.as_bytes()).unwrap();
+        roots.add(ca).unwrap();
+    }
+    let tls = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let connector = HttpsConnectorBuilder::new()
+        .with_tls_config(tls)
+        .https_or_http()
+        .enable_http1()
+        .build();
+    Client::builder(TokioExecutor::new()).build(connector)
+}
+
+/// Returns where the server of this folder is, or says that the running test is skipped, and why.
+pub fn installed(folder: &str) -> Option<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/servers")
+        .join(folder);
+    let Err(why) = is_installed(&folder) else {
+        return Some(folder);
+    };
+    let name = thread::current().name().unwrap_or("?").to_owned();
+    println!("skipped: {name}: {why}");
+    let required = env::var_os("TOWER_BEARER_REQUIRE_SERVERS").is_some();
+    assert!(!required, "{name} must not be skipped: {why}");
+    None
 }
 
 fn is_installed(folder: &Path) -> Result<(), &'static str> {

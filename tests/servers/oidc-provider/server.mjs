@@ -86,8 +86,18 @@ const subjectMatches = (ctx, property, expected) => {
   }
 };
 
+const audience = { issuer: origin, token_endpoint: `${origin}/token` }[config.assertions];
+
+// The provider itself takes either audience, and any type.
+const judgeAssertion = (ctx, claims, { typ }) => {
+  const good = claims.aud === audience
+    && (config.assertions !== 'issuer' || typ === 'client-authentication+jwt');
+  if (audience && !good) throw new errors.InvalidClientAuth('not addressed to this server');
+};
+
 const provider = new Provider(origin, {
   adapter: Adapter,
+  assertJwtClientAuthClaimsAndHeader: judgeAssertion,
   clientAuthMethods: [
     'none', 'client_secret_basic', 'client_secret_post', 'client_secret_jwt', 'private_key_jwt',
     'tls_client_auth', 'self_signed_tls_client_auth',
