@@ -1,25 +1,39 @@
 //! Calls a protected API through the layer, and reports what came of it.
 //!
 //! One request by default; `--requests`, `--concurrency`, `--duration` and `--rate` make a load of it. The
-//! client's secret comes from an environment variable, so that no process list shows it:
+//! client's secret comes from an environment variable or a file, so that no process list shows it:
 //!
 //! ```sh
 //! export CLIENT_SECRET=..
-//! cargo run --release --example call -- \
-//!     --token-url https://HOST/auth/realms/REALM/protocol/openid-connect/token \
+//! cargo run --release --features jwt --example call -- \
+//!     --issuer https://HOST/realms/REALM \
 //!     --client-id ID --client-secret-env CLIENT_SECRET --url https://HOST/sims
 //! ```
 //!
+//! The authorization server says by itself where its token endpoint is; `--token-url` is for those that do not.
+//! How the client proves its identity follows from what it is given, or from `--auth`:
+//!
+//! ```sh
+//! --client-secret-file secret.txt          # client_secret_basic, or what the issuer supports
+//! --auth client-secret-jwt --client-secret-env CLIENT_SECRET
+//! --key key.pem --kid 2026-11              # private_key_jwt; a JWK is as good as PEM
+//! --cert client.pem --key client-key.pem   # tls_client_auth and self_signed_tls_client_auth
+//! ```
+//!
+//! The certificate is presented to the API as well, which tokens that are bound to it need (RFC 8705 section
+//! 3). It is read once; the secret's file and the key of assertions are read for every token request.
+//!
 //! A request counts as failed without an answer and with any answer but a 2xx: redirects are not followed.
 //! The exit status is 1 if a request failed, and 2 if there was nothing to start with. TLS trusts the
-//! system's roots, or those in the PEM file that `SSL_CERT_FILE` names.
+//! system's roots, or those in the PEM file that `SSL_CERT_FILE` names, and those of `--ca`.
 
 use std::{
     collections::BTreeMap,
     env,
     error::Error,
-    iter,
+    fs, iter,
     num::{NonZeroU64, NonZeroUsize},
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -29,18 +43,22 @@ use std::{
 };
 
 use bytes::Bytes;
-use clap::{Parser, ValueEnum};
+use clap::{ArgGroup, Parser, ValueEnum};
 use hdrhistogram::Histogram;
 use http::{Method, Request, Response, Uri, uri::Scheme};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use hyper_rustls::{ConfigBuilderExt, HttpsConnector, HttpsConnectorBuilder};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::{
     client::legacy::{self, Client, connect::HttpConnector},
     rt::TokioExecutor,
 };
 use oauth2::url::form_urlencoded;
-use rustls::{ClientConfig, RootCertStore, crypto::ring};
+use rustls::{
+    ClientConfig, RootCertStore,
+    crypto::ring,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+};
 use serde_json::{Value, json};
 use tokio::{
     sync::Semaphore,
@@ -49,27 +67,66 @@ use tokio::{
 };
 use tower::{ServiceBuilder, ServiceExt, service_fn, util::BoxCloneService};
 use tower_bearer::{
-    AuthMethod, BearerAuthLayer, BoxError, ClientCredentials, CloneBody, TokenError,
+    AssertionAudience, AuthMethod, BearerAuthLayer, BoxError, ClientCredentials,
+    ClientCredentialsBuilder, CloneBody, Credential, TokenError,
 };
 
 /// Calls an API with OAuth 2.0 client-credentials tokens and reports statuses, token requests and latencies.
 #[derive(Parser)]
+#[command(group(ArgGroup::new("server").required(true)))]
+#[command(group(ArgGroup::new("secret")))]
+#[command(group(ArgGroup::new("proof").required(true).multiple(true)))]
 struct Args {
-    /// The token endpoint
-    #[arg(long, value_name = "URL")]
-    token_url: String,
+    /// The issuer of the authorization server, which says where its token endpoint is
+    #[arg(long, value_name = "URL", group = "server")]
+    issuer: Option<String>,
+    /// The token endpoint, instead of the issuer
+    #[arg(long, value_name = "URL", group = "server")]
+    token_url: Option<String>,
     /// The client's id at the authorization server
     #[arg(long, value_name = "ID")]
     client_id: String,
+    /// How the client proves its identity [default: by what it is given to do so]
+    #[arg(
+        long,
+        value_enum,
+        requires_ifs = [
+            ("basic", "secret"),
+            ("post", "secret"),
+            ("client-secret-jwt", "secret"),
+            ("private-key-jwt", "key"),
+            ("tls", "cert"),
+        ]
+    )]
+    auth: Option<Auth>,
     /// The environment variable that holds the client's secret
-    #[arg(long, value_name = "VAR")]
-    client_secret_env: String,
-    /// Where the client's secret is sent
-    #[arg(long, value_enum, default_value_t = Auth::Basic)]
-    auth: Auth,
+    #[arg(long, value_name = "VAR", groups = ["secret", "proof"])]
+    client_secret_env: Option<String>,
+    /// The file that holds the client's secret, read for every token request
+    #[arg(long, value_name = "FILE", groups = ["secret", "proof"])]
+    client_secret_file: Option<PathBuf>,
+    /// The private key that signs the client's assertions, in PEM or as a JWK, read for every token request; with
+    /// --cert its key
+    #[arg(long, value_name = "FILE", group = "proof")]
+    key: Option<PathBuf>,
+    /// The key's id at the authorization server
+    #[arg(long, value_name = "ID", requires = "key")]
+    kid: Option<String>,
+    /// Whom assertions are addressed to [default: the issuer, or the token endpoint with --token-url]
+    #[arg(long, value_enum)]
+    assertion_audience: Option<Audience>,
+    /// The client's certificate and its chain in PEM, perhaps with its key, to be presented to both servers
+    #[arg(long, value_name = "FILE", group = "proof")]
+    cert: Option<PathBuf>,
+    /// Root certificates in PEM to trust beside the system's
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
     /// A scope to ask for; may be repeated
     #[arg(long)]
     scope: Vec<String>,
+    /// A resource that the token is to be good for (RFC 8707); may be repeated
+    #[arg(long, value_name = "URI")]
+    resource: Vec<String>,
     /// A further parameter of every token request, such as audience=..; may be repeated
     #[arg(long, value_name = "NAME=VALUE", value_parser = parameter)]
     param: Vec<(String, String)>,
@@ -105,10 +162,19 @@ struct Args {
     json: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Auth {
     Basic,
     Post,
+    ClientSecretJwt,
+    PrivateKeyJwt,
+    Tls,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Audience {
+    Issuer,
+    TokenEndpoint,
 }
 
 fn parameter(text: &str) -> Result<(String, String), &'static str> {
@@ -156,19 +222,7 @@ type Api = BoxCloneService<Request<Full<Bytes>>, Response<()>, BoxError>;
 type Http = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
 
 fn client(args: &Args, report: &Report) -> Result<Api, BoxError> {
-    let secret = secret(&args.client_secret_env)?;
     let connector = connector(args)?;
-    let mut source = ClientCredentials::builder(&args.token_url, &args.client_id)
-        .client_secret(secret)
-        .auth_method(match args.auth {
-            Auth::Basic => AuthMethod::ClientSecretBasic,
-            Auth::Post => AuthMethod::ClientSecretPost,
-        })
-        .scopes(&args.scope)
-        .dangerous_plain_http(args.dangerous_plain_http);
-    for (name, value) in &args.param {
-        source = source.param(name, value);
-    }
     let report = report.clone();
     // As the library's own client: a token request now and then is not worth a pool, and how often to try is
     // for the cache to decide.
@@ -176,7 +230,7 @@ fn client(args: &Args, report: &Report) -> Result<Api, BoxError> {
         .pool_max_idle_per_host(0)
         .retry_canceled_requests(false)
         .build(connector.clone());
-    let source = source.build_with(service_fn(move |request| {
+    let source = source(args)?.build_with(service_fn(move |request| {
         send_counted(tokens.clone(), report.clone(), request)
     }))?;
     let http: Http = Client::builder(TokioExecutor::new()).build(connector);
@@ -193,6 +247,61 @@ fn client(args: &Args, report: &Report) -> Result<Api, BoxError> {
     Ok(BoxCloneService::new(api))
 }
 
+fn source(args: &Args) -> Result<ClientCredentialsBuilder, BoxError> {
+    let mut source = match (&args.issuer, &args.token_url) {
+        (Some(issuer), _) => ClientCredentials::discover(issuer, &args.client_id),
+        (None, url) => {
+            let url = url.as_deref().expect("clap wants one of both");
+            // Nothing else is known that an assertion could be addressed to.
+            ClientCredentials::builder(url, &args.client_id)
+                .assertion_audience(AssertionAudience::TokenEndpoint)
+        }
+    };
+    if let Some(audience) = args.assertion_audience {
+        source = source.assertion_audience(match audience {
+            Audience::Issuer => AssertionAudience::Issuer,
+            Audience::TokenEndpoint => AssertionAudience::TokenEndpoint,
+        });
+    }
+    if let Some(name) = &args.client_secret_env {
+        source = source.client_secret(secret(name)?);
+    }
+    if let Some(path) = &args.client_secret_file {
+        source = source.client_secret(file(path)?);
+    }
+    let method = args.auth.map(|auth| match auth {
+        Auth::Basic => AuthMethod::ClientSecretBasic,
+        Auth::Post => AuthMethod::ClientSecretPost,
+        Auth::ClientSecretJwt => AuthMethod::ClientSecretJwt,
+        Auth::PrivateKeyJwt => AuthMethod::PrivateKeyJwt,
+        Auth::Tls => AuthMethod::TlsClientAuth,
+    });
+    let has_secret = args.client_secret_env.is_some() || args.client_secret_file.is_some();
+    // The library does not know what the connector presents.
+    let by_certificate = (args.cert.is_some() && !has_secret).then_some(AuthMethod::TlsClientAuth);
+    if let Some(method) = method.or(by_certificate) {
+        source = source.auth_method(method);
+    }
+    match &args.key {
+        Some(path) if args.auth == Some(Auth::PrivateKeyJwt) || args.cert.is_none() => {
+            source = source.private_key(file(path)?);
+        }
+        _ => {}
+    }
+    if let Some(kid) = &args.kid {
+        source = source.key_id(kid);
+    }
+    for resource in &args.resource {
+        source = source.resource(resource);
+    }
+    for (name, value) in &args.param {
+        source = source.param(name, value);
+    }
+    Ok(source
+        .scopes(&args.scope)
+        .dangerous_plain_http(args.dangerous_plain_http))
+}
+
 fn secret(name: &str) -> Result<String, String> {
     // An error of `env::var` may quote the value.
     let problem = match env::var(name) {
@@ -206,24 +315,78 @@ fn secret(name: &str) -> Result<String, String> {
     ))
 }
 
+/// What is in a file whenever it is needed. A file that is not there is told before anything is sent.
+fn file(path: &Path) -> Result<Credential, String> {
+    read(path).map(|_| Credential::file(path))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, String> {
+    fs::read(path).map_err(|error| format!("the file {} cannot be read: {error}", path.display()))
+}
+
 fn connector(args: &Args) -> Result<HttpsConnector<HttpConnector>, BoxError> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
     tcp.set_connect_timeout(Some(Duration::from_secs(3)));
     let tls = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-        .with_safe_default_protocol_versions()?;
-    // Plain http has to work on a machine without roots.
-    let https = args.url.scheme() == Some(&Scheme::HTTPS) || !args.token_url.starts_with("http:");
-    let tls = match https {
-        true => tls.with_native_roots()?,
-        false => tls.with_root_certificates(RootCertStore::empty()),
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots(args)?);
+    let tls = match &args.cert {
+        None => tls.with_no_client_auth(),
+        Some(path) => {
+            let (chain, key) = certificate(path, args.key.as_deref())?;
+            tls.with_client_auth_cert(chain, key)?
+        }
     };
     Ok(HttpsConnectorBuilder::new()
-        .with_tls_config(tls.with_no_client_auth())
+        .with_tls_config(tls)
         .https_or_http()
         .enable_all_versions()
         .wrap_connector(tcp))
+}
+
+fn roots(args: &Args) -> Result<RootCertStore, BoxError> {
+    let mut roots = RootCertStore::empty();
+    let server = args.issuer.as_ref().or(args.token_url.as_ref());
+    // Plain http has to work on a machine without roots.
+    let https = args.url.scheme() == Some(&Scheme::HTTPS)
+        || server.is_some_and(|url| !url.starts_with("http:"));
+    if https {
+        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    }
+    if let Some(path) = &args.ca {
+        for certificate in certificates(path)? {
+            roots.add(certificate)?;
+        }
+    }
+    if https && roots.is_empty() {
+        return Err("the system trusts no root certificate, and there is no --ca".into());
+    }
+    Ok(roots)
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    // Errors of PEM quote the text that they stumbled over, which may be a key.
+    CertificateDer::pem_slice_iter(&read(path)?)
+        .collect::<Result<Vec<_>, _>>()
+        .ok()
+        .filter(|certificates| !certificates.is_empty())
+        .ok_or_else(|| format!("the file {} holds no certificate in PEM", path.display()))
+}
+
+/// The client's certificate with its chain, and its key, which may be in the same file.
+fn certificate(
+    path: &Path,
+    key: Option<&Path>,
+) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), String> {
+    let chain = certificates(path)?;
+    for path in iter::once(path).chain(key) {
+        if let Ok(key) = PrivateKeyDer::from_pem_slice(&read(path)?) {
+            return Ok((chain, key));
+        }
+    }
+    Err("neither --cert nor --key holds a private key in PEM".to_owned())
 }
 
 /// Reads the body below the limit, which so counts connections and not just requests without an answer.
@@ -235,7 +398,8 @@ async fn read_whole(http: Http, request: Request<Full<Bytes>>) -> Result<Respons
     Ok(Response::from_parts(head, ()))
 }
 
-/// Counts the token request by its grant on its way to the token endpoint.
+/// Counts a token request by its grant on its way to the token endpoint. What else goes to the server, such as the
+/// question for its metadata, is not counted.
 async fn send_counted(
     http: Http,
     report: Report,
@@ -244,13 +408,17 @@ async fn send_counted(
     let (head, body) = request.into_parts();
     let Ok(body) = body.collect().await;
     let body = body.to_bytes();
-    let refresh = form_urlencoded::parse(&body)
-        .any(|(name, value)| name == "grant_type" && value == "refresh_token");
-    match refresh {
-        true => report.lock().refresh_token += 1,
-        false => report.lock().client_credentials += 1,
+    let grant = form_urlencoded::parse(&body).find(|(name, _)| name == "grant_type");
+    let Some((_, grant)) = grant else {
+        return http
+            .request(Request::from_parts(head, Full::new(body)))
+            .await;
+    };
+    match &*grant {
+        "refresh_token" => report.lock().refresh_token += 1,
+        _ => report.lock().client_credentials += 1,
     }
-    let request = Request::from_parts(head, Full::new(body));
+    let request = Request::from_parts(head, Full::new(body.clone()));
     let answer = http.request(request).await;
     let granted = matches!(&answer, Ok(answer) if answer.status().is_success());
     report.lock().failed_token_requests += u64::from(!granted);
