@@ -201,6 +201,6 @@ pub use crate::{
     token::AccessToken,
 };
 
-#[cfg(all(doctest, feature = "rustls"))]
+#[cfg(all(doctest, feature = "jwt", feature = "rustls"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
