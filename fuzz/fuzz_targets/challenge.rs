@@ -133,6 +133,7 @@ async fn judge(refusal: Response<()>) -> Verdict {
             let response = response.expect("the API answers");
             assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
             assert_eq!(requests.load(Ordering::Relaxed), 1);
+            cache.shutdown();
             return Verdict::NotOurs;
         }
         Poll::Pending => {}
@@ -148,6 +149,8 @@ async fn judge(refusal: Response<()>) -> Verdict {
     let response = response.await.expect("the API answers");
     assert_eq!(response.status(), StatusCode::OK);
     assert_eq!(requests.load(Ordering::Relaxed), 2);
+    // Or the task that watches its token would sleep for up to 30 s, and a hundred thousand of them fill the memory.
+    cache.shutdown();
     verdict
 }
 
