@@ -38,6 +38,8 @@ pub(crate) struct Entry {
     plain: bool,
     /// Cancelled when the cache is shut down.
     closing: CancellationToken,
+    /// Cancelled when the last handle on the cache is dropped.
+    watching: CancellationToken,
     /// The token that requests take without a lock; absent while the API has it named invalid.
     ///
     /// Written with the state locked, so that it follows the state in order.
@@ -94,6 +96,7 @@ impl Entry {
         endpoint: Arc<Endpoint>,
         policy: Arc<RefreshPolicy>,
         closing: CancellationToken,
+        watching: CancellationToken,
     ) -> Arc<Self> {
         static IDS: AtomicU64 = AtomicU64::new(0);
         let id: KeyId = IDS.fetch_add(1, Ordering::Relaxed);
@@ -101,6 +104,7 @@ impl Entry {
             endpoint,
             plain: request.is_plain(),
             closing,
+            watching,
             hot: ArcSwapOption::empty(),
             state: Mutex::new(State::new(id, request, Arc::clone(&policy), Rng::new())),
             policy,
@@ -126,6 +130,10 @@ impl Entry {
 
     pub(super) fn closing(&self) -> &CancellationToken {
         &self.closing
+    }
+
+    pub(super) fn watching(&self) -> &CancellationToken {
+        &self.watching
     }
 
     /// The token for a request that has no time to wait; starts a refresh that is due.

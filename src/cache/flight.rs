@@ -254,7 +254,8 @@ pub(crate) fn launch(runtime: &Handle, entry: Arc<Entry>, flight: Arc<Flight>, p
         entry.land(&ending.flight, outcome);
         drop(ending);
         if entry.is_plain() {
-            watch::keep(entry).await;
+            let watching = entry.watching().clone();
+            watching.run_until_cancelled(watch::keep(entry)).await;
         }
     }));
 }
@@ -475,6 +476,7 @@ mod models {
             TokenRequest::new(),
             Arc::new(endpoint),
             Arc::new(RefreshPolicy::new()),
+            CancellationToken::new(),
             CancellationToken::new(),
         )
     }

@@ -27,6 +27,8 @@ pub(super) struct Keys {
     /// Of the cache's own source.
     endpoint: Arc<Endpoint>,
     closing: CancellationToken,
+    /// Cancelled with the last handle on the cache: what is watched is of no use to anybody then.
+    watching: CancellationToken,
     map: RwLock<Map>,
 }
 
@@ -44,11 +46,13 @@ impl Keys {
         policy: Arc<RefreshPolicy>,
         endpoint: Arc<Endpoint>,
         closing: CancellationToken,
+        watching: CancellationToken,
     ) -> Self {
         Self {
             policy,
             endpoint,
             closing,
+            watching,
             map: RwLock::default(),
         }
     }
@@ -76,8 +80,13 @@ impl Keys {
         let full = map.entries.len() >= limit;
         let entry = (!full).then(|| {
             let endpoint = map.endpoint(request, &self.endpoint);
-            let (policy, closing) = (Arc::clone(&self.policy), self.closing.clone());
-            let entry = Entry::new(request.clone(), endpoint, policy, closing);
+            let entry = Entry::new(
+                request.clone(),
+                endpoint,
+                Arc::clone(&self.policy),
+                self.closing.clone(),
+                self.watching.clone(),
+            );
             map.entries.insert(request.clone(), Arc::clone(&entry));
             entry
         });
@@ -102,6 +111,12 @@ impl Keys {
 
     fn write(&self) -> RwLockWriteGuard<'_, Map> {
         self.map.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Keys {
+    fn drop(&mut self) {
+        self.watching.cancel();
     }
 }
 
@@ -155,7 +170,12 @@ mod tests {
         let source = source_fn(|_| async { Err(TokenError::transient("not asked")) });
         let endpoint = Arc::new(Endpoint::new(SharedSource::new(source)));
         let policy = Arc::new(RefreshPolicy::new().max_keys(limit));
-        Keys::new(policy, endpoint, CancellationToken::new())
+        Keys::new(
+            policy,
+            endpoint,
+            CancellationToken::new(),
+            CancellationToken::new(),
+        )
     }
 
     fn key(name: &str) -> TokenRequest {

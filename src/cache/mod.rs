@@ -76,9 +76,15 @@ impl TokenCache {
         let endpoint = Arc::new(Endpoint::new(SharedSource::new(source)));
         let policy = Arc::new(policy);
         let closing = CancellationToken::new();
-        let keys = Keys::new(Arc::clone(&policy), Arc::clone(&endpoint), closing.clone());
+        let watching = CancellationToken::new();
+        let keys = Keys::new(
+            Arc::clone(&policy),
+            Arc::clone(&endpoint),
+            closing.clone(),
+            watching.clone(),
+        );
         Self {
-            plain: Entry::new(TokenRequest::new(), endpoint, policy, closing),
+            plain: Entry::new(TokenRequest::new(), endpoint, policy, closing, watching),
             keys: Arc::new(keys),
         }
     }

@@ -149,6 +149,23 @@ async fn a_warm_cache_cools() {
     assert_eq!(server.requests(), 1);
 }
 
+/// Whoever drops the last handle has no use for a watch over its token.
+#[tokio::test(start_paused = true)]
+async fn no_task_outlives_the_last_handle() {
+    for warm in [false, true] {
+        let policy = RefreshPolicy::new().keep_warm(warm);
+        let cache = TokenCache::with_policy(AuthServer::new(), policy);
+        cache.get().await.unwrap();
+        let service = BearerAuthLayer::new(cache.clone()).layer(Api::echoing());
+        drop(cache);
+        settle().await;
+        assert_eq!(tasks(), 1);
+        drop(service);
+        settle().await;
+        assert_eq!(tasks(), 0);
+    }
+}
+
 /// RFC 7009: both tokens of every key, some at a time, and the failure of one keeps no other from it.
 #[tokio::test(start_paused = true)]
 async fn the_tokens_of_all_keys_are_revoked() {
