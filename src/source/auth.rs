@@ -184,8 +184,11 @@ impl Means {
             supported.is_some_and(|names| names.iter().any(|name| name == method.name()))
         };
         if self.secret.is_some() {
-            // RFC 8414 section 2: a list that is left out stands for the first one.
-            if supported.is_none() {
+            // RFC 8414 section 2: a list that is left out stands for the first one. One that names no way to prove
+            // an identity was not written with clients that have a secret in mind.
+            let names_a_way =
+                supported.is_some_and(|names| names.iter().any(|name| name != "none"));
+            if !names_a_way {
                 return Ok(AuthMethod::ClientSecretBasic);
             }
             return BY_SECRET

@@ -536,6 +536,8 @@ mod tests {
                 true,
                 "grant_type=client_credentials",
             ),
+            // Mock servers say this, and take whatever comes.
+            (json!(["none"]), true, "grant_type=client_credentials"),
             (
                 json!(["client_secret_jwt", "client_secret_post"]),
                 false,
