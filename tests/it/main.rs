@@ -16,6 +16,7 @@ mod client_auth;
 mod hostile;
 mod interruption;
 mod invalidate;
+mod kept;
 mod keys;
 mod lifetimes;
 mod limits;
