@@ -147,3 +147,40 @@ impl Clone for Door {
         Self::to(Arc::clone(&self.front))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, SystemTime};
+
+    use super::*;
+    use crate::{
+        cache::TokenCache,
+        origin::Origins,
+        source::{TokenResponse, source_fn},
+    };
+
+    /// A runtime that is parked, and a machine that slept, stop the watch: the wall clock does not.
+    #[tokio::test]
+    async fn a_watched_token_is_dead_when_the_wall_clock_says_so() {
+        let source = source_fn(|_| async {
+            Ok(TokenResponse::new("token")?.expires_in(Duration::from_secs(300)))
+        });
+        let settings = Arc::new(Settings {
+            cache: TokenCache::new(source),
+            origins: Origins::default(),
+            keep_existing: false,
+            heed_unexplained: true,
+        });
+        let token = settings.cache.get().await.unwrap();
+        let mut ready = Ready::new(token, settings);
+        assert!(ready.is_fresh());
+        let now = SystemTime::now();
+        let second = Duration::from_secs(1);
+        for (until, fresh) in [(now - second, false), (now + second * 60, true)] {
+            Arc::get_mut(&mut ready).unwrap().until = Coarse::of(until);
+            assert_eq!(ready.is_fresh(), fresh);
+        }
+        ready.settings.cache.shutdown();
+        assert!(!ready.is_fresh());
+    }
+}

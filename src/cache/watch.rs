@@ -3,7 +3,8 @@
 //! A clock reading costs a request about as much as its header. So the task of a flight stays behind and watches
 //! the monotonic clock for the token, and requests attach it without a look at that clock for as long as they
 //! see that it is [`Watched`]. They do look at the wall clock, coarsely, which costs little: a machine that slept,
-//! and a runtime that is parked, stop the watch.
+//! and a runtime that is parked, stop the watch. If the wall clock is set back as well while the runtime that watches is
+//! parked, a token is attached for too long, and the API has the last word on it.
 //!
 //! Tokens with a key are not watched: a cache may hold thousands.
 
