@@ -1,8 +1,12 @@
-//! What it costs a request to find a valid token, beside the same request without one and with a static header.
+//! What it costs a request to find a valid token, beside the same request without one, with a static header, and
+//! with the caches that users write by hand.
 //!
 //! The inner service takes the request and is done, so that what is measured is the middleware. `kept` calls
 //! one service again and again, `cloned` clones it for each request, as an HTTP client that hands out clones
-//! does.
+//! does. A `keyed` request names among its extensions what its token is for.
+//!
+//! Criterion tells the times of one thread, one subject after the other. The ratios are taken in rounds in which
+//! every subject has its turn, on one thread and on two at once, so that what else the machine does falls on all.
 #![expect(
     missing_docs,
     reason = "the function is made by a macro of criterion's"
@@ -10,45 +14,293 @@
 
 mod support;
 
-use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use http::Request;
-use support::{Body, cached, call, inner, request};
-use tower::{Layer, Service, service_fn};
-use tower_bearer::{BearerAuthLayer, CloneBody};
-use tower_http::auth::AddAuthorizationLayer;
+use std::{
+    future::poll_fn,
+    hint::black_box,
+    sync::{Arc, Barrier},
+    thread,
+    time::{Duration, Instant},
+};
 
-fn measure<S>(c: &mut Criterion, name: &str, service: S)
+use criterion::{BatchSize, Criterion, criterion_group};
+use http::Request;
+use support::{
+    Body, call, plot,
+    report::{Report, Table, median, plot_path},
+    short,
+    subjects::{FLOOR, KEYED_FLOOR, Measure, subjects},
+};
+use tokio::runtime;
+use tower::Service;
+
+criterion_group! {
+    name = criterion;
+    config = match short() {
+        true => Criterion::default()
+            .sample_size(10)
+            .warm_up_time(Duration::from_millis(5))
+            .measurement_time(Duration::from_millis(20)),
+        false => Criterion::default()
+            .warm_up_time(Duration::from_secs(1))
+            .measurement_time(Duration::from_secs(2)),
+    };
+    targets = one_thread
+}
+
+fn main() {
+    criterion();
+    rounds();
+}
+
+impl Measure for Criterion {
+    fn measure<S>(&mut self, name: &'static str, service: S, request: fn() -> Request<Body>)
+    where
+        S: Service<Request<Body>> + Clone + Send + Sync + 'static,
+    {
+        let mut kept = service.clone();
+        self.bench_function(&format!("kept/{name}"), |b| {
+            b.iter_batched(
+                request,
+                |request| call(&mut kept, request),
+                BatchSize::SmallInput,
+            );
+        });
+        self.bench_function(&format!("cloned/{name}"), |b| {
+            b.iter_batched(
+                request,
+                |request| call(&mut service.clone(), request),
+                BatchSize::SmallInput,
+            );
+        });
+    }
+}
+
+fn one_thread(criterion: &mut Criterion) {
+    subjects(criterion);
+}
+
+/// One service, measured in turns with the others.
+struct Subject {
+    name: &'static str,
+    /// Returns the nanoseconds that a request takes.
+    run: Box<dyn Fn(Way, Duration) -> f64>,
+    /// For each way, a figure of each round.
+    found: [Vec<f64>; WAYS.len()],
+}
+
+/// How the requests are sent.
+#[derive(Clone, Copy)]
+struct Way {
+    cloned: bool,
+    threads: usize,
+}
+
+impl Measure for Vec<Subject> {
+    fn measure<S>(&mut self, name: &'static str, service: S, request: fn() -> Request<Body>)
+    where
+        S: Service<Request<Body>> + Clone + Send + Sync + 'static,
+    {
+        let run = move |way: Way, slice| {
+            let start = Arc::new(Barrier::new(way.threads));
+            let threads = (0..way.threads).map(|_| {
+                let (service, start) = (service.clone(), Arc::clone(&start));
+                thread::spawn(move || {
+                    // A lock that is taken makes its caller wait.
+                    let runtime = runtime::Builder::new_current_thread().build();
+                    let runtime = runtime.expect("a runtime can be built");
+                    runtime.block_on(send(service, request, way.cloned, slice, &start))
+                })
+            });
+            let threads: Vec<_> = threads.collect();
+            let took = threads
+                .into_iter()
+                .map(|thread| thread.join().expect("the requests succeed"));
+            took.sum::<f64>() / way.threads as f64
+        };
+        self.push(Subject {
+            name,
+            run: Box::new(run),
+            found: Default::default(),
+        });
+    }
+}
+
+/// Sends requests for about as long as `slice`, and returns how many nanoseconds each one took.
+async fn send<S>(
+    mut service: S,
+    request: fn() -> Request<Body>,
+    cloned: bool,
+    slice: Duration,
+    start: &Barrier,
+) -> f64
 where
     S: Service<Request<Body>> + Clone,
 {
-    let mut kept = service.clone();
-    c.bench_function(&format!("kept/{name}"), |b| {
-        b.iter_batched(
-            request,
-            |request| call(&mut kept, request),
-            BatchSize::SmallInput,
-        );
-    });
-    c.bench_function(&format!("cloned/{name}"), |b| {
-        b.iter_batched(
-            request,
-            |request| call(&mut service.clone(), request),
-            BatchSize::SmallInput,
-        );
-    });
+    for _ in 0..BATCH {
+        one(&mut service, request()).await;
+    }
+    start.wait();
+    let (mut took, mut sent) = (Duration::ZERO, 0);
+    while took < slice {
+        let requests: Vec<_> = (0..BATCH).map(|_| request()).collect();
+        let start = Instant::now();
+        for request in requests {
+            match cloned {
+                true => one(&mut service.clone(), request).await,
+                false => one(&mut service, request).await,
+            }
+        }
+        took += start.elapsed();
+        sent += BATCH;
+    }
+    took.as_nanos() as f64 / f64::from(sent)
 }
 
-fn fresh_token(c: &mut Criterion) {
-    let (cache, token, _runtime) = cached();
-
-    measure(c, "bare", service_fn(inner));
-    let fixed = AddAuthorizationLayer::bearer(&token);
-    measure(c, "static header", fixed.layer(service_fn(inner)));
-    let bearer = BearerAuthLayer::new(cache);
-    measure(c, "bearer", bearer.layer(service_fn(inner)));
-    let replayed = bearer.replay(CloneBody);
-    measure(c, "bearer with replay", replayed.layer(service_fn(inner)));
+async fn one<S: Service<Request<Body>>>(service: &mut S, request: Request<Body>) {
+    let ready = poll_fn(|cx| service.poll_ready(cx)).await;
+    assert!(ready.is_ok());
+    assert!(black_box(service.call(request).await).is_ok());
 }
 
-criterion_group!(benches, fresh_token);
-criterion_main!(benches);
+fn rounds() {
+    let (rounds, slice) = match short() {
+        true => (3, Duration::from_micros(500)),
+        false => (41, Duration::from_millis(15)),
+    };
+    let mut all = Vec::new();
+    subjects(&mut all);
+    for _ in 0..rounds {
+        for (index, way) in WAYS.into_iter().enumerate() {
+            for subject in &mut all {
+                let took = (subject.run)(way, slice);
+                subject.found[index].push(took);
+            }
+        }
+    }
+    report(&all);
+}
+
+fn report(all: &[Subject]) {
+    let find = |name: &str| {
+        let found = all.iter().find(|subject| subject.name == name);
+        found.expect("it was measured")
+    };
+    let (bare, floor, keyed_floor) = (find("bare"), find(FLOOR), find(KEYED_FLOOR));
+    let mut table = Table::new(
+        "one_and_two_threads",
+        &[
+            "",
+            "kept, ns",
+            "× static",
+            "cloned, ns",
+            "× static",
+            "kept, 2 ÷ 1 threads",
+            "cloned, 2 ÷ 1 threads",
+        ],
+    );
+    for subject in all {
+        let floor = match subject.name.starts_with("keyed") {
+            true => keyed_floor,
+            false => floor,
+        };
+        table.row([
+            subject.name.to_owned(),
+            format!("{:.0}", subject.time(0)),
+            format!("{:.2}", subject.ratio(0, floor)),
+            format!("{:.0}", subject.time(1)),
+            format!("{:.2}", subject.ratio(1, floor)),
+            format!("{:.2}", subject.scaling(0)),
+            format!("{:.2}", subject.scaling(1)),
+        ]);
+    }
+    let mut report = Report::new("fresh_token");
+    let bearer = find("bearer");
+    for (work, subject, way, goal) in [
+        ("a valid token is cached, service kept", bearer, 0, 1.08),
+        ("the same, service cloned per request", bearer, 1, 1.15),
+        (
+            "replay on, service kept",
+            find("bearer with replay"),
+            0,
+            1.35,
+        ),
+    ] {
+        let ratio = subject.ratio(way, floor);
+        let goal_text = format!("≤ {goal} × floor+ in time");
+        report.goal(work, &goal_text, format!("{ratio:.2} ×"), ratio <= goal);
+    }
+    for (work, way) in [("on 2 threads, kept", 0), ("on 2 threads, cloned", 1)] {
+        let (ours, least) = (bearer.scaling(way), bare.scaling(way));
+        let measured = format!("{ours:.2}, bare {least:.2}");
+        // A ratio of two ratios is not told more exactly than that.
+        report.goal(
+            work,
+            "scaling of the bare service",
+            measured,
+            ours >= 0.97 * least,
+        );
+    }
+    report.table(table);
+    for (name, way, title) in [
+        (
+            "fresh_token_kept",
+            0,
+            "A request that finds a token, service kept",
+        ),
+        (
+            "fresh_token_cloned",
+            1,
+            "A request that finds a token, service cloned for it",
+        ),
+    ] {
+        let bars: Vec<_> = all
+            .iter()
+            .map(|subject| (subject.name.to_owned(), subject.time(way)))
+            .collect();
+        plot::bars(&plot_path(name), title, "ns", &bars);
+    }
+    report.finish();
+}
+
+impl Subject {
+    fn time(&self, way: usize) -> f64 {
+        median(&mut self.found[way].clone())
+    }
+
+    /// How much longer than `other` it takes, in the middle of the rounds.
+    fn ratio(&self, way: usize, other: &Self) -> f64 {
+        let pairs = self.found[way].iter().zip(&other.found[way]);
+        median(
+            &mut pairs
+                .map(|(ours, theirs)| ours / theirs)
+                .collect::<Vec<_>>(),
+        )
+    }
+
+    /// How many times as many requests two threads send as one does; the ways of two threads come after those
+    /// of one.
+    fn scaling(&self, way: usize) -> f64 {
+        let pairs = self.found[way].iter().zip(&self.found[way + 2]);
+        median(&mut pairs.map(|(one, two)| 2.0 * one / two).collect::<Vec<_>>())
+    }
+}
+
+const BATCH: u32 = 64;
+const WAYS: [Way; 4] = [
+    Way {
+        cloned: false,
+        threads: 1,
+    },
+    Way {
+        cloned: true,
+        threads: 1,
+    },
+    Way {
+        cloned: false,
+        threads: 2,
+    },
+    Way {
+        cloned: true,
+        threads: 2,
+    },
+];

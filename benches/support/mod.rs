@@ -1,11 +1,19 @@
-//! What the benchmarks of the hot path measure: one request, in a service that is done with it at once.
+//! What the benchmarks share: the work that they measure, what they put beside it, and how they report.
 #![expect(
     unreachable_pub,
     reason = "a benchmark exports nothing; `pub` marks what they share"
 )]
+#![allow(dead_code, reason = "each benchmark uses a part of it")]
+
+pub mod baselines;
+pub mod endpoint;
+pub mod plot;
+pub mod report;
+pub mod subjects;
 
 use std::{
     convert::Infallible,
+    env,
     future::{Future, Ready, ready},
     hint::black_box,
     pin::pin,
@@ -21,6 +29,14 @@ use tower::Service;
 use tower_bearer::{TokenCache, TokenResponse, source_fn};
 
 pub type Body = Full<Bytes>;
+
+/// Whether each benchmark is to run once and soon, for its assertions and not for its figures.
+///
+/// Cargo passes `--bench` to a benchmark that is to measure.
+pub fn short() -> bool {
+    let told = |flag: &str| env::args().any(|argument| argument == flag);
+    env::var_os("TOWER_BEARER_BENCH_SHORT").is_some() || told("--test") || !told("--bench")
+}
 
 /// The inner service: it takes the request and is done, so that what is measured is the middleware.
 pub fn inner(request: Request<Body>) -> Ready<Result<Response<()>, Infallible>> {
@@ -49,17 +65,26 @@ where
 /// A cache that holds a token as long as Keycloak's, that text, and the runtime that watches over it.
 pub fn cached() -> (TokenCache, String, Runtime) {
     let cache = TokenCache::new(source_fn(|_| async {
-        Ok(TokenResponse::new("t".repeat(1_200))?.expires_in(Duration::from_secs(24 * 3_600)))
+        Ok(TokenResponse::new(token_text())?.expires_in(Duration::from_secs(24 * 3_600)))
     }));
-    let runtime = Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_time()
-        .build()
-        .expect("a runtime can be built");
+    let runtime = runtime(1);
     let token = runtime
         .block_on(cache.get())
         .expect("the source gives a token");
     // The flight's task goes on to watch the token once it has told its waiters.
     std::thread::sleep(Duration::from_millis(50));
     (cache, token.expose_secret().to_owned(), runtime)
+}
+
+/// A token as long as Keycloak's.
+pub fn token_text() -> String {
+    "t".repeat(1_200)
+}
+
+pub fn runtime(workers: usize) -> Runtime {
+    Builder::new_multi_thread()
+        .worker_threads(workers)
+        .enable_time()
+        .build()
+        .expect("a runtime can be built")
 }

@@ -1,0 +1,204 @@
+//! Token caches as users write them by hand, each as a tower service of the shape that async code gives it.
+//!
+//! They are written with care: the header value is made once per token, the lock is looked through again after
+//! a wait, and the token request is made by one caller at a time. They differ in the lock alone.
+
+use std::{
+    future::Future,
+    mem,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use arc_swap::ArcSwapOption;
+use http::{HeaderValue, Request, Response, header::AUTHORIZATION};
+use tokio::{
+    sync::{Mutex, RwLock},
+    time::Instant,
+};
+use tower::Service;
+use tower_bearer::BoxError;
+
+use super::endpoint::Endpoint;
+
+/// Where the header value comes from.
+pub trait Cache: Send + Sync + 'static {
+    fn new(endpoint: Arc<Endpoint>) -> Self;
+
+    fn header(&self) -> impl Future<Output = Result<HeaderValue, BoxError>> + Send;
+}
+
+struct Held {
+    header: HeaderValue,
+    refresh_at: Instant,
+}
+
+impl Held {
+    fn is_fresh(&self) -> bool {
+        Instant::now() < self.refresh_at
+    }
+
+    async fn fetch(endpoint: &Endpoint) -> Result<Self, BoxError> {
+        let sent = Instant::now();
+        let mut header = HeaderValue::try_from(format!("Bearer {}", endpoint.grant().await?))?;
+        header.set_sensitive(true);
+        Ok(Self {
+            header,
+            refresh_at: sent + endpoint.lifetime / 2,
+        })
+    }
+}
+
+/// A mutex that is held through the token request.
+pub struct MutexCache {
+    endpoint: Arc<Endpoint>,
+    held: Mutex<Option<Held>>,
+}
+
+impl Cache for MutexCache {
+    fn new(endpoint: Arc<Endpoint>) -> Self {
+        let held = Mutex::default();
+        Self { endpoint, held }
+    }
+
+    async fn header(&self) -> Result<HeaderValue, BoxError> {
+        let mut held = self.held.lock().await;
+        if let Some(held) = held.as_ref().filter(|held| held.is_fresh()) {
+            return Ok(held.header.clone());
+        }
+        let fetched = Held::fetch(&self.endpoint).await?;
+        let header = fetched.header.clone();
+        *held = Some(fetched);
+        Ok(header)
+    }
+}
+
+/// A lock that many read at a time, held for writing through the token request.
+pub struct RwLockCache {
+    endpoint: Arc<Endpoint>,
+    held: RwLock<Option<Held>>,
+}
+
+impl Cache for RwLockCache {
+    fn new(endpoint: Arc<Endpoint>) -> Self {
+        let held = RwLock::default();
+        Self { endpoint, held }
+    }
+
+    async fn header(&self) -> Result<HeaderValue, BoxError> {
+        if let Some(held) = self.held.read().await.as_ref().filter(|h| h.is_fresh()) {
+            return Ok(held.header.clone());
+        }
+        let mut held = self.held.write().await;
+        if let Some(held) = held.as_ref().filter(|held| held.is_fresh()) {
+            return Ok(held.header.clone());
+        }
+        let fetched = Held::fetch(&self.endpoint).await?;
+        let header = fetched.header.clone();
+        *held = Some(fetched);
+        Ok(header)
+    }
+}
+
+/// A pointer that is read without a lock, and a mutex for the token request.
+pub struct ArcSwapCache {
+    endpoint: Arc<Endpoint>,
+    held: ArcSwapOption<Held>,
+    refresh: Mutex<()>,
+}
+
+impl ArcSwapCache {
+    fn fresh(&self) -> Option<HeaderValue> {
+        let held = self.held.load();
+        let held = held.as_ref().filter(|held| held.is_fresh())?;
+        Some(held.header.clone())
+    }
+}
+
+impl Cache for ArcSwapCache {
+    fn new(endpoint: Arc<Endpoint>) -> Self {
+        Self {
+            endpoint,
+            held: ArcSwapOption::empty(),
+            refresh: Mutex::default(),
+        }
+    }
+
+    async fn header(&self) -> Result<HeaderValue, BoxError> {
+        if let Some(header) = self.fresh() {
+            return Ok(header);
+        }
+        let _refreshing = self.refresh.lock().await;
+        if let Some(header) = self.fresh() {
+            return Ok(header);
+        }
+        let fetched = Held::fetch(&self.endpoint).await?;
+        let header = fetched.header.clone();
+        self.held.store(Some(Arc::new(fetched)));
+        Ok(header)
+    }
+}
+
+/// Attaches the header of a cache to each request.
+pub struct ByHand<S, C> {
+    inner: S,
+    cache: Arc<C>,
+}
+
+impl<S, C: Cache> ByHand<S, C> {
+    pub fn new(inner: S, endpoint: &Arc<Endpoint>) -> Self {
+        Self {
+            inner,
+            cache: Arc::new(C::new(Arc::clone(endpoint))),
+        }
+    }
+
+    /// A service over a cache that holds a token for a day.
+    pub async fn with_token(inner: S) -> Self {
+        let day = Duration::from_secs(24 * 3_600);
+        let service = Self::new(inner, &Endpoint::new(Duration::ZERO, day));
+        let token = service.cache.header().await;
+        token.expect("the endpoint grants a token");
+        service
+    }
+}
+
+/// Clones share the cache.
+impl<S: Clone, C> Clone for ByHand<S, C> {
+    fn clone(&self) -> Self {
+        Self {
+            inner: self.inner.clone(),
+            cache: Arc::clone(&self.cache),
+        }
+    }
+}
+
+impl<S, C, B, ResBody> Service<Request<B>> for ByHand<S, C>
+where
+    S: Service<Request<B>, Response = Response<ResBody>> + Clone + Send + 'static,
+    S::Future: Send,
+    S::Error: Into<BoxError>,
+    C: Cache,
+    B: Send + 'static,
+{
+    type Response = Response<ResBody>;
+    type Error = BoxError;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.inner.poll_ready(cx).map_err(Into::into)
+    }
+
+    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+        let clone = self.inner.clone();
+        let mut inner = mem::replace(&mut self.inner, clone);
+        let cache = Arc::clone(&self.cache);
+        Box::pin(async move {
+            let header = cache.header().await?;
+            request.headers_mut().insert(AUTHORIZATION, header);
+            inner.call(request).await.map_err(Into::into)
+        })
+    }
+}

@@ -1,0 +1,61 @@
+//! The services that are measured side by side when a token is at hand.
+
+use std::sync::LazyLock;
+
+use http::Request;
+use tower::{Layer, Service, service_fn};
+use tower_bearer::{BearerAuthLayer, CloneBody, TokenRequest};
+use tower_http::auth::AddAuthorizationLayer;
+
+use super::{
+    Body,
+    baselines::{ArcSwapCache, ByHand, MutexCache, RwLockCache},
+    cached, inner, request,
+};
+
+/// Something to measure with each of the services.
+pub trait Measure {
+    fn measure<S>(&mut self, name: &'static str, service: S, request: fn() -> Request<Body>)
+    where
+        S: Service<Request<Body>> + Clone + Send + Sync + 'static;
+}
+
+/// Shows every service to `measure`.
+pub fn subjects(measure: &mut impl Measure) {
+    let (cache, token, runtime) = cached();
+    let key = runtime.block_on(cache.get_for(&KEY));
+    key.expect("the source gives a token");
+    let bare = service_fn(inner);
+    let fixed = AddAuthorizationLayer::bearer(&token).layer(bare);
+    let bearer = BearerAuthLayer::new(cache);
+    let pinned = bearer.clone().origins(["https://api.example.com"]);
+    let replayed = bearer.clone().replay(CloneBody).layer(bare);
+
+    measure.measure("bare", bare, request);
+    measure.measure(FLOOR, fixed.clone(), request);
+    let by_hand = runtime.block_on(ByHand::<_, MutexCache>::with_token(bare));
+    measure.measure("mutex by hand", by_hand, request);
+    let by_hand = runtime.block_on(ByHand::<_, RwLockCache>::with_token(bare));
+    measure.measure("RwLock by hand", by_hand, request);
+    let by_hand = runtime.block_on(ByHand::<_, ArcSwapCache>::with_token(bare));
+    measure.measure("ArcSwap by hand", by_hand, request);
+    measure.measure("bearer", bearer.layer(bare), request);
+    let pinned = pinned.expect("it is an origin");
+    measure.measure("bearer with origins", pinned.layer(bare), request);
+    measure.measure("bearer with replay", replayed, request);
+    measure.measure(KEYED_FLOOR, fixed, keyed_request);
+    measure.measure("keyed bearer", bearer.layer(bare), keyed_request);
+}
+
+/// A request that names what its token is for, by a name that was made once.
+fn keyed_request() -> Request<Body> {
+    let mut request = request();
+    request.extensions_mut().insert(KEY.clone());
+    request
+}
+
+static KEY: LazyLock<TokenRequest> = LazyLock::new(|| TokenRequest::new().scope("sims:read"));
+
+/// What is least to be done for a token.
+pub const FLOOR: &str = "static header";
+pub const KEYED_FLOOR: &str = "keyed, static header";
