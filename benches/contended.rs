@@ -227,10 +227,12 @@ fn report(subjects: &[Subject]) {
         "Requests that tasks on two workers send over one cache",
         Axis {
             name: "tasks",
+            base: 2.0,
             label: &|tasks| format!("{tasks:.0}"),
         },
         Axis {
             name: "million requests per second",
+            base: 2.0,
             label: &|rate| format!("{rate}"),
         },
         &lines,

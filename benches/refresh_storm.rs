@@ -283,10 +283,12 @@ fn report(found: &mut [Found], runtime: &Runtime, rounds: u32) {
         "From the token's arrival to the last waiter's going on",
         Axis {
             name: "waiters",
+            base: 10.0,
             label: &|waiters| format!("{waiters:.0}"),
         },
         Axis {
             name: "milliseconds",
+            base: 10.0,
             label: &|millis| format!("{millis}"),
         },
         &[

@@ -363,10 +363,12 @@ fn draw(runs: &[Run]) {
         "Latency from when a request was due, across refreshes",
         Axis {
             name: "one request in so many takes longer",
+            base: 10.0,
             label: &|one_in| format!("{one_in:.0}"),
         },
         Axis {
             name: "microseconds",
+            base: 10.0,
             label: &|micros| format!("{micros}"),
         },
         &lines,

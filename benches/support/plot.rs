@@ -22,6 +22,8 @@ pub struct Line<'a> {
 /// The axis of a [chart](lines).
 pub struct Axis<'a> {
     pub name: &'a str,
+    /// The ratio of two of its steps.
+    pub base: f64,
     pub label: &'a dyn Fn(&f64) -> String,
 }
 
@@ -37,15 +39,15 @@ pub fn lines(path: &Path, title: &str, x: Axis<'_>, y: Axis<'_>, lines: &[Line<'
     let (bottom, top) = range(&mut all().map(|(_, y)| y));
     let root = SVGBackend::new(path, (WIDTH, 460)).into_drawing_area();
     root.fill(&WHITE).expect(DRAWN);
-    let (plot, legend) = root.split_horizontally(WIDTH - 190);
+    let (plot, legend) = root.split_horizontally(WIDTH - 230);
     let mut chart = ChartBuilder::on(&plot)
         .caption(title, (FONT, 18))
         .margin(14)
         .x_label_area_size(48)
         .y_label_area_size(76)
         .build_cartesian_2d(
-            (left..right * 1.001).log_scale(),
-            (bottom / 1.3..top * 1.3).log_scale(),
+            (left..right * 1.001).log_scale().base(x.base),
+            (bottom / 1.3..top * 1.3).log_scale().base(y.base),
         )
         .expect(DRAWN);
     chart
@@ -123,17 +125,18 @@ fn text<'a>(size: u32, position: HPos) -> TextStyle<'a> {
     style.pos(Pos::new(position, VPos::Center))
 }
 
-const WIDTH: u32 = 860;
+const WIDTH: u32 = 900;
 const FONT: &str = "sans-serif";
 const DRAWN: &str = "the plot can be drawn";
 const GREY: RGBColor = RGBColor(150, 150, 150);
 /// Told apart by those who see fewer colours, too (Okabe and Ito).
-const COLOURS: [RGBColor; 7] = [
+const COLOURS: [RGBColor; 8] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
     RGBColor(0, 158, 115),
     RGBColor(204, 121, 167),
     RGBColor(230, 159, 0),
     RGBColor(86, 180, 233),
-    RGBColor(90, 90, 90),
+    RGBColor(110, 110, 110),
+    RGBColor(0, 0, 0),
 ];

@@ -62,6 +62,16 @@ impl Table {
         }
     }
 
+    /// Goals are too long for columns.
+    fn print_goals(&self) {
+        println!();
+        for row in &self.rows[1..] {
+            if let [work, goal, measured, verdict] = row.as_slice() {
+                println!("{verdict}: {work}\n  goal      {goal}\n  measured  {measured}");
+            }
+        }
+    }
+
     fn csv(&self) -> String {
         let line = |row: &Vec<String>| {
             let quoted = row.iter().map(|cell| match cell.contains([',', '"']) {
@@ -88,7 +98,7 @@ impl Report {
     pub fn new(name: &'static str) -> Self {
         Self {
             name,
-            goals: Table::new("goals", &["work", "goal", "measured", ""]),
+            goals: Table::new(GOALS, &["work", "goal", "measured", ""]),
             tables: Vec::new(),
             details: Vec::new(),
         }
@@ -113,7 +123,7 @@ impl Report {
     /// Prints everything and writes it down; in the README only what was measured at length.
     pub fn finish(mut self) {
         if self.goals.rows.len() > 1 {
-            let goals = mem::replace(&mut self.goals, Table::new("goals", &[]));
+            let goals = mem::replace(&mut self.goals, Table::new(GOALS, &[]));
             self.tables.insert(0, goals);
         }
         for table in &self.details {
@@ -121,7 +131,10 @@ impl Report {
         }
         let mut section = format!("Measured on {}.\n", machine());
         for table in &self.tables {
-            table.print();
+            match table.name {
+                GOALS => table.print_goals(),
+                _ => table.print(),
+            }
             self.write(table);
             let _ = write!(section, "\n{}", table.markdown());
         }
@@ -201,3 +214,5 @@ pub fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
 }
+
+const GOALS: &str = "goals";
