@@ -67,7 +67,7 @@ fn blocks(send: &mut dyn FnMut(Request<Body>), request: fn() -> Request<Body>) -
 
 fn per_request(report: &mut Report) {
     let mut all = Vec::new();
-    subjects(&mut all);
+    let _watch = subjects(&mut all);
     let mut table = Table::new(
         "per_request",
         &[

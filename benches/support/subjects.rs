@@ -3,6 +3,7 @@
 use std::sync::LazyLock;
 
 use http::Request;
+use tokio::runtime::Runtime;
 use tower::{Layer, Service, service_fn};
 use tower_bearer::{BearerAuthLayer, CloneBody, TokenRequest};
 use tower_http::auth::AddAuthorizationLayer;
@@ -20,8 +21,10 @@ pub trait Measure {
         S: Service<Request<Body>> + Clone + Send + Sync + 'static;
 }
 
-/// Shows every service to `measure`.
-pub fn subjects(measure: &mut impl Measure) {
+/// Shows every service to `measure`, and returns the runtime that watches over their token: once it is gone,
+/// requests read the clocks themselves.
+#[must_use = "the watch ends with the runtime"]
+pub fn subjects(measure: &mut impl Measure) -> Runtime {
     let (cache, token, runtime) = cached();
     let key = runtime.block_on(cache.get_for(&KEY));
     key.expect("the source gives a token");
@@ -45,6 +48,7 @@ pub fn subjects(measure: &mut impl Measure) {
     measure.measure("bearer with replay", replayed, request);
     measure.measure(KEYED_FLOOR, fixed, keyed_request);
     measure.measure("keyed bearer", bearer.layer(bare), keyed_request);
+    runtime
 }
 
 /// A request that names what its token is for, by a name that was made once.
