@@ -147,8 +147,8 @@
 //!
 //! Events of `tracing` under the target `tower_bearer`: `flight_started`, `token_received` and `attempt_failed` at
 //! DEBUG, `refresh_token_failed` at INFO, `flight_failed`, `flight_lost`, `lifetime_assumed`, `scope_narrowed` and
-//! `keys_full` at WARN. None carries a token or a secret. A [`TokenError`] speaks for its own level; what is behind it, such as a failed
-//! connection, is in its [`source`](std::error::Error::source).
+//! `keys_full` at WARN. None carries a token or a secret. A [`TokenError`] speaks for its own level; what is
+//! behind it, such as a failed connection, is in its [`source`](std::error::Error::source).
 //!
 //! # Limits
 //!

@@ -111,7 +111,7 @@ impl TokenCache {
     ///
     /// If it has to wait on a tokio runtime without timers.
     pub async fn get(&self) -> Result<AccessToken, TokenError> {
-        self.get_for(&TokenRequest::new()).await
+        self.get_or_wait(None).await
     }
 
     /// Returns a token for what `request` names, as [`get`](Self::get) does for nothing in particular.
@@ -128,10 +128,7 @@ impl TokenCache {
     ///
     /// As [`get`](Self::get).
     pub async fn get_for(&self, request: &TokenRequest) -> Result<AccessToken, TokenError> {
-        match self.attach(Some(request)) {
-            Some(token) => Ok(token),
-            None => self.acquire(Some(request))?.await,
-        }
+        self.get_or_wait(Some(request)).await
     }
 
     /// Returns the current token, if there is one that may be sent.
@@ -210,6 +207,13 @@ impl TokenCache {
                 }
                 None => return outcome,
             }
+        }
+    }
+
+    async fn get_or_wait(&self, request: Option<&TokenRequest>) -> Result<AccessToken, TokenError> {
+        match self.attach(request) {
+            Some(token) => Ok(token),
+            None => self.acquire(request)?.await,
         }
     }
 

@@ -41,8 +41,9 @@ pub(super) enum Target {
 
 /// Builds [`ClientCredentials`].
 ///
-/// Made by [`ClientCredentials::builder`], [`ClientCredentials::discover`] and [`ClientCredentials::from_oauth2`]. Whatever is wrong with a
-/// setting is reported by `build` or [`build_with`](Self::build_with).
+/// Made by [`ClientCredentials::builder`], [`ClientCredentials::discover`] and
+/// [`ClientCredentials::from_oauth2`]. Whatever is wrong with a setting is reported by `build` or
+/// [`build_with`](Self::build_with).
 #[must_use = "a builder does nothing until it is built"]
 pub struct ClientCredentialsBuilder {
     target: Result<Target, ConfigError>,
@@ -292,9 +293,9 @@ impl ClientCredentialsBuilder {
     ///
     /// # Errors
     ///
-    /// If the token URL, the revocation URL or the issuer cannot be parsed, is neither `https` nor `http` on a loopback host (but see
-    /// [`dangerous_plain_http`](Self::dangerous_plain_http)), or has credentials or a fragment; if the
-    /// client's id is empty; if a scope is empty or has a character that RFC 6749 section 3.3 rules out; if a
+    /// If the token URL, the revocation URL or the issuer cannot be parsed, is neither `https` nor `http` on a
+    /// loopback host (but see [`dangerous_plain_http`](Self::dangerous_plain_http)), or has credentials or a
+    /// fragment; if the client's id is empty; if a scope is empty or has a character that RFC 6749 section 3.3 rules out; if a
     /// resource is not an absolute URI or has a fragment; if a parameter has no name or one that the request
     /// sets by itself; if the [`auth_method`](Self::auth_method) lacks what it takes, or none was chosen among a
     /// secret and a private key; if a key that is known by now cannot be used; if a client certificate was set,
