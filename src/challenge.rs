@@ -15,9 +15,11 @@ use base64::{
     engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
 };
 use http::{
-    HeaderMap, Response, StatusCode,
+    HeaderMap, StatusCode,
     header::{HeaderName, WWW_AUTHENTICATE},
 };
+
+use crate::message::HttpResponse;
 
 /// What an answer says about the token that was sent with its request.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,7 +36,7 @@ pub(crate) enum Verdict {
 
 /// Whether an answer has to be judged at all. All that most of them cost is this look.
 #[inline]
-pub(crate) fn is_candidate<B>(answer: &Response<B>) -> bool {
+pub(crate) fn is_candidate(answer: &impl HttpResponse) -> bool {
     let status = answer.status();
     status == StatusCode::UNAUTHORIZED
         || (status == StatusCode::OK

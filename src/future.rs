@@ -8,7 +8,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use http::{Request, Response, header::AUTHORIZATION};
+use http::header::AUTHORIZATION;
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
@@ -16,6 +16,7 @@ use crate::{
     cache::{Acquire, Complaint, Remedy},
     challenge::{self, Verdict},
     error::{BoxError, TokenError},
+    message::{HttpRequest, HttpResponse},
     ready::Ready,
     replay::Replay,
     settings::Settings,
@@ -30,27 +31,27 @@ pin_project! {
     ///
     /// It may be dropped at any point. A token request that it waits for goes on for the others, and its
     /// result is kept.
-    pub struct ResponseFuture<S, R, B>
+    pub struct ResponseFuture<S, R, Req>
     where
-        S: Service<Request<B>>,
-        R: Replay<B>,
+        S: Service<Req>,
+        R: Replay<Req>,
     {
         #[pin]
-        state: State<S, R, B>,
+        state: State<S, R, Req>,
     }
 }
 
 pin_project! {
     #[project = StateProj]
-    enum State<S, R, B>
+    enum State<S, R, Req>
     where
-        S: Service<Request<B>>,
-        R: Replay<B>,
+        S: Service<Req>,
+        R: Replay<Req>,
     {
         // The request has not left, or is to leave once more; it holds nothing of the inner service.
-        Waiting { waiting: Pin<Box<Waiting<S, R, B>>> },
+        Waiting { waiting: Pin<Box<Waiting<S, R, Req>>> },
         // The inner service has the request; with a token of ours, or without one.
-        Sending { #[pin] response: S::Future, sent: Option<Sent<S, R, B>> },
+        Sending { #[pin] response: S::Future, sent: Option<Sent<S, R, Req>> },
         // The request may not be sent.
         Refused { error: TokenError },
         // The response was handed out.
@@ -58,10 +59,10 @@ pin_project! {
     }
 }
 
-impl<S, R, B> ResponseFuture<S, R, B>
+impl<S, R, Req> ResponseFuture<S, R, Req>
 where
-    S: Service<Request<B>>,
-    R: Replay<B>,
+    S: Service<Req>,
+    R: Replay<Req>,
 {
     /// A request that goes without a token of ours.
     pub(crate) fn bare(response: S::Future) -> Self {
@@ -80,9 +81,10 @@ where
 
     /// A request that goes at once; `service` is ready.
     #[inline]
-    pub(crate) fn send(service: &mut S, request: Request<B>, ready: Arc<Ready>, replay: &R) -> Self
+    pub(crate) fn send(service: &mut S, request: Req, ready: Arc<Ready>, replay: &R) -> Self
     where
         S: Clone,
+        Req: HttpRequest,
     {
         Self {
             state: State::send(service, request, ready, Some(replay)),
@@ -90,13 +92,11 @@ where
     }
 
     /// A request that waits for a token; `service` need not be ready.
-    pub(crate) fn wait(
-        service: S,
-        request: Request<B>,
-        replay: R,
-        settings: Arc<Settings>,
-    ) -> Self {
-        let acquire = match settings.cache.acquire(request.extensions().get()) {
+    pub(crate) fn wait(service: S, request: Req, replay: R, settings: Arc<Settings>) -> Self
+    where
+        Req: HttpRequest,
+    {
+        let acquire = match settings.cache.acquire(request.extension()) {
             Ok(acquire) => acquire,
             Err(error) => return Self::refused(error),
         };
@@ -114,19 +114,15 @@ where
     }
 }
 
-impl<S, R, B> State<S, R, B>
+impl<S, R, Req> State<S, R, Req>
 where
-    S: Service<Request<B>> + Clone,
-    R: Replay<B>,
+    S: Service<Req> + Clone,
+    R: Replay<Req>,
+    Req: HttpRequest,
 {
     /// Sends `request` with a token, and keeps what it takes to send it once more if `replay` says how.
     #[inline]
-    fn send(
-        service: &mut S,
-        mut request: Request<B>,
-        ready: Arc<Ready>,
-        replay: Option<&R>,
-    ) -> Self {
+    fn send(service: &mut S, mut request: Req, ready: Arc<Ready>, replay: Option<&R>) -> Self {
         let kept = replay.and_then(|replay| replay.keep(&request, |copy| (copy, service.clone())));
         request.headers_mut().insert(AUTHORIZATION, ready.header());
         let response = service.call(request);
@@ -135,13 +131,15 @@ where
     }
 }
 
-impl<S, R, B, ResBody> Future for ResponseFuture<S, R, B>
+impl<S, R, Req> Future for ResponseFuture<S, R, Req>
 where
-    S: Service<Request<B>, Response = Response<ResBody>> + Clone,
+    S: Service<Req> + Clone,
+    S::Response: HttpResponse,
     S::Error: Into<BoxError>,
-    R: Replay<B>,
+    R: Replay<Req>,
+    Req: HttpRequest,
 {
-    type Output = Result<Response<ResBody>, BoxError>;
+    type Output = Result<S::Response, BoxError>;
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
@@ -192,10 +190,10 @@ where
     }
 }
 
-impl<S, R, B> fmt::Debug for ResponseFuture<S, R, B>
+impl<S, R, Req> fmt::Debug for ResponseFuture<S, R, Req>
 where
-    S: Service<Request<B>>,
-    R: Replay<B>,
+    S: Service<Req>,
+    R: Replay<Req>,
 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let state = match self.state {
@@ -211,33 +209,33 @@ where
 }
 
 /// What is known of a request that left with a token of ours.
-struct Sent<S, R, B>
+struct Sent<S, R, Req>
 where
-    R: Replay<B>,
+    R: Replay<Req>,
 {
     ready: Arc<Ready>,
     /// What it takes to send the request once more, if it may be.
-    kept: Option<R::Kept<(Request<B>, S)>>,
+    kept: Option<R::Kept<(Req, S)>>,
 }
 
 /// What an answer comes to.
-enum Judged<S, R, B>
+enum Judged<S, R, Req>
 where
-    S: Service<Request<B>>,
-    R: Replay<B>,
+    S: Service<Req>,
+    R: Replay<Req>,
 {
     Answer(S::Response),
-    Again(Pin<Box<Waiting<S, R, B>>>),
+    Again(Pin<Box<Waiting<S, R, Req>>>),
 }
 
-impl<S, R, B> Sent<S, R, B>
+impl<S, R, Req> Sent<S, R, Req>
 where
-    R: Replay<B>,
+    R: Replay<Req>,
 {
     /// Tells the cache if `answer` is a refusal of the token, and whether the request is to go once more.
-    fn judge<ResBody>(self, answer: Response<ResBody>) -> Judged<S, R, B>
+    fn judge(self, answer: S::Response) -> Judged<S, R, Req>
     where
-        S: Service<Request<B>, Response = Response<ResBody>>,
+        S: Service<Req, Response: HttpResponse>,
     {
         let complaint = match challenge::judge(answer.status(), answer.headers()) {
             Verdict::InvalidToken => Complaint::Invalid,
@@ -275,12 +273,12 @@ where
 
 pin_project! {
     /// A request that waits for a token, and then for the inner service.
-    struct Waiting<S, R, B>
+    struct Waiting<S, R, Req>
     where
-        S: Service<Request<B>>,
+        S: Service<Req>,
     {
         // Present until sent.
-        request: Option<Request<B>>,
+        request: Option<Req>,
         // Polled for readiness only while a token is at hand.
         service: S,
         settings: Arc<Settings>,
@@ -329,25 +327,26 @@ impl<R> Turn<R> {
 }
 
 /// How a wait ends.
-enum Leave<S, R, B>
+enum Leave<S, R, Req>
 where
-    S: Service<Request<B>>,
-    R: Replay<B>,
+    S: Service<Req>,
+    R: Replay<Req>,
 {
-    Send(State<S, R, B>),
+    Send(State<S, R, Req>),
     Answer(S::Response),
 }
 
-impl<S, R, B> Waiting<S, R, B>
+impl<S, R, Req> Waiting<S, R, Req>
 where
-    S: Service<Request<B>> + Clone,
+    S: Service<Req> + Clone,
     S::Error: Into<BoxError>,
-    R: Replay<B>,
+    R: Replay<Req>,
+    Req: HttpRequest,
 {
     fn poll_leave(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Result<Leave<S, R, B>, BoxError>> {
+    ) -> Poll<Result<Leave<S, R, Req>, BoxError>> {
         let mut this = self.project();
         loop {
             let next = match this.phase.as_mut().project() {

@@ -171,6 +171,7 @@ mod challenge;
 mod error;
 mod future;
 mod layer;
+mod message;
 mod origin;
 mod policy;
 mod ready;
@@ -191,6 +192,7 @@ pub use crate::{
     error::{BoxError, ConfigError, TokenError},
     future::ResponseFuture,
     layer::BearerAuthLayer,
+    message::{HttpRequest, HttpResponse},
     policy::RefreshPolicy,
     replay::{CloneBody, EmptyBody, Never, Replay},
     service::{BearerAuth, WithoutToken},

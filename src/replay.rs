@@ -9,7 +9,7 @@ use std::convert::Infallible;
 use http::Request;
 use http_body::Body;
 
-/// Decides which requests with a body of type `B` may be sent a second time.
+/// Decides which requests of type `Req` may be sent a second time.
 ///
 /// The implementations are [`Never`], the default, [`CloneBody`] and [`EmptyBody`]. The trait is sealed: an
 /// implementation that copied half a body would corrupt requests, and only on the day a token is rejected.
@@ -20,7 +20,7 @@ use http_body::Body;
 ///
 /// A request that may not be sent again, such as one with a streaming body, loses nothing else: its 401 comes
 /// back to the caller, and the token is replaced all the same.
-pub trait Replay<B>: sealed::Sealed + Clone {
+pub trait Replay<Req>: sealed::Sealed + Clone {
     /// What a response future stores of a `T` that it needs for the second sending.
     ///
     /// `T` itself or, where there never is a second sending, a type without values: an `Option` of it takes
@@ -33,11 +33,7 @@ pub trait Replay<B>: sealed::Sealed + Clone {
     /// `complete` is not called without a copy, so that all else that a second sending needs, such as a
     /// clone of the inner service, costs nothing either.
     #[doc(hidden)]
-    fn keep<T>(
-        &self,
-        request: &Request<B>,
-        complete: impl FnOnce(Request<B>) -> T,
-    ) -> Option<Self::Kept<T>>;
+    fn keep<T>(&self, request: &Req, complete: impl FnOnce(Req) -> T) -> Option<Self::Kept<T>>;
 
     /// Takes out what was kept.
     #[doc(hidden)]
@@ -72,21 +68,24 @@ pub struct CloneBody;
 #[derive(Clone, Copy, Debug, Default)]
 pub struct EmptyBody;
 
-impl<B> Replay<B> for Never {
+impl<Req> Replay<Req> for Never {
     type Kept<T> = Infallible;
 
-    fn keep<T>(&self, _: &Request<B>, _: impl FnOnce(Request<B>) -> T) -> Option<Self::Kept<T>> {
+    #[inline]
+    fn keep<T>(&self, _: &Req, _: impl FnOnce(Req) -> T) -> Option<Self::Kept<T>> {
         None
     }
 
+    #[inline]
     fn release<T>(kept: Self::Kept<T>) -> T {
         match kept {}
     }
 }
 
-impl<B: Clone> Replay<B> for CloneBody {
+impl<B: Clone> Replay<Request<B>> for CloneBody {
     type Kept<T> = T;
 
+    #[inline]
     fn keep<T>(
         &self,
         request: &Request<B>,
@@ -95,14 +94,16 @@ impl<B: Clone> Replay<B> for CloneBody {
         Some(complete(request.clone()))
     }
 
+    #[inline]
     fn release<T>(kept: Self::Kept<T>) -> T {
         kept
     }
 }
 
-impl<B: Body + Default> Replay<B> for EmptyBody {
+impl<B: Body + Default> Replay<Request<B>> for EmptyBody {
     type Kept<T> = T;
 
+    #[inline]
     fn keep<T>(
         &self,
         request: &Request<B>,
@@ -117,6 +118,7 @@ impl<B: Body + Default> Replay<B> for EmptyBody {
             .then(|| complete(with_body(request, body)))
     }
 
+    #[inline]
     fn release<T>(kept: Self::Kept<T>) -> T {
         kept
     }
@@ -227,7 +229,7 @@ mod tests {
             .unwrap()
     }
 
-    fn copy<R: Replay<B>, B>(replay: R, request: &Request<B>) -> Option<Request<B>> {
+    fn copy<R: Replay<Request<B>>, B>(replay: R, request: &Request<B>) -> Option<Request<B>> {
         replay.keep(request, |copy| copy).map(R::release)
     }
 
@@ -249,12 +251,15 @@ mod tests {
         // Not even a body is needed.
         struct Opaque;
         let kept = Never.keep(&request(Opaque), |_| unreachable!("nothing is copied"));
-        assert!(kept.map(<Never as Replay<Opaque>>::release::<()>).is_none());
+        assert!(
+            kept.map(<Never as Replay<Request<Opaque>>>::release::<()>)
+                .is_none()
+        );
     }
 
     #[test]
     fn what_never_keeps_takes_no_room() {
-        type Kept<R> = Option<<R as Replay<String>>::Kept<[u64; 32]>>;
+        type Kept<R> = Option<<R as Replay<Request<String>>>::Kept<[u64; 32]>>;
         assert_eq!(size_of::<Kept<Never>>(), 0);
         assert!(size_of::<Kept<CloneBody>>() >= 256);
     }
@@ -289,11 +294,11 @@ mod tests {
     }
 
     /// The way a response future uses this: a request in flight, and what its second sending takes.
-    struct Sending<S, R: Replay<B>, B> {
+    struct Sending<S, R: Replay<Request<B>>, B> {
         second: Option<R::Kept<(Request<B>, S)>>,
     }
 
-    impl<S: Clone, R: Replay<B>, B> Sending<S, R, B> {
+    impl<S: Clone, R: Replay<Request<B>>, B> Sending<S, R, B> {
         fn new(replay: &R, request: &Request<B>, inner: &S) -> Self {
             let second = replay.keep(request, |copy| (copy, inner.clone()));
             Self { second }

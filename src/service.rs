@@ -6,13 +6,14 @@ use std::{
     task::{Context, Poll},
 };
 
-use http::{Request, Response, header::AUTHORIZATION};
+use http::header::AUTHORIZATION;
 use tower_service::Service;
 
 use crate::{
     cache::TokenCache,
     error::BoxError,
     future::ResponseFuture,
+    message::{HttpRequest, HttpResponse},
     origin::{self, Passage},
     ready::Door,
     replay::Replay,
@@ -76,37 +77,42 @@ impl<S, R> BearerAuth<S, R> {
     }
 }
 
-impl<S, R, B, ResBody> Service<Request<B>> for BearerAuth<S, R>
+impl<S, R, Req> Service<Req> for BearerAuth<S, R>
 where
-    S: Service<Request<B>, Response = Response<ResBody>> + Clone,
+    S: Service<Req> + Clone,
+    S::Response: HttpResponse,
     S::Error: Into<BoxError>,
-    R: Replay<B>,
+    R: Replay<Req>,
+    Req: HttpRequest,
 {
-    type Response = Response<ResBody>;
+    type Response = S::Response;
     type Error = BoxError;
-    type Future = ResponseFuture<S, R, B>;
+    type Future = ResponseFuture<S, R, Req>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         self.inner.poll_ready(cx).map_err(Into::into)
     }
 
     #[inline]
-    fn call(&mut self, request: Request<B>) -> Self::Future {
+    fn call(&mut self, request: Req) -> Self::Future {
         let settings = self.door.settings();
-        let extensions = request.extensions();
-        if extensions.get::<WithoutToken>().is_some()
+        if request.extension::<WithoutToken>().is_some()
             || (settings.keep_existing && request.headers().contains_key(AUTHORIZATION))
         {
             return ResponseFuture::bare(self.inner.call(request));
         }
-        match settings.origins.judge(request.uri()) {
-            Passage::Carry => {}
-            Passage::Bare => return ResponseFuture::bare(self.inner.call(request)),
-            Passage::Refuse => {
-                return ResponseFuture::refused(origin::refusal(request.uri()));
-            }
+        let passage = match request.uri() {
+            Some(uri) => match settings.origins.judge(&uri) {
+                Passage::Refuse => return ResponseFuture::refused(origin::refusal(&uri)),
+                passage => passage,
+            },
+            // It cannot be sent: the error is the inner service's.
+            None => Passage::Bare,
+        };
+        if passage == Passage::Bare {
+            return ResponseFuture::bare(self.inner.call(request));
         }
-        match self.door.ready(extensions.get()) {
+        match self.door.ready(request.extension()) {
             Some(ready) => ResponseFuture::send(&mut self.inner, request, ready, &self.replay),
             None => {
                 // Dropping the ready service gives back what its readiness holds, a permit or a place; the

@@ -147,19 +147,19 @@ fn the_service_is_as_its_inner_service() {
 #[test]
 fn a_response_future_is_send_if_inner_service_and_body_are() {
     assert_table! {
-        ResponseFuture<Inner<SendFuture>, Never, String> => [true, false, true],
-        ResponseFuture<Inner<SendFuture>, CloneBody, String> => [true, false, true],
-        ResponseFuture<Inner<SendFuture>, EmptyBody, String> => [true, false, true],
+        ResponseFuture<Inner<SendFuture>, Never, Request<String>> => [true, false, true],
+        ResponseFuture<Inner<SendFuture>, CloneBody, Request<String>> => [true, false, true],
+        ResponseFuture<Inner<SendFuture>, EmptyBody, Request<String>> => [true, false, true],
         // `Sync` comes for free where the inner future is.
-        ResponseFuture<Inner<Ready<Answer>>, CloneBody, String> => ALL,
+        ResponseFuture<Inner<Ready<Answer>>, CloneBody, Request<String>> => ALL,
         // Bodies that cannot be shared between threads, as many streaming ones.
-        ResponseFuture<Inner<SendFuture>, Never, Cell<u8>> => [true, false, true],
+        ResponseFuture<Inner<SendFuture>, Never, Request<Cell<u8>>> => [true, false, true],
         // Local services and bodies work in a `LocalSet`.
-        ResponseFuture<Inner<LocalFuture>, Never, String> => [false, false, true],
-        ResponseFuture<Inner<SendFuture>, CloneBody, Local> => [false, false, true],
-        ResponseFuture<Inner<SendFuture>, Never, Local> => [false, false, true],
+        ResponseFuture<Inner<LocalFuture>, Never, Request<String>> => [false, false, true],
+        ResponseFuture<Inner<SendFuture>, CloneBody, Request<Local>> => [false, false, true],
+        ResponseFuture<Inner<SendFuture>, Never, Request<Local>> => [false, false, true],
         // An inner future is pinned where it stands: no box of ours.
-        ResponseFuture<Inner<Pinned>, Never, String> => [true, true, false],
+        ResponseFuture<Inner<Pinned>, Never, Request<String>> => [true, true, false],
     }
 }
 
