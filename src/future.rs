@@ -8,16 +8,15 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use http::header::AUTHORIZATION;
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use crate::{
-    cache::{Acquire, Complaint, Remedy},
+    cache::{self, Acquire, Complaint, Remedy},
     challenge::{self, Verdict},
     error::{BoxError, TokenError},
-    message::{HttpRequest, HttpResponse},
-    ready::Ready,
+    message::{self, HttpRequest, HttpResponse},
+    ready::{Mark, Ready},
     replay::Replay,
     settings::Settings,
     time::Now,
@@ -64,9 +63,9 @@ where
     S: Service<Req>,
     R: Replay<Req>,
 {
-    /// A request that goes without a token of ours.
-    pub(crate) fn bare(response: S::Future) -> Self {
-        let sent = None;
+    /// A request that the inner service has; with a token of ours, or without one.
+    #[inline]
+    pub(crate) fn sending(response: S::Future, sent: Option<Sent<S, R, Req>>) -> Self {
         Self {
             state: State::Sending { response, sent },
         }
@@ -76,18 +75,6 @@ where
     pub(crate) fn refused(error: TokenError) -> Self {
         Self {
             state: State::Refused { error },
-        }
-    }
-
-    /// A request that goes at once; `service` is ready.
-    #[inline]
-    pub(crate) fn send(service: &mut S, request: Req, ready: Arc<Ready>, replay: &R) -> Self
-    where
-        S: Clone,
-        Req: HttpRequest,
-    {
-        Self {
-            state: State::send(service, request, ready, Some(replay)),
         }
     }
 
@@ -122,11 +109,24 @@ where
 {
     /// Sends `request` with a token, and keeps what it takes to send it once more if `replay` says how.
     #[inline]
-    fn send(service: &mut S, mut request: Req, ready: Arc<Ready>, replay: Option<&R>) -> Self {
-        let kept = replay.and_then(|replay| replay.keep(&request, |copy| (copy, service.clone())));
-        request.headers_mut().insert(AUTHORIZATION, ready.header());
+    fn send(
+        service: &mut S,
+        mut request: Req,
+        token: AccessToken,
+        settings: &Arc<Settings>,
+        replay: Option<&R>,
+    ) -> Self {
+        let header = token.header_value().clone();
+        let mark = Mark::new(&token, settings);
+        let kept = replay.and_then(|replay| {
+            replay.keep(&request, |copy| {
+                let ready = Ready::new(token, Arc::clone(settings));
+                (copy, service.clone(), ready)
+            })
+        });
+        message::authorize(request.headers_mut(), header);
         let response = service.call(request);
-        let sent = Some(Sent { ready, kept });
+        let sent = Some(Sent::new(mark, kept));
         Self::Sending { response, sent }
     }
 }
@@ -144,48 +144,80 @@ where
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut state = self.project().state;
-        loop {
-            let result = match state.as_mut().project() {
-                StateProj::Sending { response, sent } => {
-                    let answer = match ready!(response.poll(cx)) {
-                        Ok(answer) if challenge::is_candidate(&answer) => answer,
-                        // What most requests come to; what is left of them goes with this future.
-                        result => return Poll::Ready(result.map_err(Into::into)),
-                    };
-                    let sent = sent.take();
-                    // The inner future goes before anything waits: it may hold a permit of a limit below.
-                    state.set(State::Done);
-                    let Some(sent) = sent else {
-                        return Poll::Ready(Ok(answer));
-                    };
-                    match sent.judge(answer) {
-                        Judged::Answer(answer) => Ok(answer),
-                        Judged::Again(waiting) => {
-                            state.set(State::Waiting { waiting });
-                            continue;
-                        }
-                    }
+        match state.as_mut().project() {
+            StateProj::Sending { .. } => state.poll_sending(cx),
+            _ => state.poll_waiting(cx),
+        }
+    }
+}
+
+impl<S, R, Req> State<S, R, Req>
+where
+    S: Service<Req> + Clone,
+    S::Response: HttpResponse,
+    S::Error: Into<BoxError>,
+    R: Replay<Req>,
+    Req: HttpRequest,
+{
+    #[inline]
+    fn poll_sending(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<S::Response, BoxError>> {
+        let StateProj::Sending { response, .. } = self.as_mut().project() else {
+            unreachable!("the request has left");
+        };
+        let result = ready!(response.poll(cx));
+        match &result {
+            Ok(answer) if challenge::is_candidate(answer) => self.poll_judged(result, cx),
+            // What most requests come to; what is left of them goes with this future.
+            _ => Poll::Ready(result.map_err(Into::into)),
+        }
+    }
+
+    #[cold]
+    fn poll_judged(
+        mut self: Pin<&mut Self>,
+        result: Result<S::Response, S::Error>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<S::Response, BoxError>> {
+        let sent = match self.as_mut().project() {
+            StateProj::Sending { sent, .. } => sent.take(),
+            _ => None,
+        };
+        // The inner future goes before anything waits: it may hold a permit of a limit below.
+        self.set(Self::Done);
+        match (result, sent) {
+            (Ok(answer), Some(sent)) => match sent.judge(answer) {
+                Judged::Answer(answer) => Poll::Ready(Ok(answer)),
+                Judged::Again(waiting) => {
+                    self.set(Self::Waiting { waiting });
+                    self.poll_waiting(cx)
                 }
-                StateProj::Waiting { waiting } => {
-                    let left = ready!(waiting.as_mut().poll_leave(cx));
-                    state.set(State::Done);
-                    match left {
-                        Ok(Leave::Send(next)) => {
-                            state.set(next);
-                            continue;
-                        }
-                        Ok(Leave::Answer(answer)) => Ok(answer),
-                        Err(error) => Err(error),
-                    }
-                }
-                StateProj::Refused { error } => {
-                    let error = error.clone();
-                    state.set(State::Done);
-                    Err(error.into())
-                }
-                StateProj::Done => panic!("`ResponseFuture` polled after completion"),
-            };
-            return Poll::Ready(result);
+            },
+            (result, _) => Poll::Ready(result.map_err(Into::into)),
+        }
+    }
+
+    #[cold]
+    fn poll_waiting(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<S::Response, BoxError>> {
+        let left = match self.as_mut().project() {
+            StateProj::Waiting { waiting } => ready!(waiting.as_mut().poll_leave(cx)),
+            StateProj::Refused { error } => Err(error.clone().into()),
+            StateProj::Sending { .. } | StateProj::Done => {
+                panic!("`ResponseFuture` polled after completion")
+            }
+        };
+        self.set(Self::Done);
+        match left? {
+            Leave::Send(next) => {
+                self.set(next);
+                self.poll_sending(cx)
+            }
+            Leave::Answer(answer) => Poll::Ready(Ok(answer)),
         }
     }
 }
@@ -208,14 +240,17 @@ where
     }
 }
 
+/// What it takes to send a request once more.
+type Kept<S, R, Req> = <R as Replay<Req>>::Kept<(Req, S, Arc<Ready>)>;
+
 /// What is known of a request that left with a token of ours.
-struct Sent<S, R, Req>
+pub(crate) struct Sent<S, R, Req>
 where
     R: Replay<Req>,
 {
-    ready: Arc<Ready>,
+    mark: Mark,
     /// What it takes to send the request once more, if it may be.
-    kept: Option<R::Kept<(Req, S)>>,
+    kept: Option<Kept<S, R, Req>>,
 }
 
 /// What an answer comes to.
@@ -232,6 +267,11 @@ impl<S, R, Req> Sent<S, R, Req>
 where
     R: Replay<Req>,
 {
+    #[inline]
+    pub(crate) fn new(mark: Mark, kept: Option<Kept<S, R, Req>>) -> Self {
+        Self { mark, kept }
+    }
+
     /// Tells the cache if `answer` is a refusal of the token, and whether the request is to go once more.
     fn judge(self, answer: S::Response) -> Judged<S, R, Req>
     where
@@ -240,16 +280,18 @@ where
         let complaint = match challenge::judge(answer.status(), answer.headers()) {
             Verdict::InvalidToken => Complaint::Invalid,
             Verdict::MissingClaims(claims) => Complaint::Claims(claims),
-            Verdict::Unexplained if self.ready.settings.heed_unexplained => Complaint::Unexplained,
+            Verdict::Unexplained if self.mark.heeds_unexplained => Complaint::Unexplained,
             Verdict::Unexplained | Verdict::NotOurs => return Judged::Answer(answer),
         };
-        let Ready {
-            token, settings, ..
-        } = &*self.ready;
-        let remedy = settings.cache.refused(token, complaint);
         let Some(kept) = self.kept else {
+            cache::refused(self.mark.token, complaint);
             return Judged::Answer(answer);
         };
+        let (request, service, ready) = R::release(kept);
+        let Ready {
+            token, settings, ..
+        } = &*ready;
+        let remedy = settings.cache.refused(token, complaint);
         let refused = token.clone();
         let phase = match remedy {
             Remedy::Nothing => return Judged::Answer(answer),
@@ -259,7 +301,6 @@ where
                 answer: Some(answer),
             },
         };
-        let (request, service) = R::release(kept);
         Judged::Again(Box::pin(Waiting {
             request: Some(request),
             service,
@@ -388,7 +429,8 @@ where
                         return Poll::Ready(Ok(Leave::Send(State::send(
                             this.service,
                             request,
-                            Ready::new(token, Arc::clone(this.settings)),
+                            token,
+                            this.settings,
                             this.turn.replay(),
                         ))));
                     }

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use http::{HeaderMap, Request, Response, StatusCode, Uri};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, header::AUTHORIZATION};
 
 /// A request that the layer can attach a token to: an [`http::Request`] with any body.
 ///
@@ -11,6 +11,10 @@ pub trait HttpRequest: sealed::Request {
     /// Where the request goes, or `None` if that is no URI, so that no client can send it.
     #[doc(hidden)]
     fn uri(&self) -> Option<Cow<'_, Uri>>;
+
+    /// Whether it goes by https and says nothing to the layer, as most requests do.
+    #[doc(hidden)]
+    fn is_usual(&self) -> bool;
 
     #[doc(hidden)]
     fn headers(&self) -> &HeaderMap;
@@ -41,6 +45,11 @@ impl<B> HttpRequest for Request<B> {
     }
 
     #[inline]
+    fn is_usual(&self) -> bool {
+        self.uri().scheme_str() == Some("https") && self.extensions().is_empty()
+    }
+
+    #[inline]
     fn headers(&self) -> &HeaderMap {
         self.headers()
     }
@@ -66,6 +75,13 @@ impl<B> HttpResponse for Response<B> {
     fn headers(&self) -> &HeaderMap {
         self.headers()
     }
+}
+
+/// Sets the `Authorization` of a request.
+///
+/// Compiled once and here, where it takes the insertion in.
+pub(crate) fn authorize(headers: &mut HeaderMap, value: HeaderValue) {
+    headers.insert(AUTHORIZATION, value);
 }
 
 pub(crate) mod sealed {

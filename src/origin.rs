@@ -66,6 +66,10 @@ impl Origins {
         Self { plain_http, ..self }
     }
 
+    pub(crate) fn are_pinned(&self) -> bool {
+        self.pinned.is_some()
+    }
+
     /// Judges a request by its URI. This runs on every request, before anything is asked of the cache.
     #[inline]
     pub(crate) fn judge(&self, uri: &Uri) -> Passage {

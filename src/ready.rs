@@ -1,23 +1,28 @@
 //! [`Ready`]: a token as services attach it, without a lock and without a clock.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc, OnceLock,
+    atomic::{AtomicBool, Ordering},
+};
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwapOption, Guard};
 use http::HeaderValue;
 
 use crate::{
-    cache::Watched, settings::Settings, source::TokenRequest, time::Coarse, token::AccessToken,
+    cache::Watched,
+    settings::Settings,
+    source::TokenRequest,
+    time::Coarse,
+    token::{AccessToken, TokenId},
 };
 
 /// A token with all that a request takes of it, and all that is needed if the API refuses it.
-///
-/// A request counts itself in and out of this one thing, so it should be on a cache line that few others write.
 pub(crate) struct Ready {
     pub(crate) token: AccessToken,
     /// The token's header value, or a copy of it with a reference count of its own.
     header: HeaderValue,
-    /// The token's number, and where to see whether it still stands.
-    number: u64,
+    mark: Mark,
+    /// Where to see whether the token still stands.
     watched: Watched,
     /// When the token is due or dead by the wall clock.
     until: Coarse,
@@ -26,9 +31,14 @@ pub(crate) struct Ready {
 
 impl Ready {
     pub(crate) fn new(token: AccessToken, settings: Arc<Settings>) -> Arc<Self> {
+        let header = token.header_value().clone();
+        Self::with_header(header, token, settings)
+    }
+
+    fn with_header(header: HeaderValue, token: AccessToken, settings: Arc<Settings>) -> Arc<Self> {
         Arc::new(Self {
-            header: token.header_value().clone(),
-            number: token.number(),
+            header,
+            mark: Mark::new(&token, &settings),
             watched: settings.cache.watched().clone(),
             until: token.fresh_until().wall().map_or(Coarse::MAX, Coarse::of),
             token,
@@ -36,115 +46,216 @@ impl Ready {
         })
     }
 
+    /// The token for one request, which is to `keep` what it takes to send it once more.
     #[inline]
-    pub(crate) fn header(&self) -> HeaderValue {
-        self.header.clone()
+    pub(crate) fn pass(self: &Arc<Self>, keep: bool) -> Pass {
+        Pass {
+            header: self.header.clone(),
+            mark: self.mark,
+            ready: keep.then(|| Arc::clone(self)),
+        }
     }
 
     /// Whether a request may leave with the token as it stands.
     #[inline]
     fn is_fresh(&self) -> bool {
-        self.watched.is(self.number) && Coarse::read() < self.until
+        self.is_watched() && Coarse::read() < self.until
     }
 
-    /// The same with reference counts that nobody else writes.
-    fn copy(&self) -> Arc<Self> {
-        Arc::new(Self {
-            token: self.token.clone(),
-            header: self.token.copy_header(),
-            number: self.number,
-            watched: self.watched.clone(),
-            until: self.until,
-            settings: Arc::clone(&self.settings),
-        })
+    #[inline]
+    fn is_watched(&self) -> bool {
+        self.watched.is(self.mark.token.number)
     }
 }
 
-/// Where the services of one layer find the token.
+/// What a request in flight knows of its token, to say if it is refused.
+///
+/// A number and no more: to count references would cost every request what the rare one makes use of that is
+/// refused.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mark {
+    pub(crate) token: TokenId,
+    pub(crate) heeds_unexplained: bool,
+}
+
+impl Mark {
+    pub(crate) fn new(token: &AccessToken, settings: &Settings) -> Self {
+        Self {
+            token: token.id(),
+            heeds_unexplained: settings.heed_unexplained,
+        }
+    }
+}
+
+/// A token for one request.
+pub(crate) struct Pass {
+    pub(crate) header: HeaderValue,
+    pub(crate) mark: Mark,
+    /// What a request holds on to that may be sent once more.
+    pub(crate) ready: Option<Arc<Ready>>,
+}
+
+/// Where the clones of a service find the token.
 struct Front {
     settings: Arc<Settings>,
     ready: ArcSwapOption<Ready>,
 }
 
 impl Front {
-    fn new(settings: Settings) -> Self {
-        Self {
-            settings: Arc::new(settings),
+    fn new(settings: Arc<Settings>) -> Arc<Self> {
+        Arc::new(Self {
+            settings,
             ready: ArcSwapOption::empty(),
-        }
-    }
-}
-
-/// A service's way to the token: what it has used last, if it is one that is used more than once.
-pub(crate) struct Door {
-    front: Arc<Front>,
-    own: Option<Arc<Ready>>,
-    used: bool,
-}
-
-impl Door {
-    pub(crate) fn new(settings: Settings) -> Self {
-        Self::to(Arc::new(Front::new(settings)))
+        })
     }
 
-    fn to(front: Arc<Front>) -> Self {
-        Self {
-            front,
-            own: None,
-            used: false,
-        }
-    }
-
-    pub(crate) fn settings(&self) -> &Arc<Settings> {
-        &self.front.settings
-    }
-
-    /// The token for a request that has no time to wait.
+    /// What was found last, unless it is known to be of no use by now.
     #[inline]
-    pub(crate) fn ready(&mut self, request: Option<&TokenRequest>) -> Option<Arc<Ready>> {
-        match (&self.own, request) {
-            (Some(own), None) if own.is_fresh() => Some(Arc::clone(own)),
-            _ => self.look(request),
+    fn known(&self) -> Option<Arc<Ready>> {
+        let ready = self.ready.load();
+        let is_watched = ready.as_ref().is_some_and(|ready| ready.is_watched());
+        if is_watched {
+            Guard::into_inner(ready)
+        } else {
+            None
         }
     }
 
-    /// What other services of the layer have found, or the cache has.
-    #[inline(never)]
-    fn look(&mut self, request: Option<&TokenRequest>) -> Option<Arc<Ready>> {
-        if request.is_some() {
-            let settings = &self.front.settings;
-            let token = settings.cache.attach(request)?;
-            return Some(Ready::new(token, Arc::clone(settings)));
+    /// What was found last if it is fresh, or what the cache has.
+    fn find(&self) -> Option<Arc<Ready>> {
+        let last = self.ready.load_full();
+        if last.as_ref().is_some_and(|ready| ready.is_fresh()) {
+            return last;
         }
-        let shared = self.front.ready.load();
-        let shared = shared.as_ref().filter(|ready| ready.is_fresh());
-        let used = std::mem::replace(&mut self.used, true);
-        if let Some(ready) = shared {
-            if !used {
-                return Some(Arc::clone(ready));
-            }
-            let own = ready.copy();
-            self.own = Some(Arc::clone(&own));
-            return Some(own);
+        let token = self.settings.cache.attach(None)?;
+        if let Some(last) = last.filter(|last| last.mark.token == token.id()) {
+            return Some(last);
         }
-        self.own = None;
-        let settings = &self.front.settings;
-        let token = settings.cache.attach(None)?;
-        let shared = self.front.ready.load();
-        let known = shared.as_ref();
-        if let Some(ready) = known.filter(|ready| ready.number == token.number()) {
-            return Some(Arc::clone(ready));
-        }
-        let ready = Ready::new(token, Arc::clone(settings));
-        self.front.ready.store(Some(Arc::clone(&ready)));
+        let header = token.copy_header();
+        let ready = Ready::with_header(header, token, Arc::clone(&self.settings));
+        self.ready.store(Some(Arc::clone(&ready)));
         Some(ready)
     }
 }
 
-/// A clone starts with nothing of its own: it may be for one request.
+/// A service's way to the token.
+///
+/// What requests count themselves in and out of, above all the header's text, is on cache lines that are slow if
+/// several threads write them. So whatever is used more than once gets copies of its own: a service that is called
+/// again, and one that is cloned again, for all the clones to come, which may each be for one request.
+pub(crate) struct Door {
+    way: Way,
+    sharing: Sharing,
+    /// For the clones of this service, from the second one on.
+    own: OnceLock<Arc<Front>>,
+    cloned: AtomicBool,
+}
+
+enum Way {
+    /// The token that the service has used last, or that it was made with.
+    Ready(Arc<Ready>),
+    Front(Arc<Front>),
+}
+
+/// Whether a service shares its [`Way`] with others.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sharing {
+    /// It does, and has not been called.
+    Uncalled,
+    /// It does, and has been called.
+    Called,
+    /// It has its own.
+    Ended,
+}
+
+impl Door {
+    pub(crate) fn new(settings: Settings) -> Self {
+        Self::to(Way::Front(Front::new(Arc::new(settings))))
+    }
+
+    #[inline]
+    fn to(way: Way) -> Self {
+        Self {
+            way,
+            sharing: Sharing::Uncalled,
+            own: OnceLock::new(),
+            cloned: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn settings(&self) -> &Arc<Settings> {
+        match &self.way {
+            Way::Ready(ready) => &ready.settings,
+            Way::Front(front) => &front.settings,
+        }
+    }
+
+    /// What the service has, if one more request may leave with it.
+    #[inline]
+    pub(crate) fn last(&mut self) -> Option<&Arc<Ready>> {
+        match &self.way {
+            Way::Ready(ready) if self.sharing != Sharing::Called && ready.is_fresh() => {
+                if self.sharing == Sharing::Uncalled {
+                    self.sharing = Sharing::Called;
+                }
+                Some(ready)
+            }
+            _ => None,
+        }
+    }
+
+    /// The token for a request that has no time to wait, and is to `keep` what it takes to send it once more.
+    pub(crate) fn pass(&mut self, request: Option<&TokenRequest>, keep: bool) -> Option<Pass> {
+        if request.is_some() {
+            let settings = self.settings();
+            let token = settings.cache.attach(request)?;
+            return Some(Pass {
+                header: token.header_value().clone(),
+                mark: Mark::new(&token, settings),
+                ready: keep.then(|| Ready::new(token, Arc::clone(settings))),
+            });
+        }
+        if let Some(last) = self.last() {
+            return Some(last.pass(keep));
+        }
+        let ready = match (&self.way, self.sharing) {
+            (Way::Front(front), Sharing::Uncalled) => {
+                self.sharing = Sharing::Called;
+                front.find()?
+            }
+            _ => {
+                let ready = self.own().find()?;
+                self.way = Way::Ready(Arc::clone(&ready));
+                self.sharing = Sharing::Ended;
+                ready
+            }
+        };
+        Some(ready.pass(keep))
+    }
+
+    fn own(&self) -> &Arc<Front> {
+        self.own
+            .get_or_init(|| Front::new(Arc::clone(self.settings())))
+    }
+}
+
 impl Clone for Door {
     fn clone(&self) -> Self {
-        Self::to(Arc::clone(&self.front))
+        let front = match (self.own.get(), &self.way) {
+            (Some(own), _) => own,
+            (None, _) if self.cloned.load(Ordering::Relaxed) => self.own(),
+            (None, way) => {
+                self.cloned.store(true, Ordering::Relaxed);
+                match way {
+                    Way::Ready(ready) => return Self::to(Way::Ready(Arc::clone(ready))),
+                    Way::Front(front) => front,
+                }
+            }
+        };
+        Self::to(match front.known() {
+            Some(ready) => Way::Ready(ready),
+            None => Way::Front(Arc::clone(front)),
+        })
     }
 }
 

@@ -28,6 +28,10 @@ pub trait Replay<Req>: sealed::Sealed + Clone {
     #[doc(hidden)]
     type Kept<T>;
 
+    /// Whether any request may be sent again.
+    #[doc(hidden)]
+    const KEEPS: bool;
+
     /// Copies the request, if it may be sent again, and keeps what `complete` makes of the copy.
     ///
     /// `complete` is not called without a copy, so that all else that a second sending needs, such as a
@@ -71,6 +75,8 @@ pub struct EmptyBody;
 impl<Req> Replay<Req> for Never {
     type Kept<T> = Infallible;
 
+    const KEEPS: bool = false;
+
     #[inline]
     fn keep<T>(&self, _: &Req, _: impl FnOnce(Req) -> T) -> Option<Self::Kept<T>> {
         None
@@ -84,6 +90,8 @@ impl<Req> Replay<Req> for Never {
 
 impl<B: Clone> Replay<Request<B>> for CloneBody {
     type Kept<T> = T;
+
+    const KEEPS: bool = true;
 
     #[inline]
     fn keep<T>(
@@ -102,6 +110,8 @@ impl<B: Clone> Replay<Request<B>> for CloneBody {
 
 impl<B: Body + Default> Replay<Request<B>> for EmptyBody {
     type Kept<T> = T;
+
+    const KEEPS: bool = true;
 
     #[inline]
     fn keep<T>(

@@ -1,23 +1,25 @@
 //! [`BearerAuth`]: the service that the layer makes.
 
 use std::{
+    borrow::Cow,
     fmt, mem,
     sync::Arc,
     task::{Context, Poll},
 };
 
-use http::header::AUTHORIZATION;
+use http::{Uri, header::AUTHORIZATION};
 use tower_service::Service;
 
 use crate::{
     cache::TokenCache,
-    error::BoxError,
-    future::ResponseFuture,
+    error::{BoxError, TokenError},
+    future::{ResponseFuture, Sent},
     message::{HttpRequest, HttpResponse},
     origin::{self, Passage},
-    ready::Door,
+    ready::{Door, Pass},
     replay::Replay,
     settings::Settings,
+    source::TokenRequest,
 };
 
 /// Attaches a bearer token to each request before the inner service gets it.
@@ -43,6 +45,8 @@ use crate::{
 #[derive(Clone)]
 pub struct BearerAuth<S, R> {
     inner: S,
+    /// Whether a request that is [usual](HttpRequest::is_usual) may carry the token.
+    takes_usual: bool,
     door: Door,
     replay: R,
 }
@@ -51,6 +55,7 @@ impl<S, R> BearerAuth<S, R> {
     pub(crate) fn new(inner: S, settings: Settings, replay: R) -> Self {
         Self {
             inner,
+            takes_usual: settings.take_usual(),
             door: Door::new(settings),
             replay,
         }
@@ -94,35 +99,102 @@ where
     }
 
     #[inline]
-    fn call(&mut self, request: Req) -> Self::Future {
+    fn call(&mut self, mut request: Req) -> Self::Future {
+        match self.sign(&mut request) {
+            // The one place from which requests leave at once, so that the inner service's code can be part of it.
+            Ok(sent) => ResponseFuture::sending(self.inner.call(request), sent),
+            Err(obstacle) => self.call_later(request, obstacle),
+        }
+    }
+}
+
+/// Why a request does not leave at once.
+enum Obstacle {
+    /// There is no token for it.
+    NoToken,
+    /// It may not leave at all.
+    Refused(TokenError),
+}
+
+impl<S, R> BearerAuth<S, R> {
+    /// Attaches a token, if the request is to carry one, and returns what is to be known of it then.
+    #[inline]
+    fn sign<Req>(&mut self, request: &mut Req) -> Result<Option<Sent<S, R, Req>>, Obstacle>
+    where
+        S: Clone,
+        R: Replay<Req>,
+        Req: HttpRequest,
+    {
+        // What most requests come to, past all that is to be asked of the others.
+        let usual = (self.takes_usual && request.is_usual()) || self.takes(request);
+        let ready = if usual { self.door.last() } else { None };
+        let pass = match ready {
+            Some(ready) => ready.pass(R::KEEPS),
+            None => match self.pass(request, R::KEEPS)? {
+                Some(pass) => pass,
+                None => return Ok(None),
+            },
+        };
+        let kept = pass.ready.and_then(|ready| {
+            self.replay
+                .keep(request, |copy| (copy, self.inner.clone(), ready))
+        });
+        request.headers_mut().insert(AUTHORIZATION, pass.header);
+        Ok(Some(Sent::new(pass.mark, kept)))
+    }
+
+    /// Whether a request carries the token that is for nothing in particular.
+    #[inline(never)]
+    fn takes<Req: HttpRequest>(&self, request: &Req) -> bool {
+        let settings = self.door.settings();
+        let judge = |uri: Cow<'_, Uri>| settings.origins.judge(&uri);
+        !settings.keep_existing
+            && request.extension::<WithoutToken>().is_none()
+            && request.extension::<TokenRequest>().is_none()
+            && request.uri().map(judge) == Some(Passage::Carry)
+    }
+
+    /// The token for a request, if it is to carry one, after a look at all that it and the settings say.
+    #[inline(never)]
+    fn pass<Req>(&mut self, request: &Req, keep: bool) -> Result<Option<Pass>, Obstacle>
+    where
+        Req: HttpRequest,
+    {
         let settings = self.door.settings();
         if request.extension::<WithoutToken>().is_some()
             || (settings.keep_existing && request.headers().contains_key(AUTHORIZATION))
         {
-            return ResponseFuture::bare(self.inner.call(request));
+            return Ok(None);
         }
-        let passage = match request.uri() {
-            Some(uri) => match settings.origins.judge(&uri) {
-                Passage::Refuse => return ResponseFuture::refused(origin::refusal(&uri)),
-                passage => passage,
-            },
-            // It cannot be sent: the error is the inner service's.
-            None => Passage::Bare,
+        // What is no URI cannot be sent: the error is the inner service's.
+        let Some(uri) = request.uri() else {
+            return Ok(None);
         };
-        if passage == Passage::Bare {
-            return ResponseFuture::bare(self.inner.call(request));
+        match settings.origins.judge(&uri) {
+            Passage::Carry => {}
+            Passage::Bare => return Ok(None),
+            Passage::Refuse => return Err(Obstacle::Refused(origin::refusal(&uri))),
         }
-        match self.door.ready(request.extension()) {
-            Some(ready) => ResponseFuture::send(&mut self.inner, request, ready, &self.replay),
-            None => {
-                // Dropping the ready service gives back what its readiness holds, a permit or a place; the
-                // clones hold none.
-                let service = self.inner.clone();
-                drop(mem::replace(&mut self.inner, service.clone()));
-                let settings = Arc::clone(self.door.settings());
-                ResponseFuture::wait(service, request, self.replay.clone(), settings)
-            }
+        let pass = self.door.pass(request.extension(), keep);
+        pass.map(Some).ok_or(Obstacle::NoToken)
+    }
+
+    #[cold]
+    fn call_later<Req>(&mut self, request: Req, obstacle: Obstacle) -> ResponseFuture<S, R, Req>
+    where
+        S: Service<Req> + Clone,
+        R: Replay<Req>,
+        Req: HttpRequest,
+    {
+        if let Obstacle::Refused(error) = obstacle {
+            return ResponseFuture::refused(error);
         }
+        // Dropping the ready service gives back what its readiness holds, a permit or a place; the clones hold
+        // none.
+        let service = self.inner.clone();
+        drop(mem::replace(&mut self.inner, service.clone()));
+        let settings = Arc::clone(self.door.settings());
+        ResponseFuture::wait(service, request, self.replay.clone(), settings)
     }
 }
 

@@ -11,3 +11,10 @@ pub(crate) struct Settings {
     /// Whether a 401 counts that does not say what is wrong.
     pub(crate) heed_unexplained: bool,
 }
+
+impl Settings {
+    /// Whether a request may carry the token that goes by https and says nothing to the layer.
+    pub(crate) fn take_usual(&self) -> bool {
+        !self.keep_existing && !self.origins.are_pinned()
+    }
+}

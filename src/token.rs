@@ -27,9 +27,17 @@ use crate::{
 #[derive(Clone)]
 pub struct AccessToken(pub(crate) Arc<Inner>);
 
+/// Tells a token from every other one of this process, and says where it is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct TokenId {
+    /// The number of the cache's entry.
+    pub(crate) entry: u64,
+    /// The token's own; never 0.
+    pub(crate) number: u64,
+}
+
 pub(crate) struct Inner {
-    /// Tells it from every other token of this process; never 0.
-    number: u64,
+    id: TokenId,
     header: HeaderValue,
     request: TokenRequest,
     scope: Option<Box<str>>,
@@ -44,9 +52,10 @@ pub(crate) struct Inner {
 }
 
 impl AccessToken {
-    /// Makes the token that was asked for at `sent`, by `request`, and arrived at `now`.
+    /// Makes the token that was asked for at `sent`, by `request` for this `entry`, and arrived at `now`.
     pub(crate) fn new(
         response: TokenResponse,
+        entry: u64,
         request: TokenRequest,
         schedule: Schedule,
         sent: Now,
@@ -55,7 +64,10 @@ impl AccessToken {
         static NUMBERS: AtomicU64 = AtomicU64::new(1);
         let expiry = sent.after(schedule.expires_after);
         Self(Arc::new(Inner {
-            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
+            id: TokenId {
+                entry,
+                number: NUMBERS.fetch_add(1, Ordering::Relaxed),
+            },
             header: header_value(response.access_token.expose_secret()),
             request,
             scope: response.scope.map(String::into_boxed_str),
@@ -133,8 +145,13 @@ impl AccessToken {
     }
 
     #[inline]
+    pub(crate) fn id(&self) -> TokenId {
+        self.0.id
+    }
+
+    #[inline]
     pub(crate) fn number(&self) -> u64 {
-        self.0.number
+        self.0.id.number
     }
 
     /// Makes another header value of the same text, whose clones share their count with no clone of the first.

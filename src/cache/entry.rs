@@ -18,6 +18,7 @@ use super::{
     endpoint::Endpoint,
     flight::{self, End, Flight, Outcome},
     gate::{KeyId, SharedGate},
+    registry,
     state::{Decision, Plan, Refusal, State},
     watch::Watched,
 };
@@ -36,6 +37,7 @@ pub(crate) struct Entry {
     policy: Arc<RefreshPolicy>,
     /// Whether the token is for nothing in particular: only then its clock is watched.
     plain: bool,
+    id: KeyId,
     /// Cancelled when the cache is shut down.
     closing: CancellationToken,
     /// Cancelled when the last handle on the cache is dropped.
@@ -100,15 +102,18 @@ impl Entry {
     ) -> Arc<Self> {
         static IDS: AtomicU64 = AtomicU64::new(0);
         let id: KeyId = IDS.fetch_add(1, Ordering::Relaxed);
-        Arc::new(Self {
+        let entry = Arc::new(Self {
             endpoint,
             plain: request.is_plain(),
+            id,
             closing,
             watching,
             hot: ArcSwapOption::empty(),
             state: Mutex::new(State::new(id, request, Arc::clone(&policy), Rng::new())),
             policy,
-        })
+        });
+        registry::add(id, Arc::downgrade(&entry));
+        entry
     }
 
     pub(super) fn policy(&self) -> &RefreshPolicy {
@@ -252,6 +257,16 @@ impl Entry {
         state.is_idle(&shared, now)
     }
 
+    /// Hears that the API refused the token of this number, from a request that is not to be sent again.
+    ///
+    /// Only the token that the entry holds can be refused.
+    pub(super) fn heard(self: &Arc<Self>, number: u64, complaint: Complaint) {
+        let current = self.state.lock().token_numbered(number);
+        if let Some(token) = current {
+            self.refused(&token, complaint);
+        }
+    }
+
     /// What a request can do whose `token` was refused; starts the flight that brings another one.
     pub(super) fn refused(self: &Arc<Self>, token: &AccessToken, complaint: Complaint) -> Remedy {
         let join = |flight| {
@@ -368,6 +383,12 @@ impl Entry {
             }
             self.hot.store(token.cloned());
         }
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        registry::remove(self.id);
     }
 }
 

@@ -186,6 +186,10 @@ pub(crate) struct OwnGate {
 }
 
 impl OwnGate {
+    pub(crate) fn key(&self) -> KeyId {
+        self.key
+    }
+
     pub(crate) fn new(key: KeyId) -> Self {
         Self {
             key,

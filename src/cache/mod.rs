@@ -8,6 +8,7 @@ mod gate;
 mod keys;
 #[cfg(test)]
 mod laws;
+mod registry;
 mod state;
 mod watch;
 
@@ -19,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 pub(crate) use self::{
     acquire::Acquire,
     entry::{Complaint, Remedy},
+    registry::refused,
     watch::Watched,
 };
 use self::{endpoint::Endpoint, entry::Entry, keys::Keys};

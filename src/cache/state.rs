@@ -255,7 +255,14 @@ impl<F: Clone + PartialEq> State<F> {
             let expiry = token.expires_in.map(|after| sent.after(after));
             (token, expiry)
         });
-        let token = AccessToken::new(response, self.request.clone(), schedule, sent, now);
+        let token = AccessToken::new(
+            response,
+            self.gate.key(),
+            self.request.clone(),
+            schedule,
+            sent,
+            now,
+        );
         self.token = Some(token.clone());
         self.exempted = false;
         self.floor = Some(sent.after(policy::FLOOR));
@@ -320,6 +327,12 @@ impl<F: Clone + PartialEq> State<F> {
     /// The token that requests may take without asking here, as long as it is fresh.
     pub(crate) fn unquestioned(&self) -> Option<&AccessToken> {
         self.token.as_ref().filter(|_| !self.rejected)
+    }
+
+    /// The token that is held, if it has this number.
+    pub(crate) fn token_numbered(&self, number: u64) -> Option<AccessToken> {
+        let token = self.token.as_ref();
+        token.filter(|token| token.number() == number).cloned()
     }
 
     /// What callers get who cannot wait for a flight: the key's own error and the shared one.

@@ -7,7 +7,7 @@ use http::{
     header::{AUTHORIZATION, PROXY_AUTHENTICATE, WWW_AUTHENTICATE},
 };
 use tokio::time;
-use tower::{Layer, ServiceExt};
+use tower::{Layer, Service, ServiceExt};
 use tower_bearer::{BearerAuth, BearerAuthLayer, CloneBody, Never, TokenCache, TokenError};
 
 use crate::support::{
@@ -676,4 +676,73 @@ async fn a_caller_dropped_while_its_refusal_is_held_leaves_the_refresh_running()
     assert_eq!(response.unwrap().body(), "token-2");
     assert_eq!(took, Duration::from_millis(400));
     assert_eq!(server.requests(), 2);
+}
+
+/// A request in flight holds no more of the cache than a number, and that is enough.
+#[tokio::test(start_paused = true)]
+async fn a_token_is_replaced_though_the_service_that_sent_it_is_gone() {
+    let server = AuthServer::new();
+    let api = Api::refusing("token-1", invalid_token);
+    let cache = TokenCache::new(server.clone());
+    cache.get().await.unwrap();
+    // Each request has a layer and a service of its own, which `oneshot` drops once the request has left.
+    for _ in 0..3 {
+        let service = BearerAuthLayer::new(cache.clone()).layer(api.clone());
+        let response = service.oneshot(get()).await.unwrap();
+        assert!(response.status() == 401 || response.body() == "token-2");
+        settle().await;
+    }
+    assert_eq!(server.requests(), 2);
+    assert_eq!(api.tokens(), ["token-1", "token-2", "token-2"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_that_nobody_can_make_use_of_costs_no_token_request() {
+    let server = AuthServer::new();
+    let api = Api::refusing("token-1", invalid_token);
+    api.hold();
+    let cache = TokenCache::new(server.clone());
+    cache.get().await.unwrap();
+    let response = BearerAuthLayer::new(cache)
+        .layer(api.clone())
+        .oneshot(get());
+    let response = tokio::spawn(response);
+    settle().await;
+    api.release();
+    assert_eq!(response.await.unwrap().unwrap().status(), 401);
+    settle().await;
+    assert_eq!(server.requests(), 1);
+}
+
+/// With replay, the request itself holds what it takes.
+#[tokio::test(start_paused = true)]
+async fn a_request_is_sent_again_though_its_service_and_its_cache_are_gone() {
+    let server = AuthServer::new();
+    let api = Api::refusing("token-1", invalid_token);
+    let response = replaying(&server, &api).oneshot(get()).await.unwrap();
+    assert_eq!(response.body(), "token-2");
+}
+
+#[tokio::test(start_paused = true)]
+async fn services_and_their_clones_take_up_each_new_token() {
+    let server = AuthServer::new();
+    let api = Api::echoing();
+    let cache = TokenCache::new(server.clone());
+    let cloned = BearerAuthLayer::new(cache.clone()).layer(api.clone());
+    let mut kept_twice = cloned.clone();
+    for generation in 1..=3 {
+        let expected = format!("token-{generation}");
+        for _ in 0..4 {
+            let response = cloned.clone().oneshot(get()).await.unwrap();
+            assert_eq!(*response.body(), expected);
+            let ready = ServiceExt::<Request<String>>::ready(&mut kept_twice);
+            let response = ready.await.unwrap().call(get()).await.unwrap();
+            assert_eq!(*response.body(), expected);
+            let of_kept = kept_twice.clone().oneshot(get()).await.unwrap();
+            assert_eq!(*of_kept.body(), expected);
+        }
+        time::sleep(Duration::from_secs(10)).await;
+        cache.invalidate(&cache.peek().unwrap());
+        settle().await;
+    }
 }
