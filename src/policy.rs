@@ -102,8 +102,9 @@ impl RefreshPolicy {
 
     /// Sets how many attempts are made before waiting callers see an error: default 3, at least 1.
     ///
-    /// Only transient errors are tried again, after a pause of up to 200 ms, doubling to up to 5 s. After a
-    /// failure that callers have seen there is one attempt at a time until one succeeds.
+    /// Only transient errors are tried again, after a pause of up to 200 ms, doubling to up to 5 s. While a token is
+    /// at hand that lives for 10 s or longer nobody waits, and there is one attempt at a time; as there is after a
+    /// failure that callers have seen, until one succeeds.
     #[must_use]
     pub const fn attempts(mut self, attempts: u32) -> Self {
         self.attempts = if attempts == 0 { 1 } else { attempts };
@@ -302,7 +303,7 @@ pub(crate) const RECURRENCE: u32 = 3;
 
 const MAX_LIFETIME: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 const BACKOFF: Duration = Duration::from_millis(500);
-const BACKOFF_CAP: Duration = Duration::from_secs(10);
+pub(crate) const BACKOFF_CAP: Duration = Duration::from_secs(10);
 const TERMINAL: Duration = Duration::from_secs(5);
 const TERMINAL_CAP: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_millis(200);

@@ -6,7 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use bytes::Bytes;
@@ -175,6 +175,11 @@ impl AccessToken {
     #[cfg(test)]
     pub(crate) fn expiry(&self) -> Deadline {
         self.0.expiry
+    }
+
+    /// Whether the token is alive for longer than `span` from `now`.
+    pub(crate) fn outlives(&self, span: Duration, now: Now) -> bool {
+        self.0.expiry.remaining(now) > span
     }
 
     /// Whether the token has died since it arrived.

@@ -394,7 +394,12 @@ impl<F: Clone + PartialEq> State<F> {
     ) -> (F, Plan) {
         let deadline = now.monotonic + delay + self.policy.flight_limit();
         let overdue = deadline + policy::GRACE;
-        let attempts = self.policy.attempts_after(self.gate.failures(shared));
+        let failures = self.gate.failures(shared);
+        let attempts = match self.attachable(now) {
+            // Nobody waits for it, and the next flight comes in time: the gate says when.
+            Some(token) if !forced && token.outlives(policy::BACKOFF_CAP, now) => 1,
+            _ => self.policy.attempts_after(failures),
+        };
         self.gate.pass(shared, now, overdue);
         let flight = make(overdue);
         self.flights += 1;
@@ -609,13 +614,22 @@ mod tests {
         let (mut case, _, _) = Case::with_token();
         case.pass(800.0);
         let (flight, plan) = case.begin();
-        assert_eq!(plan.attempts, 3);
+        assert_eq!(plan.attempts, 1);
         case.fail(flight, &down());
         assert_eq!(case.acquire(), "use new");
         case.pass(0.6);
         assert_eq!(case.acquire(), "use new and start");
-        let (_, plan) = case.begin();
-        assert_eq!(plan.attempts, 1);
+    }
+
+    /// Law 2: a flight makes one attempt while nobody can have to wait for it, and all of them otherwise.
+    #[test]
+    fn a_flight_makes_all_its_attempts_if_somebody_may_wait_for_it() {
+        for (passed, attempts) in [(800.0, 1), (979.0, 1), (981.0, 3), (1_000.0, 3)] {
+            let (mut case, _, _) = Case::with_token();
+            case.pass(passed);
+            let (_, plan) = case.begin();
+            assert_eq!(plan.attempts, attempts, "{passed}");
+        }
     }
 
     /// Law 2: at hard expiry one flight passes a backoff gate, and no Retry-After and no terminal error.

@@ -253,6 +253,11 @@ fn get() -> Request<String> {
 async fn no_event_shows_a_secret() {
     for method in [AuthMethod::ClientSecretBasic, AuthMethod::ClientSecretPost] {
         let (printed, guard) = collect();
+        // A first token request that fails at each of its attempts.
+        let endpoint = Endpoint::new(MISHAPS[0]);
+        let client = BearerAuthLayer::new(endpoint.source(method)).layer(api());
+        let error = client.oneshot(get()).await.unwrap_err();
+        printed.error(&*error);
         let endpoint = Endpoint::new(grant);
         let client = BearerAuthLayer::new(endpoint.source(method))
             .replay(CloneBody)
