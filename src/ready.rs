@@ -40,7 +40,7 @@ impl Ready {
             header,
             mark: Mark::new(&token, &settings),
             watched: settings.cache.watched().clone(),
-            until: token.fresh_until().wall().map_or(Coarse::MAX, Coarse::of),
+            until: token.coarsely_until(),
             token,
             settings,
         })

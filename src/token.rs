@@ -17,7 +17,7 @@ use zeroize::Zeroizing;
 use crate::{
     policy::{FLOOR, Schedule},
     source::{TokenRequest, TokenResponse},
-    time::{Deadline, Now},
+    time::{Coarse, Deadline, Now},
 };
 
 /// An access token (RFC 6749 section 1.4) of type Bearer, ready to be sent.
@@ -44,6 +44,8 @@ pub(crate) struct Inner {
     requested_scope: Option<Box<str>>,
     due: Deadline,
     expiry: Deadline,
+    /// When it is due or dead by the wall clock.
+    until: Coarse,
     /// Until when it counts while the token endpoint fails.
     extended: Option<Deadline>,
     /// Until when a token that was past its margin on arrival serves those who waited for it.
@@ -63,6 +65,8 @@ impl AccessToken {
     ) -> Self {
         static NUMBERS: AtomicU64 = AtomicU64::new(1);
         let expiry = sent.after(schedule.expires_after);
+        let due = sent.after(schedule.refresh_after);
+        let until = due.earliest(expiry).wall().map_or(Coarse::MAX, Coarse::of);
         Self(Arc::new(Inner {
             id: TokenId {
                 entry,
@@ -72,8 +76,9 @@ impl AccessToken {
             request,
             scope: response.scope.map(String::into_boxed_str),
             requested_scope: response.requested_scope.map(String::into_boxed_str),
-            due: sent.after(schedule.refresh_after),
+            due,
             expiry,
+            until,
             extended: schedule.extended_after.map(|after| sent.after(after)),
             stillborn: expiry.has_come(now).then(|| now.after(FLOOR)),
             not_before: response.not_before_policy.unwrap_or_default(),
@@ -164,6 +169,12 @@ impl AccessToken {
         self.0.due.earliest(self.0.expiry)
     }
 
+    /// The same by the wall clock, to compare with a coarse reading of it.
+    #[inline]
+    pub(crate) fn coarsely_until(&self) -> Coarse {
+        self.0.until
+    }
+
     pub(crate) fn is_due(&self, now: Now) -> bool {
         self.0.due.has_come(now)
     }
@@ -196,6 +207,16 @@ impl AccessToken {
 }
 
 impl Inner {
+    pub(crate) fn number(&self) -> u64 {
+        self.id.number
+    }
+
+    /// Whether a request may take the token that somebody watches the monotonic clock for.
+    #[inline]
+    pub(crate) fn is_coarsely_fresh(&self) -> bool {
+        Coarse::read() < self.until
+    }
+
     fn is_alive(&self, now: Now) -> bool {
         !self.expiry.has_come(now)
     }

@@ -148,13 +148,14 @@ impl Entry {
 
     /// The token, if there is one that is neither due nor refused: without a lock.
     pub(super) fn fresh(&self) -> Option<AccessToken> {
-        let now = Now::read();
         let token = self.hot.load();
-        let not_before = self.endpoint.not_before();
-        let token = token
-            .as_ref()
-            .filter(|token| token.is_fresh(not_before, now))?;
-        Some(AccessToken(Arc::clone(token)))
+        let token = token.as_ref()?;
+        let is_watched = self.plain && self.watched().is(token.number());
+        let is_fresh = match is_watched {
+            true => token.is_coarsely_fresh(),
+            false => token.is_fresh(self.endpoint.not_before(), Now::read()),
+        };
+        is_fresh.then(|| AccessToken(Arc::clone(token)))
     }
 
     /// The token, if there is one that may be attached without a wait; starts a refresh that is due.
