@@ -46,10 +46,9 @@ pub(crate) fn is_candidate(answer: &impl HttpResponse) -> bool {
 
 /// Judges an answer by its status and headers.
 pub(crate) fn judge(status: StatusCode, headers: &HeaderMap) -> Verdict {
-    if status == StatusCode::UNAUTHORIZED {
+    let is_grpc = status == StatusCode::OK && is_grpc_unauthenticated(headers);
+    if status == StatusCode::UNAUTHORIZED || is_grpc {
         judge_unauthorized(headers)
-    } else if status == StatusCode::OK && is_grpc_unauthenticated(headers) {
-        Verdict::Unexplained
     } else {
         Verdict::NotOurs
     }
@@ -69,6 +68,9 @@ fn judge_unauthorized(headers: &HeaderMap) -> Verdict {
 }
 
 /// A gRPC reply without a message carries its status among the headers ("Trailers-Only").
+///
+/// It stands for a 401, and carries the challenges of one if it comes from a proxy that translates: Envoy's JWT
+/// filter says `invalid_token` to a gRPC client in this way.
 fn is_grpc_unauthenticated(headers: &HeaderMap) -> bool {
     headers
         .get(&GRPC_STATUS)
@@ -609,6 +611,26 @@ mod tests {
             let mut headers = HeaderMap::new();
             headers.insert(&GRPC_STATUS, HeaderValue::from_static(grpc_status));
             assert_eq!(judge(status, &headers), verdict, "{status} {grpc_status}");
+        }
+    }
+
+    #[test]
+    fn challenges_beside_grpc_status_16_are_read_as_those_of_a_401() {
+        let table = [
+            (
+                r#"Bearer realm="a", error="invalid_token""#,
+                Verdict::InvalidToken,
+            ),
+            (r#"Bearer realm="a""#, Verdict::Unexplained),
+            (r#"Bearer error="insufficient_scope""#, Verdict::NotOurs),
+            ("Negotiate", Verdict::NotOurs),
+        ];
+        for (challenge, verdict) in table {
+            let mut headers = headers(&[challenge]);
+            headers.insert(&GRPC_STATUS, HeaderValue::from_static("16"));
+            assert_eq!(judge(StatusCode::OK, &headers), verdict, "{challenge}");
+            headers.insert(&GRPC_STATUS, HeaderValue::from_static("7"));
+            assert_eq!(judge(StatusCode::OK, &headers), Verdict::NotOurs);
         }
     }
 

@@ -115,9 +115,9 @@ impl<R> BearerAuthLayer<R> {
 
     /// Sets whether a 401 that does not say what is wrong counts against the token: default `true`.
     ///
-    /// That is one without a challenge or with a Bearer challenge that names no error, and gRPC's status 16
-    /// (unauthenticated). RFC 6750 section 3.1 wants `invalid_token` for a token that expired or was revoked;
-    /// many servers do not say it.
+    /// That is one without a challenge or with a Bearer challenge that names no error; gRPC's status 16
+    /// (unauthenticated) is read like a 401, and mostly comes without one. RFC 6750 section 3.1 wants
+    /// `invalid_token` for a token that expired or was revoked; many servers do not say it.
     #[must_use]
     pub const fn refresh_on_unexplained_401(mut self, refresh: bool) -> Self {
         self.settings.heed_unexplained = refresh;

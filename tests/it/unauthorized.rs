@@ -65,6 +65,10 @@ const NAMED: &[Row] = &[
             ("www-authenticate", INVALID_TOKEN),
         ],
     ),
+    (
+        200,
+        &[("grpc-status", "16"), ("www-authenticate", INVALID_TOKEN)],
+    ),
 ];
 
 const UNEXPLAINED: &[Row] = &[
@@ -105,6 +109,10 @@ const NOT_OURS: &[Row] = &[
     (429, &[]),
     (500, &[]),
     (200, &[("grpc-status", "7")]),
+    (
+        200,
+        &[("grpc-status", "16"), ("www-authenticate", "Negotiate")],
+    ),
 ];
 
 /// Law 8: an answer about the token is mended by one request with another token.
