@@ -1,4 +1,4 @@
-//! The servers of the quickstart: an authorization server that answers as Keycloak does, and an API that
+//! The servers of the examples: an authorization server that answers as Keycloak does, and an API that
 //! checks every token.
 
 use std::{
@@ -123,6 +123,24 @@ impl Tables {
         (revoked, self.asked.len())
     }
 
+    /// Lets an API request in, or tells the challenge to answer it with (RFC 6750 section 3).
+    pub(crate) fn check(&mut self, headers: &HeaderMap) -> Result<(), &'static str> {
+        let header = headers
+            .get(AUTHORIZATION)
+            .and_then(|value| value.to_str().ok());
+        let Some(token) = header.and_then(|text| text.strip_prefix("Bearer ")) else {
+            self.anonymous += 1;
+            return Err(r#"Bearer realm="tru-staff""#);
+        };
+        match self.access_tokens.get(token) {
+            Some(expiry) if Instant::now() < *expiry => Ok(()),
+            _ => {
+                self.refused += 1;
+                Err(r#"Bearer realm="tru-staff", error="invalid_token""#)
+            }
+        }
+    }
+
     /// Answers a token request (RFC 6749 sections 2.3.1, 4.4 and 6).
     fn answer(
         &mut self,
@@ -196,24 +214,9 @@ async fn list_sims(
     State(realm): State<Realm>,
     headers: HeaderMap,
 ) -> Result<&'static str, (StatusCode, [(HeaderName, &'static str); 1])> {
-    let refusal = |challenge| (StatusCode::UNAUTHORIZED, [(WWW_AUTHENTICATE, challenge)]);
-    let mut tables = realm.lock();
-    let header = headers
-        .get(AUTHORIZATION)
-        .and_then(|value| value.to_str().ok());
-    let Some(token) = header.and_then(|text| text.strip_prefix("Bearer ")) else {
-        tables.anonymous += 1;
-        return Err(refusal(r#"Bearer realm="tru-staff""#));
-    };
-    match tables.access_tokens.get(token) {
-        Some(expiry) if Instant::now() < *expiry => Ok("[]"),
-        _ => {
-            tables.refused += 1;
-            Err(refusal(
-                r#"Bearer realm="tru-staff", error="invalid_token""#,
-            ))
-        }
-    }
+    let checked = realm.lock().check(&headers);
+    checked.map_err(|challenge| (StatusCode::UNAUTHORIZED, [(WWW_AUTHENTICATE, challenge)]))?;
+    Ok("[]")
 }
 
 /// Serves on a free port of this machine and returns the base of its URIs.
