@@ -1,0 +1,308 @@
+//! axum: a gateway that passes its users' requests on with a token of its own, over hyper-util's client.
+
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{
+    Router,
+    body::Body,
+    error_handling::HandleErrorLayer,
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use http::{
+    HeaderMap, Request, StatusCode, Uri,
+    header::{AUTHORIZATION, HOST, RETRY_AFTER, WWW_AUTHENTICATE},
+    uri::{Authority, Scheme},
+};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use tokio::{net::TcpListener, sync::mpsc, time};
+use tokio_stream::{StreamExt, wrappers::ReceiverStream};
+use tower::ServiceBuilder;
+use tower_bearer::{BearerAuthLayer, BoxError, EmptyBody, TokenCache, TokenError};
+
+use crate::support::{Answer, AuthServer, INVALID_TOKEN, until};
+
+/// An API that sends bodies back as they come, unless it refuses the token. Clones are one API.
+#[derive(Clone, Default)]
+struct Upstream {
+    refused: Arc<Mutex<Option<&'static str>>>,
+    seen: Arc<Mutex<Vec<HeaderMap>>>,
+}
+
+impl Upstream {
+    async fn start(&self) -> SocketAddr {
+        let upstream = self.clone();
+        let answer = move |request: Request<Body>| async move { upstream.answer(request) };
+        serve(Router::new().fallback(answer)).await
+    }
+
+    fn answer(&self, request: Request<Body>) -> Response {
+        let (head, body) = request.into_parts();
+        let refused = *self.refused.lock().unwrap();
+        let refused = refused.is_some_and(|token| token == bearer(&head.headers));
+        self.seen.lock().unwrap().push(head.headers);
+        match refused {
+            true => (
+                StatusCode::UNAUTHORIZED,
+                [(WWW_AUTHENTICATE, INVALID_TOKEN)],
+            )
+                .into_response(),
+            false => body.into_response(),
+        }
+    }
+
+    fn refuse(&self, token: &'static str) {
+        *self.refused.lock().unwrap() = Some(token);
+    }
+
+    fn seen(&self) -> Vec<String> {
+        let seen = self.seen.lock().unwrap();
+        seen.iter().map(bearer).collect()
+    }
+}
+
+fn bearer(headers: &HeaderMap) -> String {
+    let value = headers.get(AUTHORIZATION);
+    let text = value.map_or("anonymous", |value| value.to_str().unwrap());
+    text.trim_start_matches("Bearer ").to_owned()
+}
+
+/// A gateway whose only handler is the stack.
+fn gateway(layer: BearerAuthLayer<EmptyBody>, upstream: SocketAddr) -> Router {
+    let upstream: Authority = upstream.to_string().parse().unwrap();
+    let stack = ServiceBuilder::new()
+        .layer(HandleErrorLayer::new(explain))
+        .map_response(conceal)
+        .map_request(move |request| retarget(request, &upstream))
+        .layer(layer)
+        .service(Client::builder(TokioExecutor::new()).build_http::<Body>());
+    Router::new().fallback_service(stack)
+}
+
+/// Sends a request elsewhere, as one of ours.
+fn retarget(mut request: Request<Body>, upstream: &Authority) -> Request<Body> {
+    let mut parts = request.uri().clone().into_parts();
+    parts.scheme = Some(Scheme::HTTP);
+    parts.authority = Some(upstream.clone());
+    *request.uri_mut() = Uri::from_parts(parts).unwrap();
+    request.headers_mut().remove(HOST);
+    request
+}
+
+/// A user has no use for a refusal of the gateway's token, but to take it for one of its own.
+fn conceal(response: http::Response<Incoming>) -> Response {
+    match response.status() {
+        StatusCode::UNAUTHORIZED => StatusCode::BAD_GATEWAY.into_response(),
+        _ => response.into_response(),
+    }
+}
+
+/// Tells a user what became of the gateway's token, which is none of the user's doing.
+async fn explain(error: BoxError) -> Response {
+    let Some(error) = error.downcast_ref::<TokenError>() else {
+        return StatusCode::BAD_GATEWAY.into_response();
+    };
+    if !error.is_transient() {
+        return StatusCode::BAD_GATEWAY.into_response();
+    }
+    let mut response = StatusCode::SERVICE_UNAVAILABLE.into_response();
+    if let Some(pause) = error.retry_after() {
+        let seconds = pause.mul_f64(1.1).as_secs_f64().ceil() as u64;
+        response.headers_mut().insert(RETRY_AFTER, seconds.into());
+    }
+    response
+}
+
+async fn serve(app: Router) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    address
+}
+
+/// A gateway, its cache, and its upstream.
+struct World {
+    gateway: SocketAddr,
+    cache: TokenCache,
+    upstream: Upstream,
+}
+
+impl World {
+    async fn start(auth: &AuthServer) -> Self {
+        Self::with(BearerAuthLayer::new(auth.clone())).await
+    }
+
+    async fn with(layer: BearerAuthLayer) -> Self {
+        let upstream = Upstream::default();
+        let cache = layer.cache().clone();
+        let address = upstream.start().await;
+        let gateway = serve(gateway(layer.replay(EmptyBody), address)).await;
+        Self {
+            gateway,
+            cache,
+            upstream,
+        }
+    }
+
+    fn request(&self, method: &str) -> http::request::Builder {
+        Request::builder()
+            .method(method)
+            .uri(format!("http://{}/sims?page=2", self.gateway))
+            .header(AUTHORIZATION, "Bearer users-own")
+    }
+
+    async fn get(&self) -> http::Response<Incoming> {
+        user(self.request("GET").body(Body::empty()).unwrap()).await
+    }
+}
+
+/// Sends a request as a user with a connection of its own.
+async fn user(request: Request<Body>) -> http::Response<Incoming> {
+    let client = Client::builder(TokioExecutor::new()).build_http();
+    client.request(request).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_gateway_sends_its_own_token_in_place_of_its_users() {
+    let auth = AuthServer::new();
+    let world = World::start(&auth).await;
+    assert_eq!(world.get().await.status(), StatusCode::OK);
+    assert_eq!(world.upstream.seen(), ["token-1"]);
+
+    let world = World::with(BearerAuthLayer::new(auth.clone()).keep_existing(true)).await;
+    assert_eq!(world.get().await.status(), StatusCode::OK);
+    assert_eq!(world.upstream.seen(), ["users-own"]);
+    assert_eq!(auth.requests(), 1);
+}
+
+/// Each part arrives before the next is sent.
+#[tokio::test]
+async fn bodies_stream_through_in_both_directions() {
+    let world = World::start(&AuthServer::new()).await;
+    let (sender, receiver) = mpsc::channel::<&str>(1);
+    let parts = ReceiverStream::new(receiver).map(|part| Ok::<_, Infallible>(Bytes::from(part)));
+    let request = world
+        .request("POST")
+        .body(Body::from_stream(parts))
+        .unwrap();
+    sender.send("one").await.unwrap();
+    let response = time::timeout(Duration::from_secs(5), user(request)).await;
+    let mut body = response.expect("the head comes before the end").into_body();
+    for part in ["one", "two", "three"] {
+        let frame = time::timeout(Duration::from_secs(5), body.frame()).await;
+        let frame = frame.expect("each part comes by itself").unwrap().unwrap();
+        assert_eq!(frame.into_data().unwrap(), part);
+        if let Some(next) = match part {
+            "one" => Some("two"),
+            "two" => Some("three"),
+            _ => None,
+        } {
+            sender.send(next).await.unwrap();
+        }
+    }
+    drop(sender);
+    assert!(body.frame().await.is_none());
+}
+
+#[tokio::test]
+async fn a_refused_token_is_replaced_and_an_empty_request_sent_again() {
+    let auth = AuthServer::new();
+    let world = World::start(&auth).await;
+    world.upstream.refuse("token-1");
+    assert_eq!(world.get().await.status(), StatusCode::OK);
+    assert_eq!(world.upstream.seen(), ["token-1", "token-2"]);
+    assert_eq!(auth.requests(), 2);
+}
+
+/// A body that is on its way cannot be sent again, and the next request has another token.
+#[tokio::test]
+async fn a_request_with_a_body_is_sent_once_and_the_token_is_replaced() {
+    let auth = AuthServer::new();
+    let world = World::start(&auth).await;
+    world.upstream.refuse("token-1");
+    let request = || world.request("POST").body(Body::from("order")).unwrap();
+    assert_eq!(user(request()).await.status(), StatusCode::BAD_GATEWAY);
+    assert_eq!(world.upstream.seen(), ["token-1"]);
+    let response = user(request()).await;
+    assert_eq!(response.status(), StatusCode::OK);
+    assert_eq!(
+        response.into_body().collect().await.unwrap().to_bytes(),
+        "order"
+    );
+    assert_eq!(world.upstream.seen(), ["token-1", "token-2"]);
+}
+
+#[tokio::test]
+async fn users_are_told_when_to_come_back_while_there_is_no_token() {
+    let auth = AuthServer::new();
+    let busy = TokenError::transient("busy").with_retry_after(Duration::from_secs(20));
+    auth.set(Answer::Fail(busy));
+    let world = World::start(&auth).await;
+    let response = world.get().await;
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(response.headers()[RETRY_AFTER], "22");
+
+    let auth = AuthServer::new();
+    auth.set(Answer::Fail(TokenError::terminal("unknown client")));
+    let world = World::start(&auth).await;
+    let response = world.get().await;
+    assert_eq!(response.status(), StatusCode::BAD_GATEWAY);
+    assert!(!response.headers().contains_key(RETRY_AFTER));
+    assert!(world.upstream.seen().is_empty());
+}
+
+/// Law 5: axum drops a handler's future when its user hangs up.
+#[tokio::test]
+async fn a_user_who_hangs_up_leaves_the_token_request_running() {
+    /// Tells when a request is given up by the gateway.
+    struct Dropped(Arc<AtomicBool>);
+    impl Drop for Dropped {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+
+    let auth = AuthServer::new();
+    auth.hold();
+    let layer = BearerAuthLayer::new(auth.clone());
+    let cache = layer.cache().clone();
+    let upstream = Upstream::default();
+    let address = upstream.start().await;
+    let dropped = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&dropped);
+    let watch = axum::middleware::from_fn(move |request, next: axum::middleware::Next| {
+        let guard = Dropped(Arc::clone(&flag));
+        async move {
+            let response = next.run(request).await;
+            std::mem::forget(guard);
+            response
+        }
+    });
+    let gateway = serve(gateway(layer.replay(EmptyBody), address).layer(watch)).await;
+    let world = World {
+        gateway,
+        cache,
+        upstream,
+    };
+    let request = world.request("GET").body(Body::empty()).unwrap();
+    let hasty = tokio::spawn(user(request));
+    until(|| auth.requests() == 1).await;
+    hasty.abort();
+    until(|| dropped.load(Ordering::SeqCst)).await;
+
+    auth.release();
+    until(|| world.cache.peek().is_some()).await;
+    assert!(world.upstream.seen().is_empty());
+    assert_eq!(world.get().await.status(), StatusCode::OK);
+    assert_eq!(auth.requests(), 1);
+}

@@ -1,0 +1,18 @@
+//! The layer on the clients that people have, over real connections.
+#![expect(
+    clippy::unwrap_used,
+    reason = "clippy allows it in test functions only, not in their helpers"
+)]
+
+#[path = "../../examples/support/echo.rs"]
+mod echo;
+mod gateway;
+mod grpc;
+mod hyper;
+#[path = "../it/support.rs"]
+#[allow(
+    dead_code,
+    unreachable_pub,
+    reason = "shared with `it`, which uses all of it"
+)]
+mod support;
