@@ -1,0 +1,148 @@
+//! A gRPC client whose calls carry a valid token, over a channel of tonic.
+//!
+//! Runs on its own, in about a second: it starts an authorization server and a gRPC service that checks the token
+//! of every call, and of every message of a stream, both on loopback ports.
+//!
+//! ```sh
+//! cargo run --example tonic_channel
+//! ```
+
+use std::{error::Error, sync::Arc, time::Duration};
+
+use http::Uri;
+use tokio::{net::TcpListener, sync::mpsc};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::{
+    Code, Status,
+    client::GrpcService,
+    metadata::MetadataMap,
+    transport::{Channel, Server},
+};
+use tower::ServiceBuilder;
+use tower_bearer::{BearerAuthLayer, BoxError, ClientCredentials, TokenCache, TokenError};
+
+use self::{
+    echo::{EchoClient, EchoServer},
+    support::Realm,
+};
+
+#[path = "support/echo.rs"]
+#[allow(dead_code, reason = "it has a call of each kind")]
+mod echo;
+#[allow(dead_code, reason = "shared with examples that look at more of it")]
+mod support;
+
+#[tokio::main]
+async fn main() -> Result<(), BoxError> {
+    let realm = Realm::new(Duration::from_secs(300));
+    let (token_url, _) = realm.serve().await?;
+    let api = serve(realm.clone()).await?;
+    let source = || {
+        ClientCredentials::builder(&*token_url, support::CLIENT_ID)
+            .client_secret(support::CLIENT_SECRET)
+            .build()
+    };
+
+    // One token for all calls of all clones.
+    let tokens = TokenCache::new(source()?);
+    let mut client = client(tokens.clone(), api.clone());
+    client.say("hello".to_owned()).await?;
+    let (sender, receiver) = mpsc::channel(1);
+    let mut chat = client
+        .chat(ReceiverStream::new(receiver))
+        .await?
+        .into_inner();
+    sender.send("one".to_owned()).await?;
+    assert_eq!(chat.message().await?.as_deref(), Some("one"));
+    assert_eq!(realm.lock().granted(), 1);
+    println!("a call and a stream      one token request, and the token on both");
+
+    // A stream ends with its status after the messages, which the layer does not read: the caller tells the
+    // cache, and the next call waits for another token.
+    let used = tokens.peek().ok_or("there is a token")?;
+    realm.lock().revoke();
+    sender.send("two".to_owned()).await?;
+    let status = chat.message().await.expect_err("the token was revoked");
+    assert_eq!(status.code(), Code::Unauthenticated);
+    assert_eq!(realm.lock().granted(), 1);
+    tokens.invalidate(&used);
+    client.say("hello".to_owned()).await?;
+    assert_eq!(realm.lock().granted(), 2);
+    println!(
+        "revoked amid a stream    the stream ends, is reported, and the next call has another token"
+    );
+
+    // Without a token no call is sent, and its status tells whether another try is worth it.
+    realm.lock().down = true;
+    let mut early = self::client(TokenCache::new(source()?), api);
+    let status = early
+        .say("hello".to_owned())
+        .await
+        .expect_err("there is no token");
+    assert_eq!(status.code(), Code::Unavailable);
+    let error = status
+        .source()
+        .and_then(|error| error.downcast_ref::<TokenError>());
+    assert_eq!(
+        error.and_then(TokenError::status),
+        Some(http::StatusCode::SERVICE_UNAVAILABLE)
+    );
+    println!(
+        "no token to be had       {:?}: {}",
+        status.code(),
+        status.message()
+    );
+
+    // Those who have one go on.
+    client.say("hello".to_owned()).await?;
+    assert_eq!(realm.lock().anonymous, 0);
+    Ok(())
+}
+
+/// The client, which is all that an application needs.
+fn client(
+    tokens: TokenCache,
+    api: Uri,
+) -> EchoClient<
+    impl GrpcService<tonic::body::Body, Error = Status, ResponseBody = tonic::body::Body, Future: Send>
+    + Clone,
+> {
+    let channel = ServiceBuilder::new()
+        .map_err(to_status)
+        .layer(BearerAuthLayer::new(tokens))
+        .service(Channel::builder(api.clone()).connect_lazy());
+    // The origin is what the layer judges by: without it, a channel over plain http would go unnoticed.
+    EchoClient::with_origin(channel, api)
+}
+
+/// Tells a call that may be tried again from one that needs somebody to mend the credentials. By itself tonic
+/// makes both of them `Unknown`.
+fn to_status(error: BoxError) -> Status {
+    match error.downcast::<TokenError>() {
+        Ok(error) => {
+            let text = error.to_string();
+            let mut status = match error.is_transient() {
+                true => Status::unavailable(text),
+                false => Status::unauthenticated(text),
+            };
+            status.set_source(Arc::new(*error));
+            status
+        }
+        Err(error) => Status::from_error(error),
+    }
+}
+
+/// Starts the gRPC service and returns its URI.
+async fn serve(realm: Realm) -> Result<Uri, BoxError> {
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let uri = format!("http://{}", listener.local_addr()?).parse()?;
+    let admit = move |metadata: &MetadataMap| {
+        let checked = realm.lock().check(metadata.as_ref());
+        checked.map_err(Status::unauthenticated)
+    };
+    let server = Server::builder()
+        .add_service(EchoServer::new(admit))
+        .serve_with_incoming(TcpListenerStream::new(listener));
+    tokio::spawn(server);
+    Ok(uri)
+}
