@@ -9,23 +9,32 @@ mod support;
 
 use std::{
     env,
-    hint::black_box,
     process::{Command, ExitCode},
 };
 
-use support::{cached, call, inner, request};
+use support::{
+    cached, call, inner,
+    report::{Report, Table},
+    request,
+};
 use tower::{Layer, Service, ServiceBuilder, service_fn};
 use tower_bearer::{BearerAuthLayer, CloneBody};
 use tower_http::auth::AddAuthorizationLayer;
 
-/// What is measured, its baseline, and the most that it may take of that.
-const CASES: [(&str, &str, f64); 5] = [
-    ("bare, kept", "static header, kept", 0.25),
-    ("bearer, kept", "static header, kept", 1.40),
-    ("bearer, cloned", "static header, cloned", 1.50),
-    ("bearer with origins, kept", "static header, kept", 1.55),
-    ("bearer with replay, kept", "static header, kept", 2.10),
+/// What is measured, its baseline, and the most that it may take of that: a twentieth more than it took when the
+/// budget was set, since compilers and allocators differ.
+const CASES: [(&str, &str, Option<f64>); 7] = [
+    ("bare, kept", KEPT, None),
+    (KEPT, KEPT, None),
+    ("bearer, kept", KEPT, Some(1.28)),
+    ("bearer with origins, kept", KEPT, Some(1.45)),
+    ("bearer with replay, kept", KEPT, Some(2.05)),
+    (CLONED, CLONED, None),
+    ("bearer, cloned", CLONED, Some(1.38)),
 ];
+
+const KEPT: &str = "static header, kept";
+const CLONED: &str = "static header, cloned";
 
 fn main() -> ExitCode {
     // Cargo passes flags of its own.
@@ -40,20 +49,36 @@ fn main() -> ExitCode {
         println!("skipped: valgrind is not installed");
         return ExitCode::SUCCESS;
     }
-    let mut fits = true;
-    let making = per_request("request");
-    println!(
-        "{:<28} {:>12} {:>9} {:>7}",
-        "", "instructions", "ratio", "budget"
+    let mut report = Report::new("instructions");
+    let mut table = Table::new(
+        "instructions_per_request",
+        &["", "instructions", "× static", "budget"],
     );
+    let mut fits = true;
     for (case, baseline, budget) in CASES {
-        // Making the request is no work of a service.
-        let (count, floor) = (per_request(case) - making, per_request(baseline) - making);
+        let (count, floor) = (per_request(case), per_request(baseline));
         let ratio = count / floor;
-        let verdict = if ratio <= budget { "" } else { "  over budget" };
-        fits &= ratio <= budget;
-        println!("{case:<28} {count:>12.0} {ratio:>9.3} {budget:>7.2}{verdict}");
+        let exceeded = budget.is_some_and(|budget| ratio > budget);
+        fits &= !exceeded;
+        if case == "bearer, kept" {
+            let measured = format!("{ratio:.2} ×");
+            report.goal(
+                "a valid token is cached, service kept",
+                "≤ 1.06 × floor+ in instructions",
+                measured,
+                ratio <= 1.06,
+            );
+        }
+        let verdict = if exceeded { " exceeded" } else { "" };
+        table.row([
+            case.to_owned(),
+            format!("{count:.0}"),
+            format!("{ratio:.2}"),
+            budget.map_or_else(String::new, |budget| format!("{budget:.2}{verdict}")),
+        ]);
     }
+    report.table(table);
+    report.finish();
     ExitCode::from(u8::from(!fits))
 }
 
@@ -65,10 +90,9 @@ fn run(case: &str, count: u64) {
     let fixed = AddAuthorizationLayer::bearer(&token);
     let pinned = bearer.clone().origins(["https://api.example.com"]);
     match case {
-        "request" => (0..WARM_UP + count).for_each(|_| drop(black_box(request()))),
         "bare, kept" => kept(bare, count),
-        "static header, kept" => kept(fixed.layer(bare), count),
-        "static header, cloned" => cloned(fixed.layer(bare), count),
+        KEPT => kept(fixed.layer(bare), count),
+        CLONED => cloned(fixed.layer(bare), count),
         "bearer, kept" => kept(bearer.layer(bare), count),
         "bearer, cloned" => cloned(bearer.layer(bare), count),
         "bearer with origins, kept" => {

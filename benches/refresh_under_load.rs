@@ -286,11 +286,11 @@ fn report(plan: &Plan, runs: &[Run], outage: &Run) {
             "max",
         ],
     );
-    for run in runs.iter().chain(iter::once(outage)) {
-        let windows = [
-            ("outside of it", &run.outside),
-            ("while a token is fetched", &run.inside),
-        ];
+    let fetch = ["outside of it", "while a token is fetched"];
+    let down = ["outside of it", "while the endpoint is down"];
+    let fetches = runs.iter().map(|run| (run, fetch));
+    for (run, [outside, inside]) in fetches.chain(iter::once((outage, down))) {
+        let windows = [(outside, &run.outside), (inside, &run.inside)];
         for (window, histogram) in windows.into_iter().filter(|(_, h)| !h.is_empty()) {
             let at = |quantile| format!("{:.1}", micros(histogram.value_at_quantile(quantile)));
             table.row([
