@@ -164,6 +164,7 @@
 //!   `jsonwebtoken` 10 over `aws-lc-rs` (which takes a C compiler). The backend is taken by name; the process-wide one is
 //!   neither read nor set. An application that uses the same `jsonwebtoken` with `rust_crypto` has both backends
 //!   compiled in then, and has to choose its own by `CryptoProvider::install_default` before it uses it.
+//! - `reqwest`: the layer over a `reqwest::Client` 0.13, with none of its default features; see [`HttpRequest`].
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod cache;
@@ -176,6 +177,8 @@ mod origin;
 mod policy;
 mod ready;
 mod replay;
+#[cfg(feature = "reqwest")]
+mod reqwest;
 mod service;
 mod settings;
 mod source;

@@ -4,9 +4,84 @@ use std::borrow::Cow;
 
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, header::AUTHORIZATION};
 
-/// A request that the layer can attach a token to: an [`http::Request`] with any body.
+/// A request that the layer can attach a token to: an [`http::Request`] with any body, or a `reqwest::Request`.
 ///
 /// The trait is sealed, so that it may grow with what the layer has to know of a request.
+///
+/// # reqwest
+///
+/// With the feature `reqwest` the layer goes over a `reqwest::Client` as over any other service, and reqwest's
+/// errors pass through untouched.
+///
+/// reqwest follows redirects by itself, below the layer, where no setting of the layer reaches. It takes the token
+/// off at a step to another origin, but puts it on again when that one redirects to itself (as of 0.13.5): a
+/// client that is to keep its token from other origins follows none, by `redirect::Policy::none()`, or none that
+/// lead elsewhere:
+///
+/// ```
+/// # #[cfg(feature = "reqwest")]
+/// # fn main() -> Result<(), tower_bearer::BoxError> {
+/// use reqwest::{Url, redirect::Policy};
+/// use tower::{ServiceBuilder, ServiceExt};
+/// use tower_bearer::{BearerAuthLayer, CloneBody};
+/// # let source = tower_bearer::source_fn(|_| async { tower_bearer::TokenResponse::new("token") });
+///
+/// let same_origin = Policy::custom(|attempt| {
+///     let first = attempt.previous().first().map(Url::origin);
+///     match first == Some(attempt.url().origin()) {
+///         true if attempt.previous().len() < 10 => attempt.follow(),
+///         _ => attempt.stop(),
+///     }
+/// });
+/// let client = reqwest::Client::builder().redirect(same_origin).build()?;
+/// let api = ServiceBuilder::new()
+///     .layer(BearerAuthLayer::new(source).replay(CloneBody))
+///     .service(client.clone());
+///
+/// let request = client.get("https://api.example.com/sims").build()?;
+/// let response = api.oneshot(request); // .await?
+/// # drop(response);
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "reqwest"))]
+/// # fn main() {}
+/// ```
+///
+/// The 401 of an origin that a redirect led to counts against the token as any other does.
+///
+/// The timeouts of reqwest begin when a request is sent, each time anew, and leave out the wait for a token: a
+/// tower `Timeout` above covers all.
+///
+/// A `reqwest::Request` has no extensions that others could read. Whoever has a [`TokenRequest`] or a
+/// [`WithoutToken`] for it makes requests of `http` and turns them into reqwest's below the layer:
+///
+/// ```
+/// # #[cfg(feature = "reqwest")]
+/// # fn main() -> Result<(), tower_bearer::BoxError> {
+/// use bytes::Bytes;
+/// use tower::{ServiceBuilder, ServiceExt};
+/// use tower_bearer::{BearerAuthLayer, CloneBody, TokenRequest};
+/// # let source = tower_bearer::source_fn(|_| async { tower_bearer::TokenResponse::new("token") });
+/// # let client = reqwest::Client::new();
+///
+/// let api = ServiceBuilder::new()
+///     .layer(BearerAuthLayer::new(source).replay(CloneBody))
+///     .filter(|request: http::Request<Bytes>| reqwest::Request::try_from(request))
+///     .service(client);
+///
+/// let request = http::Request::get("https://api.example.com/sims")
+///     .extension(TokenRequest::new().scope("sims:read"))
+///     .body(Bytes::new())?;
+/// let response = api.oneshot(request); // .await?
+/// # drop(response);
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "reqwest"))]
+/// # fn main() {}
+/// ```
+///
+/// [`TokenRequest`]: crate::TokenRequest
+/// [`WithoutToken`]: crate::WithoutToken
 pub trait HttpRequest: sealed::Request {
     /// Where the request goes, or `None` if that is no URI, so that no client can send it.
     #[doc(hidden)]
@@ -27,7 +102,7 @@ pub trait HttpRequest: sealed::Request {
     fn extension<T: Send + Sync + 'static>(&self) -> Option<&T>;
 }
 
-/// A response that the layer can judge: an [`http::Response`] with any body.
+/// A response that the layer can judge: an [`http::Response`] with any body, or a `reqwest::Response`.
 ///
 /// The trait is sealed, so that it may grow with what the layer has to know of a response.
 pub trait HttpResponse: sealed::Response {

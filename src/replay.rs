@@ -30,7 +30,7 @@ pub trait Replay<Req>: sealed::Sealed + Clone {
 
     /// Whether any request may be sent again.
     #[doc(hidden)]
-    const KEEPS: bool;
+    const KEEPS: bool = true;
 
     /// Copies the request, if it may be sent again, and keeps what `complete` makes of the copy.
     ///
@@ -91,8 +91,6 @@ impl<Req> Replay<Req> for Never {
 impl<B: Clone> Replay<Request<B>> for CloneBody {
     type Kept<T> = T;
 
-    const KEEPS: bool = true;
-
     #[inline]
     fn keep<T>(
         &self,
@@ -110,8 +108,6 @@ impl<B: Clone> Replay<Request<B>> for CloneBody {
 
 impl<B: Body + Default> Replay<Request<B>> for EmptyBody {
     type Kept<T> = T;
-
-    const KEEPS: bool = true;
 
     #[inline]
     fn keep<T>(

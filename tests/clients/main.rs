@@ -9,6 +9,8 @@ mod echo;
 mod gateway;
 mod grpc;
 mod hyper;
+#[cfg(feature = "reqwest")]
+mod reqwest;
 #[path = "../it/support.rs"]
 #[allow(
     dead_code,

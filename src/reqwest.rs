@@ -1,0 +1,177 @@
+//! The layer over a [`reqwest::Client`]: what it sees of reqwest's requests and responses.
+//!
+//! A [`reqwest::Request`] has no extensions that others could read, so that it can neither say what its token is
+//! for nor that it wants none.
+
+use std::borrow::Cow;
+
+use http::{HeaderMap, StatusCode, Uri};
+use reqwest::{Body, Request, Response};
+
+use crate::{
+    message::{HttpRequest, HttpResponse, sealed},
+    replay::{CloneBody, EmptyBody, Replay},
+};
+
+impl sealed::Request for Request {}
+impl sealed::Response for Response {}
+
+impl HttpRequest for Request {
+    /// The very URI that reqwest makes of the URL when it sends the request.
+    #[inline]
+    fn uri(&self) -> Option<Cow<'_, Uri>> {
+        self.url().as_str().parse().ok().map(Cow::Owned)
+    }
+
+    /// Told without the URI, which costs an allocation.
+    #[inline]
+    fn is_usual(&self) -> bool {
+        self.url().scheme() == "https"
+    }
+
+    #[inline]
+    fn headers(&self) -> &HeaderMap {
+        self.headers()
+    }
+
+    #[inline]
+    fn headers_mut(&mut self) -> &mut HeaderMap {
+        self.headers_mut()
+    }
+
+    #[inline]
+    fn extension<T: Send + Sync + 'static>(&self) -> Option<&T> {
+        None
+    }
+}
+
+impl HttpResponse for Response {
+    #[inline]
+    fn status(&self) -> StatusCode {
+        self.status()
+    }
+
+    #[inline]
+    fn headers(&self) -> &HeaderMap {
+        self.headers()
+    }
+}
+
+/// Sends a request again if its body is there as bytes, which its copies share; one that streams is sent once.
+impl Replay<Request> for CloneBody {
+    type Kept<T> = T;
+
+    #[inline]
+    fn keep<T>(
+        &self,
+        request: &Request,
+        complete: impl FnOnce(Request) -> T,
+    ) -> Option<Self::Kept<T>> {
+        request.try_clone().map(complete)
+    }
+
+    #[inline]
+    fn release<T>(kept: Self::Kept<T>) -> T {
+        kept
+    }
+}
+
+/// Sends a request again if it has no body, or one of no bytes.
+impl Replay<Request> for EmptyBody {
+    type Kept<T> = T;
+
+    #[inline]
+    fn keep<T>(
+        &self,
+        request: &Request,
+        complete: impl FnOnce(Request) -> T,
+    ) -> Option<Self::Kept<T>> {
+        match request.body().map(Body::as_bytes) {
+            None | Some(Some([])) => request.try_clone().map(complete),
+            Some(_) => None,
+        }
+    }
+
+    #[inline]
+    fn release<T>(kept: Self::Kept<T>) -> T {
+        kept
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::Empty;
+    use reqwest::{Method, Url};
+
+    use super::*;
+    use crate::{
+        origin::{Origins, Passage},
+        replay::Never,
+    };
+
+    fn request(url: &str, body: Option<Body>) -> Request {
+        let mut request = Request::new(Method::PUT, Url::parse(url).unwrap());
+        *request.body_mut() = body;
+        request
+    }
+
+    #[test]
+    fn a_url_is_judged_as_the_uri_that_it_is_sent_to() {
+        let table = [
+            ("https://API.example.com/a?b#c", Some(Passage::Carry)),
+            ("https://b\u{fc}cher.example", Some(Passage::Carry)),
+            ("http://localhost:1/", Some(Passage::Carry)),
+            // Unlike `Uri`, `Url` reads numbers as addresses.
+            ("http://127.1/", Some(Passage::Carry)),
+            ("http://2130706433/", Some(Passage::Carry)),
+            ("http://[0:0::1]/", Some(Passage::Carry)),
+            ("http://127.0.0.1@api.example.com/", Some(Passage::Refuse)),
+            ("http:\\\\api.example.com", Some(Passage::Refuse)),
+            ("http://10.0.0.1/", Some(Passage::Refuse)),
+            ("wss://api.example.com/", Some(Passage::Refuse)),
+            ("api.example.com:443", Some(Passage::Refuse)),
+            ("data:text/plain,a", None),
+            ("file:///etc/passwd", None),
+        ];
+        for (url, passage) in table {
+            let request = request(url, None);
+            let uri = HttpRequest::uri(&request);
+            let judged = uri.map(|uri| Origins::default().judge(&uri));
+            assert_eq!(judged, passage, "{url}");
+        }
+    }
+
+    #[test]
+    fn a_copy_is_made_of_what_can_be_sent_again() {
+        fn copies<R: Replay<Request>>(replay: R, body: Option<Body>) -> bool {
+            let request = request("https://api.example.com/", body);
+            let copy = replay.keep(&request, |copy| copy).map(R::release);
+            if let Some(copy) = &copy {
+                assert_eq!(
+                    (copy.method(), copy.url()),
+                    (request.method(), request.url())
+                );
+                let bytes = |body: &Body| body.as_bytes().map(<[u8]>::to_vec);
+                assert_eq!(copy.body().map(bytes), request.body().map(bytes));
+            }
+            copy.is_some()
+        }
+        type Make = fn() -> Option<Body>;
+        let table: [(Make, bool, bool); 4] = [
+            (|| None, true, true),
+            (|| Some("".into()), true, true),
+            (|| Some("bytes".into()), true, false),
+            // It says that it is empty, and cannot be cloned for all that.
+            (
+                || Some(Body::wrap(Empty::<bytes::Bytes>::new())),
+                false,
+                false,
+            ),
+        ];
+        for (number, (body, clone, empty)) in table.into_iter().enumerate() {
+            assert!(!copies(Never, body()));
+            assert_eq!(copies(CloneBody, body()), clone, "{number}");
+            assert_eq!(copies(EmptyBody, body()), empty, "{number}");
+        }
+    }
+}
