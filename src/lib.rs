@@ -169,6 +169,7 @@
 
 mod cache;
 mod challenge;
+mod collect;
 mod error;
 mod future;
 mod layer;
@@ -192,6 +193,7 @@ pub use crate::source::{AssertionAudience, SigningAlgorithm};
 pub use crate::{
     cache::TokenCache,
     challenge::Challenge,
+    collect::{CollectBody, CollectBodyFuture, CollectBodyLayer, CollectedBody},
     error::{BoxError, ConfigError, TokenError},
     future::ResponseFuture,
     layer::BearerAuthLayer,

@@ -131,7 +131,7 @@ impl<B: Body + Default> Replay<Request<B>> for EmptyBody {
 }
 
 /// Copies everything but the body.
-fn with_body<B>(request: &Request<B>, body: B) -> Request<B> {
+pub(crate) fn with_body<B>(request: &Request<B>, body: B) -> Request<B> {
     let mut copy = Request::new(body);
     *copy.method_mut() = request.method().clone();
     *copy.uri_mut() = request.uri().clone();

@@ -39,8 +39,9 @@ use tower::{
     util::BoxCloneSyncService,
 };
 use tower_bearer::{
-    BearerAuth, BearerAuthLayer, BoxError, ClientCredentials, CloneBody, EmptyBody, RefreshPolicy,
-    Replay, TokenCache, TokenError, TokenRequest, WithoutToken,
+    BearerAuth, BearerAuthLayer, BoxError, ClientCredentials, CloneBody, CollectBodyLayer,
+    CollectedBody, EmptyBody, RefreshPolicy, Replay, TokenCache, TokenError, TokenRequest,
+    WithoutToken,
 };
 
 /// An authorization server and an API on one port of this machine; clones are one.
@@ -411,6 +412,26 @@ async fn an_http_request_above_says_what_its_token_is_for() {
     assert_eq!(site.lock().asked, ["read", "write", "write"]);
     let arrivals = &site.lock().arrivals;
     assert!(arrivals.iter().all(|arrival| arrival.body == "body"));
+}
+
+/// Law 8: above, where requests are those of `http`, a streaming body can be read first.
+#[tokio::test]
+async fn a_streaming_body_that_was_collected_is_sent_again() {
+    let site = Site::start().await;
+    site.lock().revoked = Some("token-1");
+    let api = ServiceBuilder::new()
+        .layer(CollectBodyLayer::new(1_024))
+        .layer(site.layer().replay(CloneBody))
+        .filter(|request: http::Request<CollectedBody<Body>>| {
+            Request::try_from(request.map(Body::wrap))
+        })
+        .service(client());
+    let request = http::Request::put(site.url("/a").as_str());
+    let request = request.body(streaming(["first", "second"])).unwrap();
+    let response = api.oneshot(request).await.unwrap();
+    assert_eq!(response.text().await.unwrap(), "token-2");
+    let bodies = site.lock().arrivals.clone().into_iter().map(|a| a.body);
+    assert!(bodies.eq(["firstsecond"; 2]));
 }
 
 #[tokio::test]

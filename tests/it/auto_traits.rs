@@ -17,9 +17,9 @@ use http::{Request, Response};
 use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_bearer::{
     AccessToken, AuthMethod, BearerAuth, BearerAuthLayer, BoxError, ClientCredentials,
-    ClientCredentialsBuilder, CloneBody, ConfigError, Credential, EmptyBody, Fetch, Never,
-    RefreshPolicy, RefreshToken, ResponseFuture, SourceFn, TokenCache, TokenError, TokenResponse,
-    TokenSource,
+    ClientCredentialsBuilder, CloneBody, CollectBody, CollectBodyFuture, CollectBodyLayer,
+    CollectedBody, ConfigError, Credential, EmptyBody, Fetch, Never, RefreshPolicy, RefreshToken,
+    ResponseFuture, SourceFn, TokenCache, TokenError, TokenResponse, TokenSource,
 };
 
 use crate::support::AuthServer;
@@ -113,6 +113,7 @@ fn plain_types_are_send_and_sync() {
         BearerAuthLayer<EmptyBody> => ALL,
         ClientCredentials => ALL,
         CloneBody => ALL,
+        CollectBodyLayer => ALL,
         ConfigError => ALL,
         Credential => ALL,
         EmptyBody => ALL,
@@ -138,6 +139,7 @@ fn the_service_is_as_its_inner_service() {
         BearerAuth<Inner<SendFuture>, CloneBody> => ALL,
         BearerAuth<Inner<SendFuture>, EmptyBody> => ALL,
         BearerAuth<Inner<LocalFuture>, CloneBody> => ALL,
+        CollectBody<Inner<LocalFuture>> => ALL,
         BearerAuth<Cell<u8>, Never> => [true, false, true],
         BearerAuth<Local, Never> => [false, false, true],
     }
@@ -160,6 +162,19 @@ fn a_response_future_is_send_if_inner_service_and_body_are() {
         ResponseFuture<Inner<SendFuture>, Never, Request<Local>> => [false, false, true],
         // An inner future is pinned where it stands: no box of ours.
         ResponseFuture<Inner<Pinned>, Never, Request<String>> => [true, true, false],
+    }
+}
+
+/// Law 5: so may one whose body is read first, and the body that comes of it be sent.
+#[test]
+fn a_body_that_is_read_first_is_as_it_was() {
+    assert_table! {
+        CollectedBody<String> => ALL,
+        CollectedBody<Cell<u8>> => [true, false, true],
+        CollectedBody<Pinned> => ALL,
+        CollectedBody<Local> => [false, false, true],
+        CollectBodyFuture<Inner<SendFuture>, Cell<u8>> => [true, false, true],
+        CollectBodyFuture<Inner<LocalFuture>, String> => [false, false, true],
     }
 }
 

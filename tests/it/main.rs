@@ -12,6 +12,7 @@ mod auto_traits;
 mod bodies;
 mod cancellation;
 mod client_auth;
+mod collect;
 #[cfg(feature = "rustls")]
 mod hostile;
 mod interruption;
