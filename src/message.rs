@@ -82,6 +82,10 @@ use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, header::A
 ///
 /// [`TokenRequest`]: crate::TokenRequest
 /// [`WithoutToken`]: crate::WithoutToken
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no request that `tower-bearer` can attach a token to",
+    note = "it takes an `http::Request`, or a `reqwest::Request` with the feature `reqwest` of `tower-bearer`"
+)]
 pub trait HttpRequest: sealed::Request {
     /// Where the request goes, or `None` if that is no URI, so that no client can send it.
     #[doc(hidden)]
@@ -105,6 +109,10 @@ pub trait HttpRequest: sealed::Request {
 /// A response that the layer can judge: an [`http::Response`] with any body, or a `reqwest::Response`.
 ///
 /// The trait is sealed, so that it may grow with what the layer has to know of a response.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no response that `tower-bearer` can judge",
+    note = "it takes an `http::Response`, or a `reqwest::Response` with the feature `reqwest` of `tower-bearer`"
+)]
 pub trait HttpResponse: sealed::Response {
     #[doc(hidden)]
     fn status(&self) -> StatusCode;

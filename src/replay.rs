@@ -54,7 +54,8 @@ pub struct Never;
 /// Sends a request again with a clone of its body.
 ///
 /// For bodies whose clone is the whole body and cheap, such as `Full<Bytes>` or `String`s of moderate size.
-/// Do not use it with a body that shares a stream among its clones.
+/// Do not use it with a body that shares a stream among its clones. One that streams can be read first, by a
+/// [`CollectBodyLayer`](crate::CollectBodyLayer) above.
 ///
 /// Every request pays for the copy, whether it is needed or not: its headers, URI and extensions are cloned,
 /// its body and the inner service too, and held until the answer is there.
