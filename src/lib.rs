@@ -54,6 +54,8 @@
 //!   Whoever wants to bound what waits puts a limit above, or sets [`RefreshPolicy::max_waiters`].
 //! - A *buffer* below queues requests that carry their token already.
 //!
+//! Each layer of tower and tower-http, above and below: [`guide::placement`].
+//!
 //! A retry policy that heeds what the token endpoint said, for every boxed error (it takes tower's feature
 //! `retry`):
 //!
@@ -172,6 +174,8 @@ mod challenge;
 mod collect;
 mod error;
 mod future;
+#[cfg(any(doc, doctest))]
+pub mod guide;
 mod layer;
 mod message;
 mod origin;

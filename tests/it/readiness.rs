@@ -13,14 +13,9 @@ use http::{Request, Response, StatusCode, header::AUTHORIZATION};
 use http_body_util::Full;
 use tokio::{
     sync::Semaphore,
-    time::{self, Instant, Sleep},
+    time::{self, Sleep},
 };
-use tower::{
-    Layer, Service, ServiceExt,
-    buffer::Buffer,
-    limit::{ConcurrencyLimit, GlobalConcurrencyLimitLayer},
-    service_fn,
-};
+use tower::{Layer, Service, ServiceExt, limit::GlobalConcurrencyLimitLayer, service_fn};
 use tower_bearer::{BearerAuthLayer, BoxError, ClientCredentials, CloneBody, TokenError};
 use tower_test::mock;
 
@@ -374,65 +369,4 @@ async fn an_error_of_readiness_after_the_wait_is_the_answer() {
     handle.send_error("the connection is gone");
     let error = response.await.unwrap().unwrap_err();
     assert_eq!(error.to_string(), "the connection is gone");
-}
-
-/// Laws 7 and 10: a `Buffer` dies with the first error of readiness, so there must be none.
-#[tokio::test(start_paused = true)]
-async fn a_buffer_above_outlives_an_outage_of_the_token_endpoint() {
-    let server = AuthServer::new();
-    server.set(Answer::Fail(TokenError::transient("down")));
-    let client = BearerAuthLayer::new(server.clone()).layer(Api::echoing());
-    let client = Buffer::<Request<String>, _>::new(client, 1);
-    let error = client.clone().oneshot(get()).await.unwrap_err();
-    assert!(token_error(&error).is_transient());
-    server.set(Answer::Grant(Duration::from_secs(300)));
-    time::sleep(Duration::from_secs(10)).await;
-    let response = client.oneshot(get()).await.unwrap();
-    assert!(response.body().starts_with("token-"));
-}
-
-/// Law 10: a `Buffer` of one place above is free for others while a request waits for its token.
-#[tokio::test(start_paused = true)]
-async fn a_buffer_above_is_not_blocked_by_a_wait_for_a_token() {
-    let server = AuthServer::new();
-    server.hold();
-    let client = BearerAuthLayer::new(server.clone())
-        .keep_existing(true)
-        .layer(ConcurrencyLimit::new(Api::echoing(), 1));
-    let client = Buffer::<Request<String>, _>::new(client, 1);
-    let waiting: Vec<_> = (0..10)
-        .map(|_| tokio::spawn(client.clone().oneshot(get())))
-        .collect();
-    settle().await;
-    let (response, took) = timed(client.oneshot(own())).await;
-    assert_eq!(response.unwrap().body(), "anonymous");
-    assert_eq!(took, Duration::ZERO);
-    server.release();
-    for response in waiting {
-        assert_eq!(response.await.unwrap().unwrap().body(), "token-1");
-    }
-}
-
-/// Law 10: a request that waits for a token holds no place of a `Buffer` below.
-#[tokio::test(start_paused = true)]
-async fn a_wait_for_a_token_holds_no_place_of_a_buffer_below() {
-    let server = AuthServer::new();
-    server.hold();
-    let inner = Buffer::<Request<String>, _>::new(Api::echoing(), 1);
-    let client = BearerAuthLayer::new(server.clone())
-        .keep_existing(true)
-        .layer(inner);
-    let waiting: Vec<_> = (0..10)
-        .map(|_| tokio::spawn(client.clone().oneshot(get())))
-        .collect();
-    settle().await;
-    let start = Instant::now();
-    let response = client.clone().oneshot(own()).await.unwrap();
-    assert_eq!(response.body(), "anonymous");
-    assert_eq!(start.elapsed(), Duration::ZERO);
-    server.release();
-    for response in waiting {
-        assert_eq!(response.await.unwrap().unwrap().body(), "token-1");
-    }
-    assert_eq!(server.requests(), 1);
 }

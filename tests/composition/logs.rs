@@ -1,0 +1,243 @@
+//! What is seen of requests and answers.
+
+use std::{
+    convert::Infallible,
+    io,
+    sync::{Arc, Mutex},
+};
+
+use bytes::Bytes;
+use http::{
+    HeaderValue, Request, Response, StatusCode,
+    header::{ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, WWW_AUTHENTICATE},
+};
+use http_body_util::{BodyExt, Full};
+use tower::{Service, ServiceBuilder, ServiceExt, service_fn};
+use tower_bearer::{BearerAuthLayer, BoxError, CloneBody};
+use tower_http::{
+    classify::{ServerErrorsAsFailures, SharedClassifier},
+    decompression::DecompressionLayer,
+    sensitive_headers::SetSensitiveRequestHeadersLayer,
+    trace::{DefaultMakeSpan, DefaultOnRequest, DefaultOnResponse, TraceLayer},
+};
+use tracing::Level;
+
+use crate::support::{Api, AuthServer, INVALID_TOKEN, bearer, get, unauthorized};
+
+/// Where events are written.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Collects all events of this thread, of every target and level.
+///
+/// What is to be collected must have happened once while a subscriber was there: tracing asks about a callsite when
+/// it is reached for the first time, and may then ask the subscriber of another test's thread alone. It asks again
+/// when a subscriber comes.
+fn collect() -> (Log, tracing::subscriber::DefaultGuard) {
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_max_level(Level::TRACE)
+        .with_writer(move || writer.clone())
+        .finish();
+    (log, tracing::subscriber::set_default(subscriber))
+}
+
+impl Log {
+    fn text(&self) -> String {
+        String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+    }
+
+    /// The statuses of the answers that were logged.
+    fn statuses(&self) -> Vec<String> {
+        let text = self.text();
+        let answers = text
+            .lines()
+            .filter(|line| line.contains("finished processing"));
+        answers
+            .map(|line| {
+                let (_, status) = line.split_once(" status=").unwrap();
+                status.chars().take_while(char::is_ascii_digit).collect()
+            })
+            .collect()
+    }
+}
+
+/// With everything that it can show.
+fn trace() -> TraceLayer<SharedClassifier<ServerErrorsAsFailures>> {
+    TraceLayer::new_for_http()
+        .make_span_with(DefaultMakeSpan::new().include_headers(true))
+        .on_request(DefaultOnRequest::new())
+        .on_response(DefaultOnResponse::new().include_headers(true))
+}
+
+fn refusing() -> Api {
+    Api::refusing("token-1", || unauthorized(INVALID_TOKEN))
+}
+
+/// Trace, above: One span holds the wait for a token and both sends; it shows no token. The token request, which all
+/// share, is told of outside.
+///
+/// Law 9.
+#[tokio::test(start_paused = true)]
+async fn a_trace_above_spans_all_of_a_request() {
+    let client = || {
+        ServiceBuilder::new()
+            .layer(trace())
+            .layer(BearerAuthLayer::new(AuthServer::new()).replay(CloneBody))
+            .service(refusing())
+    };
+    let _first = collect();
+    client().oneshot(get()).await.unwrap();
+    let (log, _guard) = collect();
+    client().oneshot(get()).await.unwrap();
+    assert_eq!(log.statuses(), ["200"]);
+    let text = log.text();
+    assert!(!text.contains("authorization"), "{text}");
+    assert!(!text.contains("token-"), "{text}");
+    // The token request is everybody's, and so is what the layer says of it.
+    let told = text
+        .lines()
+        .find(|line| line.contains("token request started"));
+    assert!(!told.unwrap().contains("request{"), "{text}");
+}
+
+/// Trace, below: A span for each send; the token's header shows as `Sensitive`.
+///
+/// Law 9.
+#[tokio::test(start_paused = true)]
+async fn a_trace_below_spans_each_send() {
+    let client = || {
+        ServiceBuilder::new()
+            .layer(BearerAuthLayer::new(AuthServer::new()).replay(CloneBody))
+            .layer(trace())
+            .service(refusing())
+    };
+    let _first = collect();
+    client().oneshot(get()).await.unwrap();
+    let (log, _guard) = collect();
+    client().oneshot(get()).await.unwrap();
+    assert_eq!(log.statuses(), ["401", "200"]);
+    let text = log.text();
+    assert!(text.contains(r#""authorization": Sensitive"#), "{text}");
+    assert!(!text.contains("token-"), "{text}");
+}
+
+/// SetSensitiveRequestHeaders, above: It marks what the caller brings; the token is marked without it.
+#[tokio::test(start_paused = true)]
+async fn what_is_marked_above_stays_marked() {
+    let api = Api::echoing();
+    let client = ServiceBuilder::new()
+        .layer(SetSensitiveRequestHeadersLayer::new([AUTHORIZATION]))
+        .layer(BearerAuthLayer::new(AuthServer::new()).keep_existing(true))
+        .service(api.clone());
+    let mut own = get();
+    let credential = HeaderValue::from_static("Basic dXNlcjpwYXNz");
+    own.headers_mut().insert(AUTHORIZATION, credential);
+    for request in [own, get()] {
+        client.clone().oneshot(request).await.unwrap();
+    }
+    let client = BearerAuthLayer::new(AuthServer::new());
+    let client = tower::Layer::layer(&client, api.clone());
+    client.oneshot(get()).await.unwrap();
+    assert_eq!(api.tokens(), ["anonymous", "token-1", "token-1"]);
+    for arrival in api.arrivals() {
+        assert!(arrival.headers[AUTHORIZATION].is_sensitive());
+    }
+}
+
+/// SetSensitiveRequestHeaders, below: It finds the token's header marked, and leaves it so.
+#[tokio::test(start_paused = true)]
+async fn what_is_marked_below_was_marked_before() {
+    let api = Api::echoing();
+    let client = ServiceBuilder::new()
+        .layer(BearerAuthLayer::new(AuthServer::new()))
+        .map_request(|request: Request<String>| {
+            assert!(request.headers()[AUTHORIZATION].is_sensitive());
+            request
+        })
+        .layer(SetSensitiveRequestHeadersLayer::new([AUTHORIZATION]))
+        .service(api.clone());
+    client.oneshot(get()).await.unwrap();
+    assert!(api.arrivals()[0].headers[AUTHORIZATION].is_sensitive());
+}
+
+/// "refused" and "welcome", by `gzip -n`.
+const REFUSED: &[u8] =
+    b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x02\x03+JM+-NM\x01\x00|\xbe\xd3\xf0\x07\x00\x00\x00";
+const WELCOME: &[u8] =
+    b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x02\x03+O\xcdI\xce\xcfM\x05\x00\xb3a\xcb7\x07\x00\x00\x00";
+
+type Compressed = Response<Full<Bytes>>;
+
+/// An API that compresses its answers, and refuses `token-1`.
+fn compressing()
+-> impl Service<Request<String>, Response = Compressed, Error = Infallible, Future: Send> + Clone {
+    service_fn(|request: Request<String>| async move {
+        assert_eq!(request.headers()[ACCEPT_ENCODING], "gzip");
+        let response = Response::builder().header(CONTENT_ENCODING, "gzip");
+        let response = match bearer(&request) {
+            Some("token-1") => response
+                .status(StatusCode::UNAUTHORIZED)
+                .header(WWW_AUTHENTICATE, INVALID_TOKEN)
+                .body(Full::from(REFUSED)),
+            _ => response.body(Full::from(WELCOME)),
+        };
+        Ok(response.unwrap())
+    })
+}
+
+/// What the caller gets of it.
+async fn read<S, B>(client: S) -> (StatusCode, Bytes)
+where
+    S: Service<Request<String>, Response = Response<B>, Error = BoxError>,
+    B: http_body::Body<Data = Bytes, Error: std::fmt::Debug>,
+{
+    let response = client.oneshot(get()).await.unwrap();
+    assert!(!response.headers().contains_key(CONTENT_ENCODING));
+    let status = response.status();
+    let body = response.into_body().collect().await.unwrap();
+    (status, body.to_bytes())
+}
+
+const REFUSAL: (StatusCode, Bytes) = (StatusCode::UNAUTHORIZED, Bytes::from_static(b"refused"));
+const ANSWER: (StatusCode, Bytes) = (StatusCode::OK, Bytes::from_static(b"welcome"));
+
+/// Decompression, above: A compressed 401 is judged by its head, and read by the caller if it comes to that; both
+/// sends accept what it accepts.
+#[tokio::test(start_paused = true)]
+async fn a_decompression_above_reads_what_is_handed_out() {
+    let layer = BearerAuthLayer::new(AuthServer::new());
+    let stack = ServiceBuilder::new().layer(DecompressionLayer::new());
+    let client = stack.clone().layer(layer).service(compressing());
+    assert_eq!(read(client).await, REFUSAL);
+    let layer = BearerAuthLayer::new(AuthServer::new()).replay(CloneBody);
+    let client = stack.layer(layer).service(compressing());
+    assert_eq!(read(client).await, ANSWER);
+}
+
+/// Decompression, below: The same: the layer reads no body, and a refusal that is replayed is never decompressed.
+#[tokio::test(start_paused = true)]
+async fn a_decompression_below_changes_nothing_for_the_layer() {
+    let client = ServiceBuilder::new()
+        .layer(BearerAuthLayer::new(AuthServer::new()))
+        .layer(DecompressionLayer::new())
+        .service(compressing());
+    assert_eq!(read(client).await, REFUSAL);
+    let client = ServiceBuilder::new()
+        .layer(BearerAuthLayer::new(AuthServer::new()).replay(CloneBody))
+        .layer(DecompressionLayer::new())
+        .service(compressing());
+    assert_eq!(read(client).await, ANSWER);
+}

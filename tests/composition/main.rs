@@ -1,0 +1,24 @@
+//! How the layer goes together with those of tower and tower-http, above it and below.
+//!
+//! Each test opens with the claim that it proves, as `Layer, above: claim` or `Layer, below: claim`. The table of
+//! `src/guide/placement.md` is made of these claims and of nothing else: [`page`] compares them.
+#![expect(
+    clippy::unwrap_used,
+    reason = "clippy allows it in test functions only, not in their helpers"
+)]
+#![expect(
+    unreachable_pub,
+    reason = "a test binary exports nothing; `pub` marks what modules share"
+)]
+
+mod limits;
+mod logs;
+mod page;
+mod requests;
+mod retries;
+mod routes;
+mod service;
+#[path = "../it/support.rs"]
+#[expect(dead_code, reason = "the other test binary needs more of it")]
+mod support;
+mod timeouts;
