@@ -167,6 +167,8 @@
 //!   neither read nor set. An application that uses the same `jsonwebtoken` with `rust_crypto` has both backends
 //!   compiled in then, and has to choose its own by `CryptoProvider::install_default` before it uses it.
 //! - `reqwest`: the layer over a `reqwest::Client` 0.13, with none of its default features; see [`HttpRequest`].
+//! - `test-util`: the module `test_util` and two constructors of [`TokenCache`], for the tests of programs that use the
+//!   crate.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod cache;
@@ -189,6 +191,9 @@ mod settings;
 mod source;
 mod sync;
 mod telemetry;
+#[cfg(feature = "test-util")]
+#[cfg_attr(docsrs, doc(cfg(feature = "test-util")))]
+pub mod test_util;
 mod time;
 mod token;
 

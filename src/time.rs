@@ -47,6 +47,15 @@ pub(crate) struct Deadline {
 }
 
 impl Deadline {
+    /// A moment that does not come, but to a clock that a test moves by a lifetime.
+    #[cfg(feature = "test-util")]
+    pub(crate) fn never() -> Self {
+        Self {
+            monotonic: Instant::now() + FAR * 15,
+            wall: None,
+        }
+    }
+
     pub(crate) fn has_come(self, now: Now) -> bool {
         now.monotonic >= self.monotonic || self.wall.is_some_and(|wall| now.wall >= wall)
     }

@@ -85,6 +85,22 @@ impl AccessToken {
         }))
     }
 
+    /// Makes a token that never expires, nor is ever due.
+    #[cfg(feature = "test-util")]
+    pub(crate) fn fixed(response: TokenResponse, entry: u64, request: TokenRequest) -> Self {
+        let never = Schedule {
+            refresh_after: Duration::ZERO,
+            expires_after: Duration::ZERO,
+            extended_after: None,
+        };
+        let now = Now::read();
+        let mut token = Self::new(response, entry, request, never, now, now);
+        let inner = Arc::get_mut(&mut token.0).expect("nobody else has it yet");
+        (inner.due, inner.expiry, inner.stillborn) = (Deadline::never(), Deadline::never(), None);
+        inner.until = Coarse::MAX;
+        token
+    }
+
     /// Returns the value for an `Authorization` header, `Bearer` and all (RFC 6750 section 2.1).
     ///
     /// It is marked [sensitive](HeaderValue::is_sensitive).

@@ -5,6 +5,8 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
+#[cfg(feature = "test-util")]
+use super::preset::Preset;
 use super::{gate::SharedGate, watch::Watched};
 use crate::{
     source::{ErasedSource, SharedSource},
@@ -22,6 +24,9 @@ pub(super) struct Endpoint {
     not_before: AtomicU64,
     /// The token of the key for nothing in particular, if it is watched.
     watched: Watched,
+    /// What is answered instead, if that is settled.
+    #[cfg(feature = "test-util")]
+    pub(super) preset: Option<Preset>,
 }
 
 impl Endpoint {
@@ -31,6 +36,8 @@ impl Endpoint {
             gate: Mutex::new(SharedGate::default()),
             not_before: AtomicU64::new(0),
             watched: Watched::default(),
+            #[cfg(feature = "test-util")]
+            preset: None,
         }
     }
 

@@ -113,7 +113,14 @@ impl Entry {
             policy,
         });
         registry::add(id, Arc::downgrade(&entry));
+        #[cfg(feature = "test-util")]
+        entry.settle();
         entry
+    }
+
+    #[cfg(feature = "test-util")]
+    pub(super) fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
     }
 
     pub(super) fn policy(&self) -> &RefreshPolicy {
@@ -169,6 +176,10 @@ impl Entry {
 
     /// What a caller gets who can wait; starts the flight that it will wait for.
     pub(super) fn find(self: &Arc<Self>) -> Found {
+        #[cfg(feature = "test-util")]
+        if let Some(error) = self.settled_error() {
+            return Found::Error(error);
+        }
         self.look(|mut view| match (view.acquire(), view.obstacle) {
             (_, Some(Kind::ShutDown)) => {
                 (Found::Error(TokenError::new(Kind::ShutDown, false)), None)
@@ -375,7 +386,7 @@ impl Entry {
     }
 
     /// Shows the hot path the token that `state` holds.
-    fn publish(&self, state: &State<Arc<Flight>>) {
+    pub(super) fn publish(&self, state: &State<Arc<Flight>>) {
         let token = state.unquestioned().map(|token| &token.0);
         let shown = self.hot.load();
         if shown.as_ref().map(Arc::as_ptr) != token.map(Arc::as_ptr) {

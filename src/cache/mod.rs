@@ -8,6 +8,8 @@ mod gate;
 mod keys;
 #[cfg(test)]
 mod laws;
+#[cfg(feature = "test-util")]
+mod preset;
 mod registry;
 mod state;
 mod watch;
@@ -75,7 +77,11 @@ impl TokenCache {
     /// Creates an empty cache.
     #[must_use]
     pub fn with_policy(source: impl TokenSource, policy: RefreshPolicy) -> Self {
-        let endpoint = Arc::new(Endpoint::new(SharedSource::new(source)));
+        Self::over(Endpoint::new(SharedSource::new(source)), policy)
+    }
+
+    fn over(endpoint: Endpoint, policy: RefreshPolicy) -> Self {
+        let endpoint = Arc::new(endpoint);
         let policy = Arc::new(policy);
         let closing = CancellationToken::new();
         let watching = CancellationToken::new();

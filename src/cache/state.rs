@@ -132,6 +132,16 @@ impl<F: Clone + PartialEq> State<F> {
         }
     }
 
+    /// Takes a token that stays for ever.
+    #[cfg(feature = "test-util")]
+    pub(crate) fn settle(&mut self, response: TokenResponse) {
+        self.token = Some(AccessToken::fixed(
+            response,
+            self.gate.key(),
+            self.request.clone(),
+        ));
+    }
+
     /// What a caller who wants a token at `now` does.
     pub(crate) fn acquire(&self, shared: &SharedGate, now: Now) -> Decision<F> {
         let flight = self.flight.as_ref().map(|record| &record.flight);

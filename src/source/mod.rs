@@ -24,6 +24,8 @@ use secrecy::{ExposeSecret, SecretString};
 
 #[cfg(feature = "jwt")]
 pub use self::assertion::{AssertionAudience, SigningAlgorithm};
+#[cfg(feature = "test-util")]
+pub(crate) use self::response::{malformed, refused};
 pub(crate) use self::shared::ErasedSource;
 pub use self::{
     auth::AuthMethod, builder::ClientCredentialsBuilder, client_credentials::ClientCredentials,
@@ -163,6 +165,7 @@ pub struct Revocation {
 /// # Ok(())
 /// # }
 /// ```
+#[derive(Clone)]
 pub struct TokenResponse {
     pub(crate) access_token: SecretString,
     pub(crate) expires_in: Option<Duration>,

@@ -249,7 +249,7 @@ fn number(value: Option<&RawValue>) -> Option<f64> {
 }
 
 /// The error for an answer with an `error` member.
-fn refused(status: StatusCode, code: &str) -> TokenError {
+pub(crate) fn refused(status: StatusCode, code: &str) -> TokenError {
     // Many a framework and proxy writes `{"error": "Not Found"}`, which is no word of an OAuth server.
     if !is_error_code(code) {
         return unavailable(status);
@@ -279,7 +279,7 @@ fn unavailable(status: StatusCode) -> TokenError {
 }
 
 /// A page that claims success may be a captive portal's, so it may heal by itself.
-pub(super) fn malformed(reason: impl Into<String>) -> TokenError {
+pub(crate) fn malformed(reason: impl Into<String>) -> TokenError {
     TokenError::new(Kind::Malformed, true).with_source(reason.into())
 }
 

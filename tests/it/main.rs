@@ -31,6 +31,8 @@ mod shutdown;
 mod single_flight;
 mod stack;
 mod support;
+#[cfg(feature = "test-util")]
+mod test_util;
 #[cfg(feature = "rustls")]
 mod token_endpoint;
 mod unauthorized;
