@@ -7,6 +7,11 @@
 //! - [`bearer`] and [`unauthorized`] are for the API that a test plays: the token that came, and the answer that
 //!   refuses it.
 //!
+#![cfg_attr(
+    any(doc, doctest),
+    doc = "The guide has a page about [testing](crate::guide::testing), with a test for each of them."
+)]
+//!
 //! # Time
 //!
 //! A token has died as soon as either the monotonic clock, which is tokio's, or the wall clock says so. Under
