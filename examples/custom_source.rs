@@ -1,0 +1,261 @@
+//! A token source of one's own: a vendor's login that is no OAuth.
+//!
+//! The vendor's server takes a name and a password as JSON and answers with a ticket, its lifetime in milliseconds, and
+//! a renewal code that is good once. When it is busy it says for how long; when it has locked the account, only a
+//! person can help. [`Login`] tells the crate all of that in some fifty lines, and gets the rest for it: one login for
+//! however many requests, renewal before the ticket expires, backoff.
+//!
+//! Runs on its own on loopback ports in about five seconds. The exit status tells whether it went as it says.
+//!
+//! ```sh
+//! cargo run --example custom_source
+//! ```
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use axum::{Json, Router, extract::State, response::IntoResponse, routing::post};
+use bytes::Bytes;
+use http::{Request, Response, StatusCode, header::RETRY_AFTER};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::{net::TcpListener, task::JoinSet, time};
+use tower_bearer::{
+    BoxError, Fetch, RefreshToken, TokenCache, TokenError, TokenResponse, TokenSource,
+};
+
+// The source.
+
+/// The vendor's login.
+#[derive(Clone)]
+struct Login {
+    http: Client<HttpConnector, Full<Bytes>>,
+    base: String,
+    name: &'static str,
+    password: &'static str,
+}
+
+#[derive(Deserialize)]
+struct Ticket {
+    ticket: String,
+    lifetime_ms: u64,
+    renewal: String,
+}
+
+impl TokenSource for Login {
+    async fn fetch(&self, fetch: Fetch) -> Result<TokenResponse, TokenError> {
+        if let Some(renewal) = fetch.refresh_token {
+            let renewal = json!({ "renewal": renewal.expose_secret() });
+            // Whatever it failed for, the password is left to try, within the same attempt.
+            if let Ok(response) = self.ask("/renew", &renewal).await {
+                return Ok(response);
+            }
+        }
+        let credentials = json!({ "name": self.name, "password": self.password });
+        self.ask("/login", &credentials).await
+    }
+}
+
+impl Login {
+    async fn ask(&self, path: &str, body: &Value) -> Result<TokenResponse, TokenError> {
+        // What cannot be built now will not be buildable later.
+        let request = Request::post(format!("{}{path}", self.base))
+            .header("content-type", "application/json")
+            .body(Full::from(body.to_string()))
+            .map_err(TokenError::terminal)?;
+        // A connection that fails may succeed in a moment.
+        let response = self
+            .http
+            .request(request)
+            .await
+            .map_err(TokenError::transient)?;
+        if response.status() != StatusCode::OK {
+            return Err(refusal(&response));
+        }
+        // A body without a bound could fill the memory.
+        let body = Limited::new(response.into_body(), 64 * 1024)
+            .collect()
+            .await;
+        let body = body.map_err(TokenError::transient)?.to_bytes();
+        // The text of the parser's error might quote the ticket: it is left out.
+        let ticket: Ticket = serde_json::from_slice(&body)
+            .map_err(|_| TokenError::transient("the answer is not a ticket"))?;
+        Ok(TokenResponse::new(ticket.ticket)?
+            .expires_in(Duration::from_millis(ticket.lifetime_ms))
+            .refresh_token(RefreshToken::new(ticket.renewal)))
+    }
+}
+
+/// What a refusal means: whether it passes by itself, and when.
+fn refusal<B>(response: &Response<B>) -> TokenError {
+    let status = response.status();
+    let error = format!("the login answered with status {}", status.as_u16());
+    let seconds = response.headers().get(RETRY_AFTER);
+    let seconds = seconds.and_then(|value| value.to_str().ok()?.parse().ok());
+    if status != StatusCode::TOO_MANY_REQUESTS && !status.is_server_error() {
+        return TokenError::terminal(error);
+    }
+    let error = TokenError::transient(error);
+    match seconds {
+        Some(seconds) => error.with_retry_after(Duration::from_secs(seconds)),
+        None => error,
+    }
+}
+
+// What it is good for.
+
+#[tokio::main]
+async fn main() -> Result<(), BoxError> {
+    let vendor = Vendor::default();
+    let login = Login {
+        http: Client::builder(TokioExecutor::new()).build_http(),
+        base: vendor.serve().await?,
+        name: "gateway",
+        password: "correct horse",
+    };
+
+    // A cache is all that a layer needs: `BearerAuthLayer::new(cache.clone())`.
+    let cache = TokenCache::new(login.clone());
+    let mut callers = JoinSet::new();
+    for _ in 0..100 {
+        let cache = cache.clone();
+        callers.spawn(async move { cache.get().await });
+    }
+    for token in callers.join_all().await {
+        token?;
+    }
+    println!("100 callers      {}", vendor.tell());
+    assert_eq!(vendor.lock().asked, ["/login"]);
+
+    // The ticket lives for two seconds.
+    let first = cache.get().await?;
+    time::sleep(Duration::from_secs(2)).await;
+    let second = cache.get().await?;
+    println!("a lifetime later {}", vendor.tell());
+    assert_eq!(vendor.lock().asked, ["/login", "/renew"]);
+    assert_ne!(first.expose_secret(), second.expose_secret());
+
+    // The session is gone, and its renewal code with it.
+    vendor.lock().renewals.clear();
+    time::sleep(Duration::from_secs(2)).await;
+    cache.get().await?;
+    println!("session lost     {}", vendor.tell());
+    assert_eq!(vendor.lock().asked[2..], ["/renew", "/login"]);
+
+    // A busy server is left alone for as long as it asked for. Meanwhile callers get its error at once.
+    vendor.clear();
+    vendor.lock().mood = Mood::Busy;
+    let cache = TokenCache::new(login.clone());
+    let error = cache.get().await.err().ok_or("busy, and yet a ticket")?;
+    assert!(error.is_transient() && error.retry_after() == Some(Duration::from_secs(1)));
+    let since = Instant::now();
+    while since.elapsed() < Duration::from_millis(900) {
+        assert!(cache.get().await.is_err());
+        time::sleep(Duration::from_millis(10)).await;
+    }
+    println!("busy             {} ({error})", vendor.tell());
+    assert_eq!(vendor.lock().asked.len(), 1);
+    vendor.lock().mood = Mood::Well;
+    time::sleep(Duration::from_millis(400)).await;
+    cache.get().await?;
+    println!("well again       {}", vendor.tell());
+
+    // No further attempt is made on a locked account, at which some vendors count.
+    vendor.clear();
+    vendor.lock().mood = Mood::Locked;
+    let cache = TokenCache::new(login);
+    for _ in 0..100 {
+        let error = cache.get().await.err().ok_or("locked, and yet a ticket")?;
+        assert!(!error.is_transient());
+    }
+    println!("locked           {}", vendor.tell());
+    assert_eq!(vendor.lock().asked.len(), 1);
+    Ok(())
+}
+
+// The vendor.
+
+/// The vendor's server. Clones are one.
+#[derive(Clone, Default)]
+struct Vendor(Arc<Mutex<Books>>);
+
+#[derive(Default)]
+struct Books {
+    mood: Mood,
+    tickets: u32,
+    /// The renewal codes that are good.
+    renewals: Vec<String>,
+    /// The paths that were asked for.
+    asked: Vec<&'static str>,
+}
+
+#[derive(Clone, Copy, Default)]
+enum Mood {
+    #[default]
+    Well,
+    Busy,
+    Locked,
+}
+
+impl Vendor {
+    async fn serve(&self) -> Result<String, BoxError> {
+        let login = |State(vendor): State<Self>, Json(body): Json<Value>| async move {
+            let known = body["name"] == "gateway" && body["password"] == "correct horse";
+            vendor.lock().answer("/login", known)
+        };
+        let renew = |State(vendor): State<Self>, Json(body): Json<Value>| async move {
+            let mut books = vendor.lock();
+            let code = body["renewal"].as_str().unwrap_or_default();
+            let place = books.renewals.iter().position(|known| known == code);
+            let known = place.map(|place| books.renewals.remove(place));
+            books.answer("/renew", known.is_some())
+        };
+        let router = Router::new()
+            .route("/login", post(login))
+            .route("/renew", post(renew))
+            .with_state(self.clone());
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let address = listener.local_addr()?;
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        Ok(format!("http://{address}"))
+    }
+
+    fn tell(&self) -> String {
+        format!("asked for {}", self.lock().asked.join(", "))
+    }
+
+    fn clear(&self) {
+        self.lock().asked.clear();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Books> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Books {
+    fn answer(&mut self, path: &'static str, known: bool) -> axum::response::Response {
+        self.asked.push(path);
+        match self.mood {
+            Mood::Busy => (StatusCode::TOO_MANY_REQUESTS, [(RETRY_AFTER, "1")]).into_response(),
+            Mood::Locked => (StatusCode::FORBIDDEN, "account locked").into_response(),
+            Mood::Well if !known => StatusCode::UNAUTHORIZED.into_response(),
+            Mood::Well => {
+                self.tickets += 1;
+                let renewal = format!("renewal-{}", self.tickets);
+                self.renewals.push(renewal.clone());
+                let ticket = format!("ticket-{}", self.tickets);
+                let lifetime_ms = 2_000;
+                Json(json!({ "ticket": ticket, "lifetime_ms": lifetime_ms, "renewal": renewal }))
+                    .into_response()
+            }
+        }
+    }
+}
