@@ -1,0 +1,84 @@
+//! What happens between requests and their token while one revokes it, slows the token endpoint down or breaks it.
+//!
+//! A client sends requests at a constant rate, whatever becomes of them, through the layer to an API, all in memory. In
+//! a terminal one watches and interferes, by the keys at the bottom. Elsewhere, or with `--svg`, a script of twelve
+//! seconds interferes, and the run becomes a picture. Afterwards the laws are judged by what the API and the token
+//! endpoint saw, and the exit status is 1 if one was broken.
+//!
+//! ```sh
+//! cargo run --release --example refresh_contention [-- --svg FILE]
+//! ```
+
+use std::{
+    io::{self, IsTerminal},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
+
+use clap::Parser;
+use tokio::{runtime::Runtime, time};
+use tower_bearer::BoxError;
+
+use self::run::{Act, World};
+
+mod plot;
+mod run;
+mod view;
+
+/// Shows what requests, their token and its endpoint do to each other.
+#[derive(Parser)]
+struct Args {
+    /// Plays the script and draws it into this file
+    #[arg(long)]
+    svg: Option<PathBuf>,
+    /// Requests per second
+    #[arg(long, default_value_t = 400, value_parser = clap::value_parser!(u32).range(1..=20_000))]
+    rate: u32,
+}
+
+fn main() -> Result<ExitCode, BoxError> {
+    let args = Args::parse();
+    let runtime = Runtime::new()?;
+    let _entered = runtime.enter();
+    let scripted = args.svg.is_some() || !io::stdout().is_terminal();
+    let world = World::start(args.rate, scripted);
+    if scripted {
+        runtime.block_on(play(&world, args.rate));
+    } else {
+        view::show(&world)?;
+    }
+    runtime.block_on(world.stop());
+
+    let laws = world.laws(scripted);
+    println!();
+    for (law, held) in &laws {
+        println!("{}: {law}", if *held { "held" } else { "BROKEN" });
+    }
+    if scripted {
+        let file = || std::env::temp_dir().join("refresh_contention.svg");
+        let file = args.svg.unwrap_or_else(file);
+        plot::draw(&file, &world.record())?;
+        println!("drawn: {}", file.display());
+    }
+    let held = laws.iter().all(|(_, held)| *held);
+    Ok(ExitCode::from(u8::from(!held)))
+}
+
+/// Does to the world what one might do by hand.
+async fn play(world: &World, rate: u32) {
+    let script = [
+        (2_000, Act::Revoke),
+        (4_000, Act::Slow(true)),
+        (5_700, Act::Slow(false)),
+        (6_300, Act::Break(true)),
+        (9_000, Act::Break(false)),
+        (11_000, Act::Load(rate * 3)),
+    ];
+    let ticks = script.map(|(millis, act)| (Duration::from_millis(millis), act));
+    for (at, act) in ticks {
+        time::sleep_until(world.began() + at).await;
+        world.act(act);
+    }
+    time::sleep_until(world.began() + Duration::from_secs(12)).await;
+}
