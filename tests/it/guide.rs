@@ -1,0 +1,50 @@
+//! The guides name the tests that back them, as `<!-- FILE: TEST, TEST -->`; these are there.
+
+use std::{collections::HashMap, fs, path::Path};
+
+fn read(path: impl AsRef<Path>) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+#[test]
+fn every_test_that_a_guide_names_exists() {
+    let mut sources = HashMap::new();
+    for (page, least) in [("failures", 45), ("migration", 10), ("security", 30)] {
+        let text = read(format!("src/guide/{page}.md"));
+        let comments = text.split("<!--").skip(1);
+        let comments = comments.filter_map(|rest| rest.split_once("-->"));
+        let mut named = 0;
+        for (comment, _) in comments {
+            let (file, tests) = comment
+                .split_once(':')
+                .unwrap_or_else(|| panic!("{page}: {comment}"));
+            let file = file.trim();
+            let source = sources.entry(file.to_owned()).or_insert_with(|| read(file));
+            for test in tests.split(',').map(str::trim) {
+                assert!(
+                    source.contains(&format!("fn {test}(")),
+                    "{page}: there is no {test} in {file}"
+                );
+                named += 1;
+            }
+        }
+        assert!(named >= least, "{page} names {named} tests");
+    }
+}
+
+/// What the first three tables of the page say is said of each row by a test.
+#[test]
+fn every_situation_of_the_guide_to_failures_is_backed_by_a_test() {
+    let text = read("src/guide/failures.md");
+    let (situations, _) = text
+        .split_once("# What each error means")
+        .expect("the page has this section");
+    let rows = situations.lines().filter(|line| line.starts_with("| "));
+    let heads = ["| token | endpoint |", "| the answer |", "| situation |"];
+    let rows = rows.filter(|row| !heads.iter().any(|head| row.starts_with(head)));
+    assert_eq!(rows.clone().count(), 32);
+    for row in rows {
+        assert!(row.contains("<!-- "), "{row}");
+    }
+}
