@@ -6,27 +6,60 @@
 //! client-credentials grant, is replaced in the background before it expires, and is shared by all: a
 //! thousand requests that find no token cause one token request.
 //!
+//! # A first token
+//!
+//! A Keycloak to try it with is started by `docker run -p 8080:8080 -e KC_BOOTSTRAP_ADMIN_USERNAME=admin -e
+//! KC_BOOTSTRAP_ADMIN_PASSWORD=admin quay.io/keycloak/keycloak start-dev`. Create a client `my-client` in its console at
+//! `http://localhost:8080`, with client authentication and service account roles on, and copy its secret.
+//!
+//! ```toml
+//! [dependencies]
+//! tower-bearer = "0.1"
+//! bytes = "1"
+//! http = "1"
+//! http-body-util = "0.1"
+//! hyper-util = { version = "0.1", features = ["client-legacy", "http1", "tokio"] }
+//! tokio = { version = "1", features = ["full"] }
+//! tower = { version = "0.5", features = ["timeout", "util"] }
 //! ```
+//!
+//! ```no_run
 //! # #[cfg(feature = "rustls")]
-//! # fn main() -> Result<(), tower_bearer::BoxError> {
+//! # mod program {
+//! use std::time::Duration;
+//!
+//! use bytes::Bytes;
+//! use http::Request;
 //! use http_body_util::Full;
 //! use hyper_util::{client::legacy::Client, rt::TokioExecutor};
-//! use tower::ServiceBuilder;
-//! use tower_bearer::{BearerAuthLayer, ClientCredentials, CloneBody};
+//! use tower::{ServiceBuilder, ServiceExt};
+//! use tower_bearer::{BearerAuthLayer, BoxError, ClientCredentials, CloneBody, TokenCache};
 //!
-//! let source = ClientCredentials::builder("http://localhost:8080/token", "client-id")
-//!     .client_secret("secret")
-//!     .scope("profile")
-//!     .build()?;
-//! let api = ServiceBuilder::new()
-//!     .layer(BearerAuthLayer::new(source).replay(CloneBody))
-//!     .service(Client::builder(TokioExecutor::new()).build_http::<Full<bytes::Bytes>>());
-//! # let _ = api;
-//! # Ok(())
+//! #[tokio::main]
+//! async fn main() -> Result<(), BoxError> {
+//!     let source = ClientCredentials::discover("http://localhost:8080/realms/master", "my-client")
+//!         .client_secret(std::env::var("CLIENT_SECRET")?)
+//!         .build()?;
+//!     let cache = TokenCache::new(source); // nothing has been sent yet
+//!     let token = cache.get().await?;
+//!     println!("a token for {:?}, until {:?}", token.scope(), token.usable_until());
+//!
+//!     // Requests to the API take it from the same cache. Each task has a clone of `api`.
+//!     let api = ServiceBuilder::new()
+//!         .timeout(Duration::from_secs(60)) // all of a request: the wait for a token and both sends
+//!         .layer(BearerAuthLayer::new(cache).replay(CloneBody))
+//!         .service(Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>());
+//!     let request = Request::get("http://localhost:8081/sims").body(Full::default())?;
+//!     println!("{}", api.clone().oneshot(request).await?.status());
+//!     Ok(())
+//! }
 //! # }
-//! # #[cfg(not(feature = "rustls"))]
 //! # fn main() {}
 //! ```
+//!
+//! Elsewhere than on this machine it takes `https` on both sides, and a client with TLS: the README has one with
+//! `hyper-rustls`, and tells what to write for which authorization server. A server without metadata is told by its token URL,
+//! [`ClientCredentials::builder`].
 //!
 //! # How it works
 //!
@@ -34,13 +67,53 @@
 //! *flight*, a token request in a task of its own, or joins the one in the air; all who wait share its result.
 //! A request that finds a token which is due for refresh leaves with it and starts the flight for the others.
 //!
-//! When the API answers 401 about the current token, the layer starts or joins a flight as well and, if the
-//! [`Replay`] strategy allows it, sends the request once more with the new token. What counts is the token
-//! that was sent: a late 401 about an older one costs no token request.
+//! # When the API refuses a token
+//!
+//! A 401 about the current token makes the layer start or join a flight as well. What counts is the token that was sent:
+//! a late 401 about an older one costs no token request. The request is sent once more with the new token, if a copy
+//! of it was kept; that is for [`BearerAuthLayer::replay`] to say:
+//!
+//! - [`Never`], the default: the 401 comes back to the caller, and the token is replaced for the next request.
+//! - [`CloneBody`]: every request whose body is `Clone`, at the price of a copy.
+//! - [`EmptyBody`]: requests without a body, whatever the type of the body. Others are sent once.
+//!
+//! ```
+//! use tower::{ServiceBuilder, ServiceExt};
+//! use tower_bearer::{BearerAuthLayer, CloneBody};
+//! # use http::{Request, Response, StatusCode, header::AUTHORIZATION};
+//! # use tower::service_fn;
+//! # use tower_bearer::{BoxError, TokenResponse, source_fn};
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), BoxError> {
+//! # let calls = std::sync::atomic::AtomicU32::new(1);
+//! # let source = source_fn(move |_| {
+//! #     let call = calls.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+//! #     async move { TokenResponse::new(format!("token-{call}")) }
+//! # });
+//! # let client = service_fn(|request: Request<&'static str>| async move {
+//! #     assert_eq!(*request.body(), "on");
+//! #     let mut response = Response::new(());
+//! #     if request.headers()[AUTHORIZATION] == "Bearer token-1" {
+//! #         *response.status_mut() = StatusCode::UNAUTHORIZED;
+//! #     }
+//! #     Ok::<_, BoxError>(response)
+//! # });
+//!
+//! let api = ServiceBuilder::new()
+//!     .layer(BearerAuthLayer::new(source).replay(CloneBody))
+//!     .service(client); // which refuses the first token
+//! let request = Request::put("https://api.example.com/sims/7").body("on")?;
+//! assert_eq!(api.oneshot(request).await?.status(), 200);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # When there is no token
 //!
 //! When the token endpoint fails, requests go on with the token they have for as long as it lives. After that
 //! they get a [`TokenError`], at once while the next attempt is not due. How often the endpoint is asked is
-//! bounded for any traffic: see [`RefreshPolicy`].
+//! bounded for any traffic: see [`RefreshPolicy`]. What a request gets in which situation, what each error means, and what to
+//! alert on, is in the [guide to failures](guide::failures).
 //!
 //! # Where in the stack it goes
 //!
@@ -152,6 +225,12 @@
 //! `keys_full` at WARN. None carries a token or a secret. A [`TokenError`] speaks for its own level; what is
 //! behind it, such as a failed connection, is in its [`source`](std::error::Error::source).
 //!
+//! # Guides
+//!
+//! - [Failures](guide::failures): what a request gets when, how to retry, what to alert on.
+//! - [Migration](guide::migration): from a mutex by hand, from `middle`, from `oauth2` and `reqwest`.
+//! - [Security](guide::security): where secrets and tokens are, where they go, and what is left to you.
+//!
 //! # Limits
 //!
 //! The layer does not follow redirects, does not retry anything but a refused token,
@@ -161,14 +240,15 @@
 //! # Features
 //!
 //! - `rustls` (default): the default client for the token endpoint, hyper over rustls with ring and the system's
-//!   roots. Without it, [`ClientCredentialsBuilder::build_with`] takes any tower HTTP service.
+//!   roots. Without it, [`ClientCredentialsBuilder::build_with`] takes any tower HTTP service, and TLS is yours to choose.
 //! - `jwt`: clients that prove who they are by a signed assertion, `private_key_jwt` and `client_secret_jwt`, with
-//!   `jsonwebtoken` 10 over `aws-lc-rs` (which takes a C compiler). The backend is taken by name; the process-wide one is
-//!   neither read nor set. An application that uses the same `jsonwebtoken` with `rust_crypto` has both backends
-//!   compiled in then, and has to choose its own by `CryptoProvider::install_default` before it uses it.
+//!   `jsonwebtoken` 10 over `aws-lc-rs`. A feature since it takes a C compiler. The backend is taken by name; the
+//!   process-wide one is neither read nor set. An application that uses the same `jsonwebtoken` with `rust_crypto` has
+//!   both backends compiled in then, and has to choose its own by `CryptoProvider::install_default` before it uses it.
+//! - `metrics`: counters, gauges and histograms through the facade of that name, for programs that have a recorder.
 //! - `reqwest`: the layer over a `reqwest::Client` 0.13, with none of its default features; see [`HttpRequest`].
-//! - `test-util`: the module `test_util` and two constructors of [`TokenCache`], for the tests of programs that use the
-//!   crate.
+//! - `test-util`: a scripted token source, caches of settled tokens and an error of each kind, for the tests of your own
+//!   program.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod cache;
