@@ -3,6 +3,9 @@
 #[doc = include_str!("guide/placement.md")]
 pub mod placement {}
 
+#[doc = include_str!("guide/clients.md")]
+pub mod clients {}
+
 #[doc = include_str!("guide/failures.md")]
 pub mod failures {}
 

@@ -1,7 +1,7 @@
 //! A tower middleware that keeps requests supplied with OAuth 2.0 bearer tokens, with at most one token request
 //! in flight.
 //!
-//! [`BearerAuthLayer`] wraps any `tower::Service<http::Request<B>>` of a client and attaches
+//! [`BearerAuthLayer`] wraps any `tower::Service<http::Request<B>>` of a client, or a `reqwest::Client`, and attaches
 //! `Authorization: Bearer ..` to each request. The token comes from an authorization server by the
 //! client-credentials grant, is replaced in the background before it expires, and is shared by all: a
 //! thousand requests that find no token cause one token request.
@@ -107,6 +107,8 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! A body that streams can be sent again if a [`CollectBodyLayer`] above has read it, up to a limit.
 //!
 //! # When there is no token
 //!
@@ -227,9 +229,12 @@
 //!
 //! # Guides
 //!
+//! - [Placement](guide::placement): each layer of tower and tower-http, above and below this one.
+//! - [Clients](guide::clients): hyper, a gateway of axum, tonic, reqwest.
 //! - [Failures](guide::failures): what a request gets when, how to retry, what to alert on.
-//! - [Migration](guide::migration): from a mutex by hand, from `middle`, from `oauth2` and `reqwest`.
 //! - [Security](guide::security): where secrets and tokens are, where they go, and what is left to you.
+//! - `guide::testing` (feature `test-util`): how to test your own code, without a server.
+//! - [Migration](guide::migration): from a mutex by hand, from `middle`, from `oauth2` and `reqwest`.
 //!
 //! # Limits
 //!

@@ -203,6 +203,9 @@ impl<S, R> BearerAuth<S, R> {
 /// Such a request passes as it is, with the `Authorization` that it may bring along, wherever it goes; a 401 to it
 /// says nothing about a token.
 ///
+/// A `FollowRedirect` above drops the extensions of a request on its way to another origin, and this one with them,
+/// unless it is told to keep it; [`origins`](crate::BearerAuthLayer::origins) keep the token from there in any case.
+///
 /// ```
 /// use tower_bearer::WithoutToken;
 ///

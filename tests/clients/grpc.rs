@@ -9,9 +9,7 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use http::{StatusCode, header::AUTHORIZATION};
-use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -30,8 +28,8 @@ use tonic::{
 };
 use tower::{BoxError, ServiceBuilder, service_fn};
 use tower_bearer::{
-    BearerAuth, BearerAuthLayer, CloneBody, EmptyBody, Never, TokenCache, TokenError, TokenRequest,
-    WithoutToken,
+    BearerAuth, BearerAuthLayer, CloneBody, CollectBodyLayer, CollectedBody, EmptyBody, Never,
+    TokenCache, TokenError, TokenRequest, WithoutToken,
 };
 
 use crate::{
@@ -302,12 +300,6 @@ async fn no_call_is_empty_enough_to_be_sent_again() {
     client.say(String::new()).await.unwrap();
 }
 
-async fn collect(request: http::Request<Body>) -> Result<http::Request<Full<Bytes>>, BoxError> {
-    let (head, body) = request.into_parts();
-    let body = body.collect().await?.to_bytes();
-    Ok(http::Request::from_parts(head, Full::new(body)))
-}
-
 /// What makes a call replayable is a layer above that collects its messages.
 #[tokio::test]
 async fn a_call_whose_messages_are_collected_first_is_sent_again() {
@@ -315,9 +307,9 @@ async fn a_call_whose_messages_are_collected_first_is_sent_again() {
     api.refuse("token-1");
     let auth = AuthServer::new();
     let channel = ServiceBuilder::new()
-        .filter_async(collect)
+        .layer(CollectBodyLayer::new(1 << 16))
         .layer(BearerAuthLayer::new(auth.clone()).replay(CloneBody))
-        .map_request(|request: http::Request<Full<Bytes>>| request.map(Body::new))
+        .map_request(|request: http::Request<CollectedBody<Body>>| request.map(Body::new))
         .service(api.channel());
     let mut client = EchoClient::new(channel);
 
