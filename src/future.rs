@@ -19,6 +19,7 @@ use crate::{
     ready::{Mark, Ready},
     replay::Replay,
     settings::Settings,
+    telemetry,
     time::Now,
     token::AccessToken,
 };
@@ -85,7 +86,10 @@ where
     {
         let acquire = match settings.cache.acquire(request.extension()) {
             Ok(acquire) => acquire,
-            Err(error) => return Self::refused(error),
+            Err(error) => {
+                settings.cache.meters().requests().failed();
+                return Self::refused(error);
+            }
         };
         let waiting = Box::pin(Waiting {
             request: Some(request),
@@ -392,7 +396,10 @@ where
         loop {
             let next = match this.phase.as_mut().project() {
                 PhaseProj::Acquiring { acquire } => {
-                    let token = ready!(acquire.poll(cx))?;
+                    let token = ready!(acquire.poll(cx));
+                    let token = token.inspect_err(|_| {
+                        this.settings.cache.meters().requests().failed();
+                    })?;
                     Phase::Readying { token }
                 }
                 PhaseProj::Holding { acquire, answer } => {
@@ -426,6 +433,10 @@ where
                             .take()
                             .expect("the request is there until sent");
                         let token = current.unwrap_or_else(|| token.clone());
+                        match this.turn {
+                            Turn::First { .. } => cache.meters().requests().waited(&token),
+                            Turn::Second { .. } => telemetry::replayed(cache.meters()),
+                        }
                         return Poll::Ready(Ok(Leave::Send(State::send(
                             this.service,
                             request,

@@ -285,7 +285,7 @@ mod token;
 #[cfg(feature = "jwt")]
 pub use crate::source::{AssertionAudience, SigningAlgorithm};
 pub use crate::{
-    cache::TokenCache,
+    cache::{Events, Status, TokenCache, TokenEvent, TokenState},
     challenge::Challenge,
     collect::{CollectBody, CollectBodyFuture, CollectBodyLayer, CollectedBody},
     error::{BoxError, ConfigError, TokenError},

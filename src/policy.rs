@@ -35,6 +35,7 @@ pub struct RefreshPolicy {
     max_keys: usize,
     extended_lifetime: bool,
     keep_warm: bool,
+    name: &'static str,
 }
 
 impl RefreshPolicy {
@@ -52,6 +53,7 @@ impl RefreshPolicy {
             max_keys: 16_384,
             extended_lifetime: false,
             keep_warm: false,
+            name: "default",
         }
     }
 
@@ -154,6 +156,16 @@ impl RefreshPolicy {
         self
     }
 
+    /// Sets the name of the cache in spans and metrics: default `default`.
+    ///
+    /// Metrics of caches with the same name are one: counters add up, and gauges show the cache that has changed last.
+    /// It is static, since each name makes new time series of all metrics.
+    #[must_use]
+    pub const fn name(mut self, name: &'static str) -> Self {
+        self.name = name;
+        self
+    }
+
     /// When the token of `response` is due and when it dies, counted from when it was asked for.
     ///
     /// `first` tells whether it is the first one of this cache. One sample of chance per token.
@@ -241,6 +253,10 @@ impl RefreshPolicy {
 
     pub(crate) fn key_limit(&self) -> usize {
         self.max_keys
+    }
+
+    pub(crate) fn cache_name(&self) -> &'static str {
+        self.name
     }
 
     pub(crate) fn stays_warm(&self) -> bool {

@@ -12,6 +12,7 @@ use crate::{
     cache::Watched,
     settings::Settings,
     source::TokenRequest,
+    telemetry::Requests,
     time::Coarse,
     token::{AccessToken, TokenId},
 };
@@ -26,6 +27,7 @@ pub(crate) struct Ready {
     watched: Watched,
     /// When the token is due or dead by the wall clock.
     until: Coarse,
+    pub(crate) requests: Requests,
     pub(crate) settings: Arc<Settings>,
 }
 
@@ -41,6 +43,7 @@ impl Ready {
             mark: Mark::new(&token, &settings),
             watched: settings.cache.watched().clone(),
             until: token.coarsely_until(),
+            requests: settings.cache.meters().requests(),
             token,
             settings,
         })
@@ -198,6 +201,7 @@ impl Door {
                 if self.sharing == Sharing::Uncalled {
                     self.sharing = Sharing::Called;
                 }
+                ready.requests.fresh(&ready.token);
                 Some(ready)
             }
             _ => None,
@@ -209,6 +213,7 @@ impl Door {
         if request.is_some() {
             let settings = self.settings();
             let token = settings.cache.attach(request)?;
+            settings.cache.meters().requests().looked(&token);
             return Some(Pass {
                 header: token.header_value().clone(),
                 mark: Mark::new(&token, settings),
@@ -230,6 +235,7 @@ impl Door {
                 ready
             }
         };
+        ready.requests.looked(&ready.token);
         Some(ready.pass(keep))
     }
 

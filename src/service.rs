@@ -164,6 +164,7 @@ impl<S, R> BearerAuth<S, R> {
         if request.extension::<WithoutToken>().is_some()
             || (settings.keep_existing && request.headers().contains_key(AUTHORIZATION))
         {
+            settings.cache.meters().requests().bare();
             return Ok(None);
         }
         // What is no URI cannot be sent: the error is the inner service's.
@@ -172,8 +173,14 @@ impl<S, R> BearerAuth<S, R> {
         };
         match settings.origins.judge(&uri) {
             Passage::Carry => {}
-            Passage::Bare => return Ok(None),
-            Passage::Refuse => return Err(Obstacle::Refused(origin::refusal(&uri))),
+            Passage::Bare => {
+                settings.cache.meters().requests().bare();
+                return Ok(None);
+            }
+            Passage::Refuse => {
+                settings.cache.meters().requests().refused();
+                return Err(Obstacle::Refused(origin::refusal(&uri)));
+            }
         }
         let pass = self.door.pass(request.extension(), keep);
         pass.map(Some).ok_or(Obstacle::NoToken)

@@ -199,7 +199,6 @@ impl AccessToken {
         self.0.due
     }
 
-    #[cfg(test)]
     pub(crate) fn expiry(&self) -> Deadline {
         self.0.expiry
     }
@@ -207,6 +206,11 @@ impl AccessToken {
     /// Whether the token is alive for longer than `span` from `now`.
     pub(crate) fn outlives(&self, span: Duration, now: Now) -> bool {
         self.0.expiry.remaining(now) > span
+    }
+
+    /// Until when the token counts while the token endpoint fails, if longer than otherwise.
+    pub(crate) fn extended(&self) -> Option<Deadline> {
+        self.0.extended
     }
 
     /// Whether the token has died since it arrived.

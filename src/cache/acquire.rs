@@ -17,6 +17,7 @@ use super::{
 use crate::{
     error::{Kind, TokenError},
     policy,
+    telemetry::Wait,
     time::Now,
     token::AccessToken,
 };
@@ -34,6 +35,7 @@ pin_project! {
         fallback: Option<AccessToken>,
         #[pin]
         waiter: Option<Waiter>,
+        wait: Option<Wait>,
         // How many more flights may be looked for.
         looks: u8,
     }
@@ -46,6 +48,7 @@ impl Acquire {
             found: None,
             fallback: None,
             waiter: None,
+            wait: None,
             looks: LOOKS,
         }
     }
@@ -69,14 +72,21 @@ impl Future for Acquire {
             if let Some(waiter) = this.waiter.as_mut().as_pin_mut() {
                 let end = ready!(waiter.poll(cx));
                 this.waiter.set(None);
-                match (end, this.fallback.take()) {
-                    (Some(End::Done(token)), _) => return Poll::Ready(Ok(token)),
+                let (outcome, result) = match (end, this.fallback.take()) {
+                    (Some(End::Done(token)), _) => ("token", Some(Ok(token))),
                     // Refused by the API, but not by all of it, and better than nothing.
-                    (_, Some(fallback)) => return Poll::Ready(Ok(fallback)),
-                    (Some(End::Failed(error)), None) => {
-                        return Poll::Ready(this.entry.last_resort().ok_or(error));
-                    }
-                    (Some(End::Abandoned) | None, None) => {}
+                    (_, Some(fallback)) => ("old_token", Some(Ok(fallback))),
+                    (Some(End::Failed(error)), None) => match this.entry.last_resort() {
+                        Some(token) => ("old_token", Some(Ok(token))),
+                        None => ("failed", Some(Err(error))),
+                    },
+                    (Some(End::Abandoned) | None, None) => ("lost", None),
+                };
+                if let Some(mut wait) = this.wait.take() {
+                    wait.end(outcome);
+                }
+                if let Some(result) = result {
+                    return Poll::Ready(result);
                 }
             }
             let (flight, fallback) = match this.found.take() {
@@ -94,7 +104,10 @@ impl Future for Acquire {
                 }
             };
             match wait_for(&flight, fallback.is_some(), this.entry) {
-                Ok(waiter) => this.waiter.set(Some(waiter)),
+                Ok(waiter) => {
+                    this.waiter.set(Some(waiter));
+                    *this.wait = Some(this.entry.wait_for(&flight));
+                }
                 Err(error) => return Poll::Ready(fallback.ok_or(error)),
             }
             *this.fallback = fallback;

@@ -11,6 +11,7 @@ use super::{gate::SharedGate, watch::Watched};
 use crate::{
     source::{ErasedSource, SharedSource},
     sync::Mutex,
+    telemetry,
     time::Now,
 };
 
@@ -73,6 +74,9 @@ impl Endpoint {
         let is_renewed = || self.source().has_new_credentials();
         if held.is_some() && panic::catch_unwind(AssertUnwindSafe(is_renewed)).unwrap_or(false) {
             let forgotten = self.gate.lock().renew(now);
+            if forgotten.is_some() {
+                telemetry::gate_opened("new_credentials");
+            }
             drop(forgotten);
         }
     }

@@ -10,8 +10,9 @@ use std::{
 
 use arc_swap::ArcSwapOption;
 use fastrand::Rng;
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, time::Instant};
 use tokio_util::sync::CancellationToken;
+use tracing::Span;
 
 use super::{
     acquire::Acquire,
@@ -20,13 +21,16 @@ use super::{
     gate::{KeyId, SharedGate},
     registry,
     state::{Decision, Plan, Refusal, State},
+    status::{Status, TokenState},
+    teller::{Landing, News, Teller},
     watch::Watched,
 };
 use crate::{
     error::{Kind, TokenError},
     policy::RefreshPolicy,
-    source::{ErasedSource, Revocation, TokenRequest},
+    source::{ErasedSource, Revocation, TokenRequest, TokenResponse},
     sync::Mutex,
+    telemetry::{self, Decided, Wait},
     time::{Deadline, Now},
     token::{self, AccessToken},
 };
@@ -47,6 +51,7 @@ pub(crate) struct Entry {
     /// Written with the state locked, so that it follows the state in order.
     hot: ArcSwapOption<token::Inner>,
     pub(super) state: Mutex<State<Arc<Flight>>>,
+    teller: Teller,
 }
 
 /// What a caller who can wait for a token gets.
@@ -99,6 +104,7 @@ impl Entry {
         policy: Arc<RefreshPolicy>,
         closing: CancellationToken,
         watching: CancellationToken,
+        news: Arc<News>,
     ) -> Arc<Self> {
         static IDS: AtomicU64 = AtomicU64::new(0);
         let id: KeyId = IDS.fetch_add(1, Ordering::Relaxed);
@@ -109,6 +115,7 @@ impl Entry {
             closing,
             watching,
             hot: ArcSwapOption::empty(),
+            teller: Teller::new(news, request.clone()),
             state: Mutex::new(State::new(id, request, Arc::clone(&policy), Rng::new())),
             policy,
         });
@@ -129,6 +136,36 @@ impl Entry {
 
     pub(super) fn source(&self) -> &dyn ErasedSource {
         self.endpoint.source()
+    }
+
+    pub(super) fn teller(&self) -> &Teller {
+        &self.teller
+    }
+
+    /// Opens the span of a flight that is about to start.
+    pub(super) fn depart(&self, flight: &Flight, plan: &Plan) -> Span {
+        self.teller.departs(flight, plan, self.source().grant())
+    }
+
+    /// Takes note that somebody waits for `flight`.
+    pub(super) fn wait_for(&self, flight: &Flight) -> Wait {
+        let meters = self.teller.meters().clone();
+        Wait::begin(meters, flight.number(), flight.span(), Instant::now())
+    }
+
+    /// Counts what a call of the source came to.
+    pub(super) fn attempt_ended(
+        &self,
+        refreshing: bool,
+        answer: &Result<TokenResponse, TokenError>,
+    ) {
+        let own = self.source().grant();
+        let response = answer.as_ref().ok();
+        let grant = response.and_then(|response| response.grant).unwrap_or(own);
+        // Another source does with the refresh token what it likes.
+        let refreshing = refreshing && own == telemetry::CLIENT_CREDENTIALS;
+        let error = answer.as_ref().err();
+        self.teller.meters().attempt_ended(grant, refreshing, error);
     }
 
     pub(super) fn is_plain(&self) -> bool {
@@ -180,13 +217,17 @@ impl Entry {
         if let Some(error) = self.settled_error() {
             return Found::Error(error);
         }
-        self.look(|mut view| match (view.acquire(), view.obstacle) {
+        let mut begins_to_fail = None;
+        let found = self.look(|mut view| match (view.acquire(), view.obstacle) {
             (_, Some(Kind::ShutDown)) => {
                 (Found::Error(TokenError::new(Kind::ShutDown, false)), None)
             }
             (Decision::Use(token), _) => (Found::Token(token), None),
             (Decision::UseAndStart(token), _) => (Found::Token(token), view.start_if_possible()),
-            (Decision::Fail(error), _) => (Found::Error(error), None),
+            (Decision::Fail(error), _) => {
+                begins_to_fail = view.state.begins_to_fail(view.shared, view.now);
+                (Found::Error(error), None)
+            }
             // Without a runtime there is neither a task for the flight nor a timer for its waiter.
             (Decision::Join(_, Some(token)), Some(_)) => (Found::Token(token), None),
             (Decision::Start | Decision::Join(..), Some(kind)) => {
@@ -197,7 +238,11 @@ impl Entry {
                 let start = view.start();
                 (Found::Flight(Arc::clone(&start.flight), None), Some(start))
             }
-        })
+        });
+        if let (Found::Error(error), Some(retry_in)) = (&found, begins_to_fail) {
+            self.teller.requests_failing(error, retry_in);
+        }
+        found
     }
 
     /// Starts the flight that is due, for nobody in particular.
@@ -285,16 +330,31 @@ impl Entry {
             let entry = Arc::clone(self);
             Remedy::Wait(Joined { entry, flight })
         };
-        self.look(|mut view| {
+        let name = complaint.name();
+        let mut decided = Decided::Passed;
+        let remedy = self.look(|mut view| {
             let start = match (view.refused(token, &complaint), view.obstacle) {
-                (Refusal::Replay(token), _) => return (Remedy::Token(token), None),
-                (Refusal::Join(flight), None) => return (join(flight), None),
+                (Refusal::Replay(token), _) => {
+                    decided = Decided::Replay;
+                    return (Remedy::Token(token), None);
+                }
+                (Refusal::Join(flight), None) => {
+                    decided = Decided::Joined;
+                    return (join(flight), None);
+                }
                 (Refusal::Start, None) => view.start_forced(complaint),
                 (Refusal::Refresh, None) => view.start(),
                 _ => return (Remedy::Nothing, None),
             };
+            decided = Decided::Started;
             (join(Arc::clone(&start.flight)), Some(start))
-        })
+        });
+        let flight = match &remedy {
+            Remedy::Wait(joined) => Some(joined.flight.number()),
+            Remedy::Token(_) | Remedy::Nothing => None,
+        };
+        self.teller.refused(name, decided, flight);
+        remedy
     }
 
     /// Takes what came of `flight` and tells its waiters; forgets it if the flight was given up.
@@ -308,10 +368,16 @@ impl Entry {
         let mut state = self.state.lock();
         let mut shared = self.endpoint.gate.lock();
         let _remembered = state.remembered(&shared);
-        let mut retry_in = None;
+        let mut landing = Landing {
+            now,
+            grant: self.source().grant(),
+            before: state.trouble(),
+            failing: None,
+        };
         let end = match outcome {
             Outcome::Granted(mut response, sent) => {
                 let not_before = response.not_before_policy;
+                landing.grant = response.grant.unwrap_or(landing.grant);
                 // An answer that says nothing of it says nothing against its own token.
                 response
                     .not_before_policy
@@ -323,8 +389,9 @@ impl Entry {
                 token.map(End::Done)
             }
             Outcome::Failed(_) | Outcome::Lost => {
-                retry_in = state.failed(&mut shared, flight, error.as_ref(), now);
-                retry_in.map(|_| error.clone().map_or(End::Abandoned, End::Failed))
+                let shut = state.failed(&mut shared, flight, error.as_ref(), now);
+                landing.failing = shut.map(|_| state.failing(&shared, now));
+                shut.map(|_| error.clone().map_or(End::Abandoned, End::Failed))
             }
         };
         self.publish(&state);
@@ -332,7 +399,7 @@ impl Entry {
         drop(state);
         if let Some(end) = end {
             flight.end(end.clone());
-            end.report(retry_in);
+            self.teller.landed(flight, &end, &landing);
         }
     }
 
@@ -340,13 +407,17 @@ impl Entry {
     ///
     /// The cache is to be `closing` by then, so that no other flight starts.
     pub(super) fn close(&self) -> Revocation {
+        let now = Now::read();
         let mut state = self.state.lock();
-        let (flight, revocation) = state.close_for_good(Now::read());
+        let (flight, revocation) = state.close_for_good(now);
         self.publish(&state);
         drop(state);
         if let Some(flight) = flight {
-            flight.end(End::Failed(TokenError::new(Kind::ShutDown, false)));
+            let end = End::Failed(TokenError::new(Kind::ShutDown, false));
+            flight.end(end.clone());
+            self.teller.landed(&flight, &end, &self.gone(now));
         }
+        self.teller.opened();
         revocation
     }
 
@@ -359,6 +430,7 @@ impl Entry {
         let mut shared = self.endpoint.gate.lock();
         let void = state.heed_not_before(self.endpoint.not_before());
         let overdue = state.give_up_overdue(&mut shared, now);
+        let failing = overdue.as_ref().map(|_| state.failing(&shared, now));
         let obstacle = match &runtime {
             _ if self.closing.is_cancelled() => Some(Kind::ShutDown),
             Some(_) => None,
@@ -380,9 +452,55 @@ impl Entry {
         }
         if let Some(flight) = overdue {
             flight.end(End::Abandoned);
-            End::Abandoned.report(None);
+            let landing = Landing {
+                failing,
+                ..self.gone(now)
+            };
+            self.teller.landed(&flight, &End::Abandoned, &landing);
         }
         found
+    }
+
+    /// What there is to tell of a flight that brought nothing.
+    fn gone(&self, now: Now) -> Landing {
+        Landing {
+            now,
+            grant: self.source().grant(),
+            before: None,
+            failing: None,
+        }
+    }
+
+    /// How it is now.
+    pub(super) fn status(&self) -> Status {
+        let now = Now::read();
+        let state = self.state.lock();
+        let shared = self.endpoint.gate.lock();
+        let seen = state.snapshot(&shared, self.endpoint.not_before(), now);
+        drop(shared);
+        drop(state);
+        let token = seen.token.as_ref();
+        let since = |then: Instant| now.monotonic.saturating_duration_since(then);
+        Status {
+            request: self.teller.request().clone(),
+            state: match self.closing.is_cancelled() {
+                true => TokenState::ShutDown,
+                false => seen.state,
+            },
+            usable_until: token.and_then(AccessToken::usable_until),
+            expires_in: token.map(|token| token.expiry().remaining(now)),
+            due_in: token.map(|token| token.fresh_until().remaining(now)),
+            age: token
+                .and(seen.succeeded)
+                .map(|succeeded| since(succeeded.monotonic)),
+            last_success: seen.succeeded.map(|succeeded| succeeded.wall),
+            failures: seen.failures,
+            failing_for: seen.trouble.map(|trouble| since(trouble.since)),
+            last_error: seen.error,
+            retry_in: seen.opens.map(|opens| opens.remaining(now)),
+            flight: seen.flight.as_ref().map(|flight| flight.number()),
+            waiters: seen.flight.as_ref().map_or(0, |flight| flight.waiters()),
+        }
     }
 
     /// Shows the hot path the token that `state` holds.
@@ -471,6 +589,14 @@ pub(crate) enum Complaint {
 }
 
 impl Complaint {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Invalid => "invalid_token",
+            Self::Claims(_) => "missing_claims",
+            Self::Unexplained => "unexplained",
+        }
+    }
+
     fn names_token(&self) -> bool {
         !matches!(self, Self::Unexplained)
     }

@@ -21,9 +21,11 @@ use std::{
     panic::{self, AssertUnwindSafe},
     pin::{Pin, pin},
     ptr,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll, Waker, ready},
-    time::Duration,
 };
 
 use fastrand::Rng;
@@ -33,13 +35,14 @@ use tokio::{
     runtime::Handle,
     time::{self, Instant, Sleep},
 };
+use tracing::Instrument;
 
 use super::{entry::Entry, state::Plan, watch};
 use crate::{
     error::{Kind, TokenError},
     source::{Fetch, TokenResponse},
     sync::Mutex,
-    telemetry,
+    telemetry::{self, FlightSpan},
     time::Now,
     token::AccessToken,
 };
@@ -47,8 +50,11 @@ use crate::{
 /// One fetch in progress, or ended.
 #[derive(Debug)]
 pub(crate) struct Flight {
+    /// Tells it from every other one of this process.
+    number: u64,
     /// When its waiters give it up.
     overdue: Instant,
+    span: FlightSpan,
     inner: Mutex<Inner>,
 }
 
@@ -83,28 +89,28 @@ pub(crate) enum Outcome {
     Lost,
 }
 
-impl End {
-    /// Emits the event of this end; after a failure no other flight starts for `retry_in`.
-    pub(crate) fn report(&self, retry_in: Option<Duration>) {
-        match self {
-            Self::Done(token) => {
-                telemetry::token_received(token);
-                if token.missing_scopes().next().is_some() {
-                    telemetry::scope_narrowed(token);
-                }
-            }
-            Self::Failed(error) => telemetry::flight_failed(error, retry_in),
-            Self::Abandoned => telemetry::flight_lost(),
-        }
-    }
-}
-
 impl Flight {
     pub(crate) fn new(overdue: Instant) -> Arc<Self> {
+        static NUMBERS: AtomicU64 = AtomicU64::new(1);
         Arc::new(Self {
+            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
             overdue,
+            span: FlightSpan::new(),
             inner: Mutex::new(Inner::default()),
         })
+    }
+
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
+    pub(crate) fn span(&self) -> &FlightSpan {
+        &self.span
+    }
+
+    /// How many wait for it.
+    pub(crate) fn waiters(&self) -> usize {
+        self.inner.lock().waiters.len()
     }
 
     /// Ends the flight and wakes its waiters, unless it has ended before.
@@ -247,12 +253,17 @@ impl Future for Waiter {
 pub(crate) fn launch(runtime: &Handle, entry: Arc<Entry>, flight: Arc<Flight>, plan: Plan) {
     let ending = Ending { entry, flight };
     let closing = ending.entry.closing().clone();
+    // Within the span of whoever starts the flight, and with its end provided for: a subscriber may panic.
+    let span = ending.entry.depart(&ending.flight, &plan);
     runtime.spawn(closing.run_until_cancelled_owned(async move {
-        telemetry::flight_started(plan.forced, plan.delay);
-        let outcome = fly(&ending, plan).await;
         let entry = Arc::clone(&ending.entry);
-        entry.land(&ending.flight, outcome);
-        drop(ending);
+        let flown = async {
+            entry.teller().started(&ending.flight, &plan);
+            let outcome = fly(&ending, plan).await;
+            entry.land(&ending.flight, outcome);
+            drop(ending);
+        };
+        flown.instrument(span).await;
         if entry.is_plain() {
             let watching = entry.watching().clone();
             watching.run_until_cancelled(watch::keep(entry)).await;
@@ -317,6 +328,7 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
     let mut attempt = 1;
     loop {
         let sent = Now::read();
+        let refreshing = plan.refresh_token.is_some();
         let fetch = Fetch {
             attempt,
             timeout: policy.attempt_limit(),
@@ -324,7 +336,10 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
             request: plan.request.clone(),
             claims: plan.claims.clone(),
         };
-        let error = match ending.ask(fetch, plan.deadline).await {
+        telemetry::attempt_started(attempt);
+        let answer = ending.ask(fetch, plan.deadline).await;
+        ending.entry.attempt_ended(refreshing, &answer);
+        let error = match answer {
             Ok(response) => {
                 if response.expires_in.is_none() {
                     telemetry::lifetime_assumed(policy.assumed_lifetime());
@@ -341,7 +356,10 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
         if !retry || attempt >= plan.attempts {
             return Outcome::Failed(error);
         }
-        telemetry::attempt_failed(attempt, &error);
+        ending
+            .entry
+            .teller()
+            .attempt_failed(&ending.flight, attempt, &error);
         time::sleep(policy.pause(attempt, &mut Rng::new())).await;
         attempt += 1;
     }
@@ -458,13 +476,15 @@ mod tests {
 /// Models of the races, for `loom`: each execution order of the threads is tried.
 #[cfg(all(test, tower_bearer_loom))]
 mod models {
+    use std::time::Duration;
+
     use loom::{future::block_on, thread};
 
     use super::*;
     use tokio_util::sync::CancellationToken;
 
     use crate::{
-        cache::{endpoint::Endpoint, gate::SharedGate, state::Decision},
+        cache::{endpoint::Endpoint, gate::SharedGate, state::Decision, teller::News},
         policy::RefreshPolicy,
         source::{SharedSource, TokenRequest, source_fn},
     };
@@ -478,6 +498,7 @@ mod models {
             Arc::new(RefreshPolicy::new()),
             CancellationToken::new(),
             CancellationToken::new(),
+            News::new(&RefreshPolicy::new()),
         )
     }
 

@@ -220,6 +220,11 @@ impl OwnGate {
             .is_none_or(|shared| shared.gate.is_lenient(now))
     }
 
+    /// Whether the shared gate holds this key back.
+    pub(crate) fn is_bound(&self, shared: &SharedGate) -> bool {
+        self.binding(shared).is_some()
+    }
+
     pub(crate) fn failures(&self, shared: &SharedGate) -> u32 {
         let shared = self.binding(shared).map(|shared| shared.gate.failures);
         self.gate.failures.max(shared.unwrap_or_default())

@@ -9,12 +9,11 @@ use std::{
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{endpoint::Endpoint, entry::Entry};
+use super::{endpoint::Endpoint, entry::Entry, teller::News};
 use crate::{
     error::{Kind, TokenError},
     policy::RefreshPolicy,
     source::TokenRequest,
-    telemetry,
     time::Now,
 };
 
@@ -29,6 +28,7 @@ pub(super) struct Keys {
     closing: CancellationToken,
     /// Cancelled with the last handle on the cache: what is watched is of no use to anybody then.
     watching: CancellationToken,
+    news: Arc<News>,
     map: RwLock<Map>,
 }
 
@@ -47,12 +47,14 @@ impl Keys {
         endpoint: Arc<Endpoint>,
         closing: CancellationToken,
         watching: CancellationToken,
+        news: Arc<News>,
     ) -> Self {
         Self {
             policy,
             endpoint,
             closing,
             watching,
+            news,
             map: RwLock::default(),
         }
     }
@@ -86,13 +88,19 @@ impl Keys {
                 Arc::clone(&self.policy),
                 self.closing.clone(),
                 self.watching.clone(),
+                Arc::clone(&self.news),
             );
             map.entries.insert(request.clone(), Arc::clone(&entry));
             entry
         });
+        let count = map.entries.len();
         drop(map);
+        self.news.meters().keys(count as i64);
+        if let Some(evicted) = evicted.as_ref().filter(|evicted| !evicted.is_empty()) {
+            self.news.keys_evicted(evicted.len());
+        }
         if full && evicted.is_some() {
-            telemetry::keys_full(limit);
+            self.news.keys_full(limit);
         }
         // Dropped here, since entries hold errors and sources, which are foreign code.
         drop(evicted);
@@ -102,7 +110,18 @@ impl Keys {
     /// Takes all entries out.
     pub(super) fn take(&self) -> Vec<Arc<Entry>> {
         let map = std::mem::take(&mut *self.write());
+        self.news.meters().keys(0);
         map.entries.into_values().collect()
+    }
+
+    /// Up to `limit` of the entries, in no particular order.
+    pub(super) fn some(&self, limit: usize) -> Vec<Arc<Entry>> {
+        let map = self.read();
+        map.entries.values().take(limit).cloned().collect()
+    }
+
+    pub(super) fn news(&self) -> &News {
+        &self.news
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Map> {
@@ -117,6 +136,8 @@ impl Keys {
 impl Drop for Keys {
     fn drop(&mut self) {
         self.watching.cancel();
+        self.news.bus().close();
+        self.news.meters().keys(0);
     }
 }
 
@@ -174,11 +195,13 @@ mod tests {
         let source = source_fn(|_| async { Err(TokenError::transient("not asked")) });
         let endpoint = Arc::new(Endpoint::new(SharedSource::new(source)));
         let policy = Arc::new(RefreshPolicy::new().max_keys(limit));
+        let news = News::new(&policy);
         Keys::new(
             policy,
             endpoint,
             CancellationToken::new(),
             CancellationToken::new(),
+            news,
         )
     }
 

@@ -3,6 +3,7 @@
 mod acquire;
 mod endpoint;
 mod entry;
+mod events;
 mod flight;
 mod gate;
 mod keys;
@@ -12,6 +13,8 @@ mod laws;
 mod preset;
 mod registry;
 mod state;
+mod status;
+mod teller;
 mod watch;
 
 use std::{fmt, sync::Arc};
@@ -25,11 +28,16 @@ pub(crate) use self::{
     registry::refused,
     watch::Watched,
 };
-use self::{endpoint::Endpoint, entry::Entry, keys::Keys};
+use self::{endpoint::Endpoint, entry::Entry, keys::Keys, teller::News};
+pub use self::{
+    events::{Events, TokenEvent},
+    status::{Status, TokenState},
+};
 use crate::{
     error::{Kind, TokenError},
     policy::RefreshPolicy,
     source::{Revocation, SharedSource, TokenRequest, TokenSource},
+    telemetry::{self, Meters},
     token::AccessToken,
 };
 
@@ -85,14 +93,17 @@ impl TokenCache {
         let policy = Arc::new(policy);
         let closing = CancellationToken::new();
         let watching = CancellationToken::new();
+        let news = News::new(&policy);
         let keys = Keys::new(
             Arc::clone(&policy),
             Arc::clone(&endpoint),
             closing.clone(),
             watching.clone(),
+            Arc::clone(&news),
         );
+        let plain = TokenRequest::new();
         Self {
-            plain: Entry::new(TokenRequest::new(), endpoint, policy, closing, watching),
+            plain: Entry::new(plain, endpoint, policy, closing, watching, news),
             keys: Arc::new(keys),
         }
     }
@@ -161,7 +172,57 @@ impl TokenCache {
     /// the cooldown, after a failed token request whose retry is not due, and without a tokio runtime,
     /// nothing happens.
     pub fn invalidate(&self, token: &AccessToken) {
+        telemetry::invalidated();
         self.refused(token, Complaint::Invalid);
+    }
+
+    /// Returns how the token is, and the requests for it: for a health endpoint.
+    ///
+    /// Causes no token request.
+    pub fn status(&self) -> Status {
+        self.plain.status()
+    }
+
+    /// Returns how the token for what `request` names is; `None` if nobody has asked for it, or not for long.
+    ///
+    /// Causes no token request.
+    pub fn status_for(&self, request: &TokenRequest) -> Option<Status> {
+        Some(self.entry(request)?.status())
+    }
+
+    /// Returns how tokens are: the one for nothing in particular first, and then those of up to `limit`
+    /// [`TokenRequest`]s, in no particular order.
+    ///
+    /// Causes no token request. Each one is looked at by itself, so they are not of one moment.
+    pub fn statuses(&self, limit: usize) -> Vec<Status> {
+        let keyed = self.keys.some(limit);
+        let keyed = keyed.iter().map(|entry| entry.status());
+        std::iter::once(self.status()).chain(keyed).collect()
+    }
+
+    /// Returns a stream of what happens from now on, to all tokens of the cache.
+    ///
+    /// It keeps neither the cache alive nor anybody waiting: a listener that is more than 256 events behind misses
+    /// some, and is told how many. Nothing is made for nobody: without a listener, an event costs a look.
+    ///
+    /// ```
+    /// use tower_bearer::{TokenCache, TokenEvent, TokenResponse, source_fn};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tower_bearer::TokenError> {
+    /// let cache = TokenCache::new(source_fn(|_| async { TokenResponse::new("mF_9.B5f-4.1JqM") }));
+    /// let mut events = cache.events();
+    /// cache.get().await?;
+    /// drop(cache);
+    ///
+    /// assert!(matches!(events.next().await, Some(TokenEvent::FlightStarted { .. })));
+    /// assert!(matches!(events.next().await, Some(TokenEvent::TokenReceived { .. })));
+    /// assert!(events.next().await.is_none());
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn events(&self) -> Events {
+        self.keys.news().bus().listen()
     }
 
     /// Ends all background work: token requests under way, and the watch over tokens that are
@@ -227,6 +288,7 @@ impl TokenCache {
 
     /// Ends everything and returns what may be revoked.
     fn close(&self) -> Vec<(Arc<Entry>, Revocation)> {
+        let is_first = !self.is_closed();
         self.plain.closing().cancel();
         // The plain one first: its token is the one that services hold on to.
         let mut entries = vec![Arc::clone(&self.plain)];
@@ -237,6 +299,9 @@ impl TokenCache {
             if revocation.refresh_token.is_some() || revocation.access_token.is_some() {
                 revocations.push((entry, revocation));
             }
+        }
+        if is_first {
+            self.keys.news().shut_down();
         }
         revocations
     }
@@ -270,6 +335,11 @@ impl TokenCache {
             Some(entry) => entry.refused(token, complaint),
             None => Remedy::Nothing,
         }
+    }
+
+    /// What is measured of this cache.
+    pub(crate) fn meters(&self) -> &Meters {
+        self.plain.teller().meters()
     }
 
     pub(crate) fn is_closed(&self) -> bool {

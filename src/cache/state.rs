@@ -20,11 +20,15 @@ use std::{sync::Arc, time::Duration};
 use fastrand::Rng;
 use tokio::time::Instant;
 
-use super::gate::{KeyId, OwnGate, SharedGate};
+use super::{
+    gate::{KeyId, OwnGate, SharedGate},
+    status::TokenState,
+};
 use crate::{
     error::TokenError,
     policy::{self, RefreshPolicy},
     source::{RefreshToken, Revocation, TokenRequest, TokenResponse},
+    telemetry::Failing,
     time::{Deadline, Now},
     token::AccessToken,
 };
@@ -49,6 +53,9 @@ pub(crate) struct State<F> {
     flight: Option<OnRecord<F>>,
     /// How many flights have been on record.
     flights: u64,
+    /// When the last one succeeded.
+    succeeded: Option<Now>,
+    trouble: Option<Trouble>,
     gate: OwnGate,
     cooldown: Cooldown,
 }
@@ -60,6 +67,29 @@ struct OnRecord<F> {
     overdue: Instant,
     began: Instant,
     forced: bool,
+}
+
+/// The flights that have failed since the last one that succeeded.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Trouble {
+    /// When the first one of them failed.
+    pub(crate) since: Instant,
+    pub(crate) failures: u32,
+    /// Whether it was told that requests fail.
+    told: bool,
+}
+
+/// How it is at one moment.
+#[derive(Debug)]
+pub(crate) struct Snapshot<F> {
+    pub(crate) state: TokenState,
+    pub(crate) token: Option<AccessToken>,
+    pub(crate) succeeded: Option<Now>,
+    pub(crate) trouble: Option<Trouble>,
+    pub(crate) failures: u32,
+    pub(crate) error: Option<TokenError>,
+    pub(crate) opens: Option<Deadline>,
+    pub(crate) flight: Option<F>,
 }
 
 /// What a caller who wants a token does.
@@ -101,6 +131,8 @@ pub(crate) struct Plan {
     pub(crate) deadline: Instant,
     pub(crate) attempts: u32,
     pub(crate) forced: bool,
+    /// How many flights have failed in a row before it.
+    pub(crate) failures: u32,
     pub(crate) refresh_token: Option<RefreshToken>,
     /// What the token is for.
     pub(crate) request: TokenRequest,
@@ -127,6 +159,8 @@ impl<F: Clone + PartialEq> State<F> {
             floor: None,
             flight: None,
             flights: 0,
+            succeeded: None,
+            trouble: None,
             gate: OwnGate::new(key),
             cooldown: Cooldown::default(),
         }
@@ -277,6 +311,8 @@ impl<F: Clone + PartialEq> State<F> {
         self.exempted = false;
         self.floor = Some(sent.after(policy::FLOOR));
         self.gate.open(shared, sent);
+        self.succeeded = Some(now);
+        self.trouble = None;
         Some(token)
     }
 
@@ -290,6 +326,12 @@ impl<F: Clone + PartialEq> State<F> {
         now: Now,
     ) -> Option<Duration> {
         let began = self.close(flight, now)?;
+        let trouble = self.trouble.get_or_insert(Trouble {
+            since: now.monotonic,
+            failures: 0,
+            told: false,
+        });
+        trouble.failures = trouble.failures.saturating_add(1);
         let (policy, rng) = (&self.policy, &mut self.rng);
         Some(self.gate.shut(shared, policy, error, rng, began, now))
     }
@@ -351,6 +393,60 @@ impl<F: Clone + PartialEq> State<F> {
             self.gate.own_remembered().cloned(),
             shared.remembered().cloned(),
         ]
+    }
+
+    /// The flights that have failed since the last one that succeeded.
+    pub(crate) fn trouble(&self) -> Option<Trouble> {
+        self.trouble
+    }
+
+    /// What a flight that has failed just now leaves behind. Takes note that it is told.
+    pub(crate) fn failing(&mut self, shared: &SharedGate, now: Now) -> Failing {
+        let attachable = self.attachable(now).map(|token| token.expiry());
+        let extended = || self.last_resort(shared, now)?.extended();
+        let usable_for = attachable
+            .or_else(extended)
+            .map(|until| until.remaining(now));
+        let failures = self.trouble.as_mut().map_or(0, |trouble| {
+            trouble.told |= usable_for.is_none();
+            trouble.failures
+        });
+        Failing {
+            failures,
+            usable_for,
+            retry_in: remaining(self.gate.opens(shared), now),
+            shared: self.gate.is_bound(shared),
+        }
+    }
+
+    /// Whether it is the first time since the last success that a caller fails, and for how long no flight starts.
+    pub(crate) fn begins_to_fail(&mut self, shared: &SharedGate, now: Now) -> Option<Duration> {
+        let trouble = self.trouble.as_mut().filter(|trouble| !trouble.told)?;
+        trouble.told = true;
+        Some(remaining(self.gate.opens(shared), now))
+    }
+
+    pub(crate) fn snapshot(&self, shared: &SharedGate, not_before: u64, now: Now) -> Snapshot<F> {
+        let token = self.token.clone();
+        let token = token.filter(|token| token.not_before() >= not_before);
+        let state = match &token {
+            None => TokenState::Missing,
+            Some(token) if token.is_alive(now) && self.rejected => TokenState::Refused,
+            Some(token) if token.is_alive(now) && token.is_due(now) => TokenState::Due,
+            Some(token) if token.is_alive(now) => TokenState::Fresh,
+            Some(_) if self.last_resort(shared, now).is_some() => TokenState::Extended,
+            Some(_) => TokenState::Expired,
+        };
+        Snapshot {
+            state,
+            token,
+            succeeded: self.succeeded,
+            trouble: self.trouble,
+            failures: self.gate.failures(shared),
+            error: self.gate.remembered(shared).cloned(),
+            opens: self.gate.opens(shared).filter(|opens| !opens.has_come(now)),
+            flight: self.flight.as_ref().map(|record| record.flight.clone()),
+        }
     }
 
     /// How many flights have been on record.
@@ -424,6 +520,7 @@ impl<F: Clone + PartialEq> State<F> {
             deadline,
             attempts,
             forced,
+            failures: self.trouble.map_or(0, |trouble| trouble.failures),
             refresh_token,
             request: self.request.clone(),
             claims: None,

@@ -440,7 +440,10 @@ impl TokenSource for ClientCredentials {
                         .await
                         .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout, true)));
                 match refreshed {
-                    Ok(response) => response,
+                    Ok(response) => TokenResponse {
+                        grant: Some(telemetry::REFRESH_TOKEN),
+                        ..response
+                    },
                     Err(error) => {
                         telemetry::refresh_token_failed(&error);
                         self.grant(&asked, endpoints).await?
@@ -488,6 +491,10 @@ impl TokenSource for ClientCredentials {
 
     fn has_new_credentials(&self) -> bool {
         self.inner.refused.has_changed(Instant::now())
+    }
+
+    fn grant(&self) -> &'static str {
+        telemetry::CLIENT_CREDENTIALS
     }
 }
 

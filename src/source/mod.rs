@@ -77,6 +77,14 @@ pub trait TokenSource: Send + Sync + 'static {
     fn has_new_credentials(&self) -> bool {
         false
     }
+
+    /// Returns the name of the grant for spans and metrics: `custom` by default.
+    ///
+    /// Names are static, since each one makes new time series. `refresh_token` is for what the cache's own source
+    /// does with refresh tokens.
+    fn grant(&self) -> &'static str {
+        "custom"
+    }
 }
 
 impl<T: TokenSource> TokenSource for Arc<T> {
@@ -96,6 +104,10 @@ impl<T: TokenSource> TokenSource for Arc<T> {
 
     fn has_new_credentials(&self) -> bool {
         T::has_new_credentials(self)
+    }
+
+    fn grant(&self) -> &'static str {
+        T::grant(self)
     }
 }
 
@@ -177,6 +189,8 @@ pub struct TokenResponse {
     pub(crate) not_before_policy: Option<u64>,
     /// When the request left, if the source knows better than the one who called it.
     pub(crate) sent: Option<Now>,
+    /// By which grant the token came, if not by the one that the source names.
+    pub(crate) grant: Option<&'static str>,
 }
 
 impl TokenResponse {
@@ -203,6 +217,7 @@ impl TokenResponse {
             ext_expires_in: None,
             not_before_policy: None,
             sent: None,
+            grant: None,
         })
     }
 

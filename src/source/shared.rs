@@ -79,6 +79,8 @@ pub(crate) trait ErasedSource: Send + Sync {
     fn revoke(&self, revocation: Revocation) -> BoxFuture<'_, ()>;
 
     fn has_new_credentials(&self) -> bool;
+
+    fn grant(&self) -> &'static str;
 }
 
 impl<T: TokenSource> ErasedSource for T {
@@ -92,5 +94,9 @@ impl<T: TokenSource> ErasedSource for T {
 
     fn has_new_credentials(&self) -> bool {
         TokenSource::has_new_credentials(self)
+    }
+
+    fn grant(&self) -> &'static str {
+        TokenSource::grant(self)
     }
 }

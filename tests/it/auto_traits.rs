@@ -18,8 +18,9 @@ use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_bearer::{
     AccessToken, AuthMethod, BearerAuth, BearerAuthLayer, BoxError, ClientCredentials,
     ClientCredentialsBuilder, CloneBody, CollectBody, CollectBodyFuture, CollectBodyLayer,
-    CollectedBody, ConfigError, Credential, EmptyBody, Fetch, Never, RefreshPolicy, RefreshToken,
-    ResponseFuture, SourceFn, TokenCache, TokenError, TokenResponse, TokenSource,
+    CollectedBody, ConfigError, Credential, EmptyBody, Events, Fetch, Never, RefreshPolicy,
+    RefreshToken, ResponseFuture, SourceFn, Status, TokenCache, TokenError, TokenEvent,
+    TokenResponse, TokenSource, TokenState,
 };
 
 use crate::support::AuthServer;
@@ -117,13 +118,17 @@ fn plain_types_are_send_and_sync() {
         ConfigError => ALL,
         Credential => ALL,
         EmptyBody => ALL,
+        Events => ALL,
         Fetch => ALL,
         Never => ALL,
         RefreshPolicy => ALL,
         RefreshToken => ALL,
+        Status => ALL,
         TokenCache => ALL,
         TokenError => ALL,
+        TokenEvent => ALL,
         TokenResponse => ALL,
+        TokenState => ALL,
         SourceFn<fn()> => ALL,
         SourceFn<Local> => [false, false, true],
         // It goes from a user's hand to `build` and holds what that made of it.

@@ -13,6 +13,7 @@ mod bodies;
 mod cancellation;
 mod client_auth;
 mod collect;
+mod events;
 mod guide;
 #[cfg(feature = "rustls")]
 mod hostile;
@@ -22,6 +23,9 @@ mod kept;
 mod keys;
 mod lifetimes;
 mod limits;
+mod log;
+#[cfg(feature = "metrics")]
+mod metrics;
 mod origins;
 mod outage;
 mod readiness;
@@ -31,6 +35,7 @@ mod server_hints;
 mod shutdown;
 mod single_flight;
 mod stack;
+mod status;
 mod support;
 #[cfg(feature = "test-util")]
 mod test_util;

@@ -30,7 +30,7 @@ use tracing_subscriber::{
     layer::SubscriberExt,
 };
 
-use crate::support::{INVALID_TOKEN, everything, settle};
+use crate::support::{INVALID_TOKEN, enable_tracing, everything, settle};
 
 /// In every secret of this module; texts are free of it.
 const CANARY: &str = "CANARY";
@@ -91,6 +91,7 @@ impl<'a> MakeWriter<'a> for Printed {
 
 /// Collects all events and spans of this thread, of every target and level.
 fn collect() -> (Printed, tracing::subscriber::DefaultGuard) {
+    enable_tracing();
     let printed = Printed::default();
     let layer = tracing_subscriber::fmt::layer()
         .with_ansi(false)
@@ -262,6 +263,7 @@ async fn no_event_shows_a_secret() {
         let client = BearerAuthLayer::new(endpoint.source(method))
             .replay(CloneBody)
             .layer(api());
+        let mut events = client.cache().events();
         // A token, a refusal, a forced refresh and the replay.
         let response = client.clone().oneshot(get()).await.unwrap();
         assert_eq!(response.status(), StatusCode::OK);
@@ -279,6 +281,7 @@ async fn no_event_shows_a_secret() {
         time::sleep(Duration::from_secs(300)).await;
         let error = client.clone().oneshot(get()).await.unwrap_err();
         printed.error(&*error);
+        printed.debug(&client.cache().status());
         // And a refresh by a refresh token that works.
         time::sleep(Duration::from_secs(300)).await;
         endpoint.set(grant);
@@ -286,6 +289,11 @@ async fn no_event_shows_a_secret() {
         time::sleep(Duration::from_secs(230)).await;
         client.clone().oneshot(get()).await.unwrap();
         settle().await;
+        printed.debug(&client.cache().status());
+        client.cache().shutdown();
+        while let Some(event) = events.next().await {
+            printed.debug(&event);
+        }
 
         // The secrets were there to be printed, and the events too.
         let bodies = endpoint.bodies.lock().unwrap().join("\n");
@@ -301,6 +309,12 @@ async fn no_event_shows_a_secret() {
             "token request failed",
             "the refresh token brought no access token",
             "another one follows",
+            "token requests succeed again",
+            "the API refused the token",
+            "waited for a token request",
+            "token_flight",
+            "Recovered {",
+            "Status {",
             "token request headers=",
             "request=Request",
         ] {

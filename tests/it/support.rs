@@ -8,7 +8,7 @@ use std::{
     future::Future,
     pin::Pin,
     sync::{
-        Arc, Mutex,
+        Arc, LazyLock, Mutex,
         atomic::{AtomicU64, Ordering},
         mpsc,
     },
@@ -248,6 +248,15 @@ pub fn get() -> Request<String> {
     Request::get("http://localhost/sims")
         .body(String::new())
         .unwrap()
+}
+
+/// Keeps all events and spans enabled for the whole process, so that a subscriber of one thread sees its own ones
+/// whatever others come and go meanwhile: whether anybody cares for an event is remembered for all threads.
+pub fn enable_tracing() {
+    static ENABLED: LazyLock<tracing::Dispatch> =
+        LazyLock::new(|| tracing::Dispatch::new(tracing_subscriber::registry()));
+    LazyLock::force(&ENABLED);
+    tracing::callsite::rebuild_interest_cache();
 }
 
 /// Lets every task run until none has anything to do, without time passing.

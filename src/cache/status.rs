@@ -1,0 +1,158 @@
+//! [`Status`]: how a key's token is, at one moment.
+
+use std::time::{Duration, SystemTime};
+
+use crate::{error::TokenError, source::TokenRequest};
+
+/// How a token and the requests for it are, at one moment: for a health endpoint.
+///
+/// Made by [`TokenCache::status`](crate::TokenCache::status). Looking causes no token request, and nothing of the
+/// token is in it.
+///
+/// ```
+/// use tower_bearer::{TokenCache, TokenResponse, TokenState, source_fn};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), tower_bearer::TokenError> {
+/// let cache = TokenCache::new(source_fn(|_| async { TokenResponse::new("mF_9.B5f-4.1JqM") }));
+/// let status = cache.status();
+/// assert_eq!(status.state(), TokenState::Missing);
+/// // Nobody has asked yet, which is no reason to be taken out of service.
+/// assert!(status.is_healthy() && !status.has_token());
+///
+/// cache.get().await?;
+/// let status = cache.status();
+/// assert_eq!(status.state(), TokenState::Fresh);
+/// assert!(status.is_healthy() && status.has_token());
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Status {
+    pub(super) request: TokenRequest,
+    pub(super) state: TokenState,
+    pub(super) usable_until: Option<SystemTime>,
+    pub(super) expires_in: Option<Duration>,
+    pub(super) due_in: Option<Duration>,
+    pub(super) age: Option<Duration>,
+    pub(super) last_success: Option<SystemTime>,
+    pub(super) failures: u32,
+    pub(super) failing_for: Option<Duration>,
+    pub(super) last_error: Option<TokenError>,
+    pub(super) retry_in: Option<Duration>,
+    pub(super) flight: Option<u64>,
+    pub(super) waiters: usize,
+}
+
+/// What there is to send, in the order in which a token ages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum TokenState {
+    /// There is no token: none was asked for yet, or none was got, or the server has declared it void.
+    Missing,
+    /// Requests take the token.
+    Fresh,
+    /// Requests take the token, and it is to be replaced.
+    Due,
+    /// The API has said that the token is invalid. Requests wait for its replacement, which is under way, and take the
+    /// token if that does not come soon.
+    Refused,
+    /// The token has expired, and counts on while the token endpoint fails: see
+    /// [`RefreshPolicy::extended_lifetime`](crate::RefreshPolicy::extended_lifetime).
+    Extended,
+    /// The token has expired.
+    Expired,
+    /// The cache was shut down.
+    ShutDown,
+}
+
+impl Status {
+    /// Returns whether a request would get a token by all that is known: there is one that may be sent, or the last
+    /// token request has not failed.
+    ///
+    /// A cache that was not used yet is healthy, and one that was shut down is not. What to make of a cache that goes
+    /// on with an old token during an outage is for [`consecutive_failures`](Self::consecutive_failures).
+    pub fn is_healthy(&self) -> bool {
+        match self.state {
+            TokenState::ShutDown => false,
+            _ => self.has_token() || self.failures == 0,
+        }
+    }
+
+    /// Returns whether there is a token that may be sent.
+    pub fn has_token(&self) -> bool {
+        matches!(
+            self.state,
+            TokenState::Fresh | TokenState::Due | TokenState::Refused | TokenState::Extended
+        )
+    }
+
+    /// Returns what the token is for.
+    pub fn request(&self) -> &TokenRequest {
+        &self.request
+    }
+
+    /// Returns what there is to send.
+    pub fn state(&self) -> TokenState {
+        self.state
+    }
+
+    /// Returns when the cache stops, or stopped, to hand the token out, by the wall clock; `None` without a token or
+    /// past the clock's range.
+    ///
+    /// An extended lifetime is not counted.
+    pub fn usable_until(&self) -> Option<SystemTime> {
+        self.usable_until
+    }
+
+    /// Returns for how long the cache still hands the token out: zero if it has expired, `None` without one.
+    pub fn expires_in(&self) -> Option<Duration> {
+        self.expires_in
+    }
+
+    /// Returns after how long the token is to be replaced: zero if it is due, `None` without one.
+    pub fn due_in(&self) -> Option<Duration> {
+        self.due_in
+    }
+
+    /// Returns how long ago the token came; `None` without one.
+    pub fn age(&self) -> Option<Duration> {
+        self.age
+    }
+
+    /// Returns when the last token request succeeded, by the wall clock of then.
+    pub fn last_success(&self) -> Option<SystemTime> {
+        self.last_success
+    }
+
+    /// Returns how many token requests have failed in a row, each with all its attempts; those of other keys included if
+    /// they hold this one back.
+    pub fn consecutive_failures(&self) -> u32 {
+        self.failures
+    }
+
+    /// Returns how long ago the first one of this key's token requests failed that have failed in a row.
+    pub fn failing_for(&self) -> Option<Duration> {
+        self.failing_for
+    }
+
+    /// Returns what the last token request failed with; `None` if it succeeded, or was lost with its runtime.
+    pub fn last_error(&self) -> Option<&TokenError> {
+        self.last_error.as_ref()
+    }
+
+    /// Returns after how long the next token request may start; `None` if nothing holds it back.
+    pub fn retry_in(&self) -> Option<Duration> {
+        self.retry_in
+    }
+
+    /// Returns the number of the flight under way, as events have it.
+    pub fn flight(&self) -> Option<u64> {
+        self.flight
+    }
+
+    /// Returns how many callers wait for that flight.
+    pub fn waiters(&self) -> usize {
+        self.waiters
+    }
+}

@@ -1,0 +1,265 @@
+//! [`Teller`]: tells what becomes of a key's token, to the log, to the metrics and to whoever listens.
+
+use std::{
+    sync::Arc,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+
+use tracing::Span;
+
+use super::{
+    events::{Bus, TokenEvent},
+    flight::{End, Flight},
+    state::{Plan, Trouble},
+};
+use crate::{
+    error::TokenError,
+    policy::RefreshPolicy,
+    source::TokenRequest,
+    telemetry::{self, Decided, Departure, Failing, Meters},
+    time::Now,
+};
+
+/// What all keys of a cache tell through.
+#[derive(Debug)]
+pub(super) struct News {
+    name: &'static str,
+    meters: Meters,
+    bus: Bus,
+}
+
+impl News {
+    pub(super) fn new(policy: &RefreshPolicy) -> Arc<Self> {
+        let name = policy.cache_name();
+        Arc::new(Self {
+            name,
+            meters: Meters::new(name),
+            bus: Bus::new(),
+        })
+    }
+
+    pub(super) fn meters(&self) -> &Meters {
+        &self.meters
+    }
+
+    pub(super) fn bus(&self) -> &Bus {
+        &self.bus
+    }
+
+    /// There is no room among `limit` keys.
+    pub(super) fn keys_full(&self, limit: usize) {
+        telemetry::keys_full(limit);
+        self.bus.send(|| TokenEvent::KeysFull { limit });
+    }
+
+    pub(super) fn keys_evicted(&self, count: usize) {
+        telemetry::keys_evicted(count);
+        self.bus.send(|| TokenEvent::KeysEvicted { count });
+    }
+
+    pub(super) fn shut_down(&self) {
+        telemetry::shut_down();
+        self.bus.send(|| TokenEvent::ShutDown);
+        self.bus.close();
+    }
+}
+
+/// Tells of one key. Nothing is to be locked when it does: who listens is foreign code.
+#[derive(Debug)]
+pub(super) struct Teller {
+    news: Arc<News>,
+    request: TokenRequest,
+    /// Whether the key is counted among those whose gates are closed.
+    closed: AtomicBool,
+}
+
+impl Teller {
+    pub(super) fn new(news: Arc<News>, request: TokenRequest) -> Self {
+        Self {
+            news,
+            request,
+            closed: AtomicBool::new(false),
+        }
+    }
+
+    pub(super) fn meters(&self) -> &Meters {
+        &self.news.meters
+    }
+
+    pub(super) fn request(&self) -> &TokenRequest {
+        &self.request
+    }
+
+    /// Opens the span of a flight that is about to start.
+    pub(super) fn departs(&self, flight: &Flight, plan: &Plan, grant: &'static str) -> Span {
+        flight.span().open(&Departure {
+            number: flight.number(),
+            cache: self.news.name,
+            request: &self.request,
+            grant,
+            forced: plan.forced,
+            starts: Now::read().monotonic + plan.delay,
+        })
+    }
+
+    pub(super) fn started(&self, flight: &Flight, plan: &Plan) {
+        let flight = flight.number();
+        let Plan { forced, delay, .. } = *plan;
+        telemetry::flight_started(flight, forced, delay, plan.failures);
+        self.news.bus.send(|| TokenEvent::FlightStarted {
+            request: self.request.clone(),
+            flight,
+            forced,
+            delay,
+        });
+    }
+
+    pub(super) fn attempt_failed(&self, flight: &Flight, attempt: u32, error: &TokenError) {
+        let flight = flight.number();
+        telemetry::attempt_failed(flight, attempt, error);
+        self.news.bus.send(|| TokenEvent::AttemptFailed {
+            request: self.request.clone(),
+            flight,
+            attempt,
+            error: error.clone(),
+        });
+    }
+
+    /// Tells how a flight ended, with what it leaves behind or with the trouble that it ends.
+    pub(super) fn landed(&self, flight: &Flight, end: &End, landing: &Landing) {
+        flight
+            .span()
+            .within(|| self.tell_landed(flight, end, landing));
+    }
+
+    fn tell_landed(&self, flight: &Flight, end: &End, landing: &Landing) {
+        let number = flight.number();
+        let now = landing.now.monotonic;
+        match (end, &landing.failing) {
+            (End::Done(token), _) => {
+                let took = self.ended(flight, telemetry::GRANTED, None, landing.now);
+                telemetry::token_received(number, token, landing.grant, took);
+                let missing: Vec<_> = token.missing_scopes().map(str::to_owned).collect();
+                if !missing.is_empty() {
+                    telemetry::scope_narrowed(token);
+                }
+                self.news.bus.send(|| TokenEvent::TokenReceived {
+                    request: self.request.clone(),
+                    flight: number,
+                    took,
+                    usable_until: token.usable_until(),
+                    missing_scopes: missing,
+                });
+                if let Some(trouble) = &landing.before {
+                    self.recovered(number, trouble, now - trouble.since);
+                }
+            }
+            (End::Failed(error), Some(failing)) => {
+                let took = self.ended(flight, telemetry::FAILED, Some(error), landing.now);
+                telemetry::flight_failed(number, &self.request, error, failing);
+                self.closed(failing);
+                self.news.bus.send(|| TokenEvent::FlightFailed {
+                    request: self.request.clone(),
+                    flight: number,
+                    took,
+                    error: error.clone(),
+                    failures: failing.failures,
+                    retry_in: failing.retry_in,
+                    usable_for: failing.usable_for,
+                });
+            }
+            (End::Abandoned, Some(failing)) => {
+                self.ended(flight, telemetry::LOST, None, landing.now);
+                telemetry::flight_lost(number, &self.request, failing.failures);
+                self.closed(failing);
+                self.news.bus.send(|| TokenEvent::FlightLost {
+                    request: self.request.clone(),
+                    flight: number,
+                    failures: failing.failures,
+                });
+            }
+            // Of a cache that was shut down.
+            (End::Failed(error), None) => {
+                self.ended(flight, telemetry::SHUT_DOWN, Some(error), landing.now);
+            }
+            (End::Abandoned, None) => {}
+        }
+    }
+
+    fn ended(
+        &self,
+        flight: &Flight,
+        outcome: &'static str,
+        error: Option<&TokenError>,
+        now: Now,
+    ) -> Duration {
+        let took = flight.span().close(outcome, error, now.monotonic);
+        self.meters().flight_ended(outcome, took);
+        took
+    }
+
+    fn closed(&self, failing: &Failing) {
+        telemetry::gate_closed(failing);
+        if !self.closed.swap(true, Ordering::SeqCst) {
+            self.meters().gates(1);
+        }
+    }
+
+    fn recovered(&self, flight: u64, trouble: &Trouble, outage: Duration) {
+        let failures = trouble.failures;
+        telemetry::gate_opened("success");
+        telemetry::recovered(flight, &self.request, failures, outage);
+        self.opened();
+        self.news.bus.send(|| TokenEvent::Recovered {
+            request: self.request.clone(),
+            flight,
+            failures,
+            outage,
+        });
+    }
+
+    /// Takes note that no gate of this key is closed any more.
+    pub(super) fn opened(&self) {
+        if self.closed.swap(false, Ordering::SeqCst) {
+            self.meters().gates(-1);
+        }
+    }
+
+    /// Requests fail from here on, which they have not done before in this outage.
+    pub(super) fn requests_failing(&self, error: &TokenError, retry_in: Duration) {
+        telemetry::requests_failing(&self.request, error, retry_in);
+        self.news.bus.send(|| TokenEvent::RequestsFailing {
+            request: self.request.clone(),
+            error: error.clone(),
+        });
+    }
+
+    pub(super) fn refused(&self, complaint: &'static str, decided: Decided, flight: Option<u64>) {
+        self.meters().refused(decided);
+        telemetry::token_refused(complaint, decided, flight);
+        if let (Decided::Started, Some(flight)) = (decided, flight) {
+            self.news.bus.send(|| TokenEvent::TokenRefused {
+                request: self.request.clone(),
+                flight,
+            });
+        }
+    }
+}
+
+impl Drop for Teller {
+    fn drop(&mut self) {
+        self.opened();
+    }
+}
+
+/// What is to be told of a flight that has landed, beside its end.
+pub(super) struct Landing {
+    pub(super) now: Now,
+    /// By which grant the token came.
+    pub(super) grant: &'static str,
+    /// The trouble that there was before.
+    pub(super) before: Option<Trouble>,
+    /// What there is if the flight has failed.
+    pub(super) failing: Option<Failing>,
+}

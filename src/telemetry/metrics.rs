@@ -1,0 +1,295 @@
+//! Every metric, through the facade of the crate `metrics`.
+//!
+//! Names, units and labels are part of the interface: people draw and alert on them. Each metric has the label
+//! `cache`, and what else it has takes a handful of values: no label is made of what a peer sends.
+//!
+//! A request that finds a fresh token costs one increment of a counter that was looked up when the token came, and
+//! for one in 64 of them what a histogram takes. All else is looked up when it happens, which is at token requests,
+//! refusals and waits.
+//!
+//! A recorder that is installed late is found by the next token request: from then on everything is recorded, and
+//! the gauges are right.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use metrics::{
+    Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram,
+    gauge, histogram,
+};
+
+use super::Decided;
+use crate::{error::TokenError, time::Now, token::AccessToken};
+
+const TOKEN_REQUESTS: &str = "tower_bearer_token_requests_total";
+const FLIGHT_DURATION: &str = "tower_bearer_flight_duration_seconds";
+const REQUESTS: &str = "tower_bearer_requests_total";
+const REMAINING: &str = "tower_bearer_token_remaining_seconds";
+const REFUSALS: &str = "tower_bearer_token_refusals_total";
+const REPLAYS: &str = "tower_bearer_replays_total";
+const WAITERS: &str = "tower_bearer_waiting_requests";
+const GATES: &str = "tower_bearer_closed_gates";
+const KEYS: &str = "tower_bearer_keys";
+
+/// The metrics of one cache. Clones are one.
+#[derive(Clone)]
+pub(crate) struct Meters(Arc<Inner>);
+
+struct Inner {
+    cache: &'static str,
+    waiters: AtomicI64,
+    gates: AtomicI64,
+    keys: AtomicI64,
+    handles: ArcSwap<Handles>,
+}
+
+/// What is used more often than token requests are made, looked up once.
+struct Handles {
+    fresh: Counter,
+    due: Counter,
+    waited: Counter,
+    failed: Counter,
+    refused: Counter,
+    bare: Counter,
+    remaining: Histogram,
+    waiters: Gauge,
+}
+
+impl Meters {
+    pub(crate) fn new(cache: &'static str) -> Self {
+        describe();
+        let meters = Self(Arc::new(Inner {
+            cache,
+            waiters: AtomicI64::new(0),
+            gates: AtomicI64::new(0),
+            keys: AtomicI64::new(0),
+            handles: ArcSwap::from_pointee(Handles::of(cache)),
+        }));
+        meters.show_all();
+        meters
+    }
+
+    /// Looks the recorder up again: there may be one by now.
+    fn renew(&self) {
+        describe();
+        self.0.handles.store(Arc::new(Handles::of(self.0.cache)));
+        self.show_all();
+    }
+
+    fn show_all(&self) {
+        self.waiters(0);
+        self.gates(0);
+        self.keys(self.0.keys.load(Ordering::SeqCst));
+    }
+
+    /// What requests count themselves with.
+    pub(crate) fn requests(&self) -> Requests {
+        Requests(self.0.handles.load_full())
+    }
+
+    /// A source has answered a call for a token: `refreshing` with a refresh token at hand, if the source is one that
+    /// goes on with another grant after that.
+    pub(crate) fn attempt_ended(
+        &self,
+        grant: &'static str,
+        refreshing: bool,
+        error: Option<&TokenError>,
+    ) {
+        let cache = self.0.cache;
+        let count = |grant, outcome| {
+            counter!(TOKEN_REQUESTS, "cache" => cache, "grant" => grant, "outcome" => outcome)
+                .increment(1);
+        };
+        if refreshing && grant != super::REFRESH_TOKEN {
+            count(super::REFRESH_TOKEN, "failed");
+        }
+        count(grant, error.map_or("granted", outcome));
+    }
+
+    pub(crate) fn flight_ended(&self, outcome: &'static str, took: Duration) {
+        self.renew();
+        histogram!(FLIGHT_DURATION, "cache" => self.0.cache, "outcome" => outcome)
+            .record(took.as_secs_f64());
+    }
+
+    pub(crate) fn refused(&self, decision: Decided) {
+        counter!(REFUSALS, "cache" => self.0.cache, "decision" => decision.label()).increment(1);
+    }
+
+    pub(crate) fn replayed(&self) {
+        counter!(REPLAYS, "cache" => self.0.cache).increment(1);
+    }
+
+    /// So many more requests wait.
+    pub(crate) fn waiters(&self, more: i64) {
+        self.0.waiters.fetch_add(more, Ordering::SeqCst);
+        show(&self.0.waiters, &self.0.handles.load().waiters);
+    }
+
+    /// So many more gates are closed.
+    pub(crate) fn gates(&self, more: i64) {
+        self.0.gates.fetch_add(more, Ordering::SeqCst);
+        show(&self.0.gates, &gauge!(GATES, "cache" => self.0.cache));
+    }
+
+    /// So many keys there are.
+    pub(crate) fn keys(&self, count: i64) {
+        self.0.keys.store(count, Ordering::SeqCst);
+        show(&self.0.keys, &gauge!(KEYS, "cache" => self.0.cache));
+    }
+}
+
+impl fmt::Debug for Meters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Meters").finish_non_exhaustive()
+    }
+}
+
+/// Counts the requests of one cache, by what became of their wish for a token.
+#[derive(Clone)]
+pub(crate) struct Requests(Arc<Handles>);
+
+impl Requests {
+    /// A request leaves with a token that needs no look.
+    #[inline]
+    pub(crate) fn fresh(&self, token: &AccessToken) {
+        self.0.fresh.increment(1);
+        self.sample(token);
+    }
+
+    /// A request leaves with a token that was looked at.
+    pub(crate) fn looked(&self, token: &AccessToken) {
+        match token.fresh_until().has_come(Now::read()) {
+            true => self.0.due.increment(1),
+            false => self.0.fresh.increment(1),
+        }
+        self.sample(token);
+    }
+
+    /// A request leaves with a token that it has waited for.
+    pub(crate) fn waited(&self, token: &AccessToken) {
+        self.0.waited.increment(1);
+        self.sample(token);
+    }
+
+    /// A request fails for want of a token.
+    pub(crate) fn failed(&self) {
+        self.0.failed.increment(1);
+    }
+
+    /// A request may not leave, since its URI may not carry a token.
+    pub(crate) fn refused(&self) {
+        self.0.refused.increment(1);
+    }
+
+    /// A request leaves without a token of ours.
+    pub(crate) fn bare(&self) {
+        self.0.bare.increment(1);
+    }
+
+    #[inline]
+    fn sample(&self, token: &AccessToken) {
+        if fastrand::u8(..) < SAMPLED {
+            self.remaining(token);
+        }
+    }
+
+    #[cold]
+    fn remaining(&self, token: &AccessToken) {
+        let remaining = token.expiry().remaining(Now::read());
+        self.0.remaining.record(remaining.as_secs_f64());
+    }
+}
+
+impl Handles {
+    fn of(cache: &'static str) -> Self {
+        let requests = |token: &'static str| counter!(REQUESTS, "cache" => cache, "token" => token);
+        Self {
+            fresh: requests("fresh"),
+            due: requests("due"),
+            waited: requests("waited"),
+            failed: requests("failed"),
+            refused: requests("refused"),
+            bare: requests("bare"),
+            remaining: histogram!(REMAINING, "cache" => cache),
+            waiters: gauge!(WAITERS, "cache" => cache),
+        }
+    }
+}
+
+/// Sets a gauge to a level that others may change at the same time: whoever comes last leaves it right.
+fn show(level: &AtomicI64, gauge: &Gauge) {
+    loop {
+        let now = level.load(Ordering::SeqCst);
+        gauge.set(now as f64);
+        if level.load(Ordering::SeqCst) == now {
+            return;
+        }
+    }
+}
+
+/// What an error is, in one of a few words.
+fn outcome(error: &TokenError) -> &'static str {
+    match () {
+        () if error.is_rejected() => "rejected",
+        () if error.is_unavailable() => "unavailable",
+        () if error.is_transport() => "transport",
+        () if error.is_timeout() => "timeout",
+        () if error.is_malformed_response() => "malformed",
+        () => "failed",
+    }
+}
+
+fn describe() {
+    describe_counter!(
+        TOKEN_REQUESTS,
+        Unit::Count,
+        "Token requests by grant and outcome."
+    );
+    describe_histogram!(
+        FLIGHT_DURATION,
+        Unit::Seconds,
+        "How long flights took, all attempts together, by outcome."
+    );
+    describe_counter!(
+        REQUESTS,
+        Unit::Count,
+        "Requests by the token that they found: fresh, due, waited for, none (failed, refused), or bare."
+    );
+    describe_histogram!(
+        REMAINING,
+        Unit::Seconds,
+        "For how long the token may still be sent that a request leaves with; one request in 64."
+    );
+    describe_counter!(
+        REFUSALS,
+        Unit::Count,
+        "Tokens that the API refused, by what was decided: started, joined, replay or passed."
+    );
+    describe_counter!(
+        REPLAYS,
+        Unit::Count,
+        "Requests that were sent once more with another token."
+    );
+    describe_gauge!(WAITERS, Unit::Count, "Requests that wait for a token.");
+    describe_gauge!(
+        GATES,
+        Unit::Count,
+        "Keys whose last token request failed, so that the next one is held back."
+    );
+    describe_gauge!(
+        KEYS,
+        Unit::Count,
+        "Keys in the cache, besides the one for nothing in particular."
+    );
+}
+
+/// Of 256 requests so many are sampled.
+const SAMPLED: u8 = 4;

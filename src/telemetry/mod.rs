@@ -1,0 +1,564 @@
+//! The name of every event and span that the crate emits through `tracing`, and in [`metrics`](self::metrics) of
+//! every metric.
+//!
+//! Names and fields are part of the interface: people search their logs for them. Events carry an error's own
+//! line and never its sources, which may come from a user's transport; no event carries a token or a secret.
+//! Events are emitted with no lock held, since a subscriber is foreign code.
+
+#[cfg(feature = "metrics")]
+mod metrics;
+#[cfg(not(feature = "metrics"))]
+#[path = "unmetered.rs"]
+mod metrics;
+
+use std::{
+    fmt,
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
+    time::Duration,
+};
+
+use tokio::time::Instant;
+use tracing::{
+    Level, Span, event,
+    field::{self, Empty},
+    span,
+};
+
+pub(crate) use self::metrics::{Meters, Requests};
+use crate::{error::TokenError, source::TokenRequest, token::AccessToken};
+
+/// The target of all events and spans.
+const TARGET: &str = "tower_bearer";
+
+/// The span of a flight, for as long as it flies.
+///
+/// It is nobody's child: the request that starts a flight may be gone long before it ends, and a trace that lasts
+/// as long as its longest child would be wrong for it. Instead it follows from that request's span, and the span
+/// of each request that waits follows from this one.
+#[derive(Debug)]
+pub(crate) struct FlightSpan {
+    span: Mutex<Span>,
+    /// When its first attempt is made.
+    starts: Mutex<Option<Instant>>,
+}
+
+impl FlightSpan {
+    pub(crate) const fn new() -> Self {
+        Self {
+            span: Mutex::new(Span::none()),
+            starts: Mutex::new(None),
+        }
+    }
+
+    /// Opens the span within that of whoever starts the flight, and returns it.
+    pub(crate) fn open(&self, flight: &Departure<'_>) -> Span {
+        let Departure {
+            number,
+            cache,
+            request,
+            grant,
+            forced,
+            starts,
+        } = *flight;
+        *lock(&self.starts) = Some(starts);
+        let span = span!(
+            target: TARGET,
+            parent: None,
+            Level::DEBUG,
+            "token_flight",
+            cache,
+            flight = number,
+            key = key(request),
+            grant,
+            forced,
+            attempts = Empty,
+            outcome = Empty,
+            error = Empty,
+            otel.status_code = Empty,
+        );
+        span.follows_from(Span::current());
+        *lock(&self.span) = span.clone();
+        span
+    }
+
+    /// Links the current span, of a request that waits, to the flight's.
+    fn link(&self) {
+        let span = self.get();
+        if !span.is_none() {
+            Span::current().follows_from(span);
+        }
+    }
+
+    /// Has `tell` emit its events within the span.
+    pub(crate) fn within<T>(&self, tell: impl FnOnce() -> T) -> T {
+        self.get().in_scope(tell)
+    }
+
+    /// Notes what came of the flight, and returns for how long it has flown.
+    pub(crate) fn close(
+        &self,
+        outcome: &'static str,
+        error: Option<&TokenError>,
+        now: Instant,
+    ) -> Duration {
+        let span = std::mem::replace(&mut *lock(&self.span), Span::none());
+        span.record("outcome", outcome);
+        if let Some(error) = error {
+            span.record("error", field::display(error));
+            span.record("otel.status_code", "ERROR");
+        }
+        let starts = *lock(&self.starts);
+        starts.map_or(Duration::ZERO, |starts| {
+            now.saturating_duration_since(starts)
+        })
+    }
+
+    fn get(&self) -> Span {
+        lock(&self.span).clone()
+    }
+}
+
+/// What is known of a flight before it starts.
+pub(crate) struct Departure<'a> {
+    pub(crate) number: u64,
+    pub(crate) cache: &'static str,
+    pub(crate) request: &'a TokenRequest,
+    pub(crate) grant: &'static str,
+    pub(crate) forced: bool,
+    pub(crate) starts: Instant,
+}
+
+/// The grants of the crate's own source, for spans and metrics.
+pub(crate) const CLIENT_CREDENTIALS: &str = "client_credentials";
+pub(crate) const REFRESH_TOKEN: &str = "refresh_token";
+
+/// The outcomes of a flight, for its span and its metric.
+pub(crate) const GRANTED: &str = "granted";
+pub(crate) const FAILED: &str = "failed";
+pub(crate) const LOST: &str = "lost";
+pub(crate) const SHUT_DOWN: &str = "shut_down";
+
+/// A request's wait for a flight, which is told of in the request's own span.
+#[derive(Debug)]
+pub(crate) struct Wait {
+    meters: Meters,
+    flight: u64,
+    since: Instant,
+    told: bool,
+}
+
+impl Wait {
+    pub(crate) fn begin(meters: Meters, flight: u64, span: &FlightSpan, now: Instant) -> Self {
+        span.link();
+        meters.waiters(1);
+        Self {
+            meters,
+            flight,
+            since: now,
+            told: false,
+        }
+    }
+
+    /// Emits that the wait has ended; `outcome` is what for.
+    pub(crate) fn end(&mut self, outcome: &'static str) {
+        self.told = true;
+        let (flight, took) = (self.flight, round(self.since.elapsed()));
+        event!(
+            name: "waited",
+            target: TARGET,
+            Level::DEBUG,
+            flight,
+            ?took,
+            outcome,
+            "waited for a token request",
+        );
+    }
+}
+
+impl Drop for Wait {
+    fn drop(&mut self) {
+        self.meters.waiters(-1);
+        // A subscriber is foreign code: if it panicked while a panic unwinds, it would end the process.
+        if !self.told && !thread::panicking() {
+            self.end("dropped");
+        }
+    }
+}
+
+/// A token request is under way, to be sent in `delay`, after so many that failed in a row; `forced` if a 401 did
+/// it.
+pub(crate) fn flight_started(flight: u64, forced: bool, delay: Duration, failures: u32) {
+    let delay = round(delay);
+    event!(
+        name: "flight_started",
+        target: TARGET,
+        Level::DEBUG,
+        flight,
+        forced,
+        ?delay,
+        failures,
+        "token request started",
+    );
+}
+
+/// An attempt of the current span's flight begins.
+pub(crate) fn attempt_started(attempt: u32) {
+    Span::current().record("attempts", attempt);
+}
+
+/// One attempt failed and the flight goes on with another one.
+pub(crate) fn attempt_failed(flight: u64, attempt: u32, error: &TokenError) {
+    event!(
+        name: "attempt_failed",
+        target: TARGET,
+        Level::DEBUG,
+        flight,
+        attempt,
+        %error,
+        "an attempt to get a token failed, another one follows",
+    );
+}
+
+/// A refresh token brought no access token, and the attempt goes on with the client's own credentials.
+///
+/// `INFO`, since it is how every session ends.
+pub(crate) fn refresh_token_failed(error: &TokenError) {
+    event!(
+        name: "refresh_token_failed",
+        target: TARGET,
+        Level::INFO,
+        %error,
+        "the refresh token brought no access token, asking with client credentials",
+    );
+}
+
+/// The server named no lifetime that can be read, and this one is assumed.
+pub(crate) fn lifetime_assumed(lifetime: Duration) {
+    event!(
+        name: "lifetime_assumed",
+        target: TARGET,
+        Level::WARN,
+        ?lifetime,
+        "the token response has no usable expires_in",
+    );
+}
+
+/// A token request brought a token by this grant.
+pub(crate) fn token_received(
+    flight: u64,
+    token: &AccessToken,
+    grant: &'static str,
+    took: Duration,
+) {
+    Span::current().record("grant", grant);
+    let took = round(took);
+    event!(
+        name: "token_received",
+        target: TARGET,
+        Level::DEBUG,
+        flight,
+        grant,
+        ?took,
+        usable_until = ?token.usable_until(),
+        "token received",
+    );
+}
+
+/// What a flight that failed leaves behind.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Failing {
+    /// How many have failed in a row.
+    pub(crate) failures: u32,
+    /// For how long requests go on with a token that is there, if there is one.
+    pub(crate) usable_for: Option<Duration>,
+    /// For how long no other one is sent.
+    pub(crate) retry_in: Duration,
+    /// Whether other keys wait as well.
+    pub(crate) shared: bool,
+}
+
+/// A token request failed.
+pub(crate) fn flight_failed(
+    flight: u64,
+    request: &TokenRequest,
+    error: &TokenError,
+    failing: &Failing,
+) {
+    let Failing {
+        failures,
+        usable_for,
+        retry_in,
+        ..
+    } = *failing;
+    let (key, retry_in) = (key(request), round(retry_in));
+    match usable_for.map(round) {
+        Some(usable_for) => event!(
+            name: "flight_failed",
+            target: TARGET,
+            Level::WARN,
+            flight,
+            key,
+            %error,
+            failures,
+            ?retry_in,
+            ?usable_for,
+            "token request failed, requests go on with the token they have",
+        ),
+        None => event!(
+            name: "flight_failed",
+            target: TARGET,
+            Level::WARN,
+            flight,
+            key,
+            %error,
+            failures,
+            ?retry_in,
+            "token request failed, and requests with it for want of a token",
+        ),
+    }
+}
+
+/// A token request ended with its runtime, or is overdue on one that nobody drives.
+pub(crate) fn flight_lost(flight: u64, request: &TokenRequest, failures: u32) {
+    event!(
+        name: "flight_lost",
+        target: TARGET,
+        Level::WARN,
+        flight,
+        key = key(request),
+        failures,
+        "token request lost with the runtime that ran it",
+    );
+}
+
+/// The token that requests went on with has died while token requests fail: from here on they fail as well.
+pub(crate) fn requests_failing(request: &TokenRequest, error: &TokenError, retry_in: Duration) {
+    event!(
+        name: "requests_failing",
+        target: TARGET,
+        Level::WARN,
+        key = key(request),
+        %error,
+        retry_in = ?round(retry_in),
+        "the last token has expired, requests fail until a token request succeeds",
+    );
+}
+
+/// A token request succeeded after so many that failed, the first one of them so long ago.
+pub(crate) fn recovered(flight: u64, request: &TokenRequest, failures: u32, outage: Duration) {
+    let outage = round(outage);
+    event!(
+        name: "recovered",
+        target: TARGET,
+        Level::INFO,
+        flight,
+        key = key(request),
+        failures,
+        ?outage,
+        "token requests succeed again",
+    );
+}
+
+/// No token request of this key starts for a while, or if `shared` of any key of its source.
+pub(crate) fn gate_closed(failing: &Failing) {
+    let Failing {
+        failures,
+        retry_in,
+        shared,
+        ..
+    } = *failing;
+    event!(
+        name: "gate_closed",
+        target: TARGET,
+        Level::DEBUG,
+        failures,
+        opens_in = ?round(retry_in),
+        shared,
+        "token requests are held back",
+    );
+}
+
+/// Token requests are free to start again, and why.
+pub(crate) fn gate_opened(cause: &'static str) {
+    event!(
+        name: "gate_opened",
+        target: TARGET,
+        Level::DEBUG,
+        cause,
+        "token requests are not held back any more",
+    );
+}
+
+/// The server has granted less than was asked for, which the API may miss.
+pub(crate) fn scope_narrowed(token: &AccessToken) {
+    let missing = token.missing_scopes().collect::<Vec<_>>().join(" ");
+    event!(
+        name: "scope_narrowed",
+        target: TARGET,
+        Level::WARN,
+        missing,
+        "the token was granted for fewer scopes than were asked for",
+    );
+}
+
+/// The API refused a token, and what was decided: a `flight` that is waited for may be one that it has started.
+pub(crate) fn token_refused(complaint: &'static str, decision: Decided, flight: Option<u64>) {
+    let label = decision.label();
+    match decision {
+        // No more often than forced token requests are: whatever may come in floods is for DEBUG.
+        Decided::Started => event!(
+            name: "token_refused",
+            target: TARGET,
+            Level::INFO,
+            complaint,
+            decision = label,
+            flight,
+            "the API refused the token, another one is asked for",
+        ),
+        Decided::Joined | Decided::Replay | Decided::Passed => event!(
+            name: "token_refused",
+            target: TARGET,
+            Level::DEBUG,
+            complaint,
+            decision = label,
+            flight,
+            "the API refused a token",
+        ),
+    }
+}
+
+/// What becomes of a token's refusal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Decided {
+    /// It starts a token request.
+    Started,
+    /// There is a token request under way.
+    Joined,
+    /// There is another token by now.
+    Replay,
+    /// There is no other token, and none is asked for yet.
+    Passed,
+}
+
+impl Decided {
+    pub(crate) const fn label(self) -> &'static str {
+        match self {
+            Self::Started => "started",
+            Self::Joined => "joined",
+            Self::Replay => "replay",
+            Self::Passed => "passed",
+        }
+    }
+}
+
+/// A request is sent once more, with another token than the one that was refused.
+pub(crate) fn replayed(meters: &Meters) {
+    meters.replayed();
+    event!(
+        name: "replayed",
+        target: TARGET,
+        Level::DEBUG,
+        "the request is sent once more, with another token",
+    );
+}
+
+/// A program said that a token is refused.
+pub(crate) fn invalidated() {
+    event!(
+        name: "invalidated",
+        target: TARGET,
+        Level::DEBUG,
+        "the cache was told that the token is refused",
+    );
+}
+
+/// There is no room for a token of another key: all of the `limit` are in use.
+pub(crate) fn keys_full(limit: usize) {
+    event!(
+        name: "keys_full",
+        target: TARGET,
+        Level::WARN,
+        limit,
+        "the cache is full of tokens that are in use, requests for others fail",
+    );
+}
+
+/// So many keys that were of no use any more have made room.
+pub(crate) fn keys_evicted(count: usize) {
+    event!(
+        name: "keys_evicted",
+        target: TARGET,
+        Level::DEBUG,
+        count,
+        "keys without a token have made room for others",
+    );
+}
+
+/// The cache was shut down.
+pub(crate) fn shut_down() {
+    event!(
+        name: "shut_down",
+        target: TARGET,
+        Level::DEBUG,
+        "the token cache was shut down",
+    );
+}
+
+/// What tells a key from others, in few words and without the values of parameters; nothing for the plain one.
+fn key(request: &TokenRequest) -> Option<field::DisplayValue<Key<'_>>> {
+    (!request.is_plain()).then(|| field::display(Key(request)))
+}
+
+struct Key<'a>(&'a TokenRequest);
+
+impl fmt::Display for Key<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut space = "";
+        let names = self.0.params().map(|(name, _)| name);
+        let groups: [(&str, &mut dyn Iterator<Item = &str>); 3] = [
+            ("scope", &mut self.0.scopes()),
+            ("resource", &mut self.0.resources()),
+            ("param", &mut { names }),
+        ];
+        for (kind, items) in groups {
+            for item in items {
+                write!(f, "{space}{kind}={item}")?;
+                space = " ";
+            }
+        }
+        if self.0.own_source().is_some() {
+            write!(f, "{space}own source")?;
+        }
+        Ok(())
+    }
+}
+
+/// Cuts what nobody reads off a duration.
+fn round(duration: Duration) -> Duration {
+    Duration::from_millis(duration.as_millis() as u64)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Law 9: a parameter may be a secret.
+    #[test]
+    fn a_key_is_told_by_all_but_the_values_of_its_parameters() {
+        let request = TokenRequest::new()
+            .scope("b a")
+            .resource("https://api.example.com")
+            .param("audience", "CANARY");
+        let text = Key(&request).to_string();
+        assert_eq!(
+            text,
+            "scope=a scope=b resource=https://api.example.com param=audience"
+        );
+        assert!(key(&TokenRequest::new()).is_none());
+    }
+}

@@ -1,0 +1,209 @@
+//! What a cache tells programs: [`TokenCache::events`].
+
+use std::pin::pin;
+
+use tokio::{task, time};
+use tokio_stream::StreamExt;
+use tower_bearer::{Events, RefreshPolicy, TokenCache, TokenError, TokenEvent, TokenRequest};
+
+use crate::support::{Answer, AuthServer, millis, now, poll_once, secs, settle};
+
+/// What the stream has to say now.
+fn told(events: &mut Events) -> Vec<TokenEvent> {
+    let mut told = Vec::new();
+    while let std::task::Poll::Ready(Some(event)) =
+        poll_once(pin!(task::unconstrained(events.next())))
+    {
+        told.push(event);
+    }
+    told
+}
+
+fn names(events: &[TokenEvent]) -> Vec<String> {
+    let name = |event: &TokenEvent| {
+        let text = format!("{event:?}");
+        text.split([' ', '(']).next().unwrap().to_owned()
+    };
+    events.iter().map(name).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_listener_hears_of_an_outage_and_its_end() {
+    let server = AuthServer::new();
+    let cache = TokenCache::new(server.clone());
+    let mut events = cache.events();
+    server.set_latency(millis(40));
+    cache.get().await.unwrap();
+    settle().await;
+    let started = told(&mut events);
+    assert_eq!(names(&started), ["FlightStarted", "TokenReceived"]);
+    let (
+        TokenEvent::FlightStarted { flight, .. },
+        TokenEvent::TokenReceived {
+            flight: same, took, ..
+        },
+    ) = (&started[0], &started[1])
+    else {
+        panic!("{started:?}");
+    };
+    assert_eq!(flight, same);
+    assert_eq!(*took, millis(40));
+
+    server.set_latency(millis(0));
+    server.set(Answer::Fail(TokenError::transient("down")));
+    time::sleep(secs(280)).await;
+    cache.get().await.unwrap();
+    time::sleep(secs(2)).await;
+    let failed = told(&mut events);
+    assert_eq!(
+        names(&failed),
+        [
+            "FlightStarted",
+            "AttemptFailed",
+            "AttemptFailed",
+            "FlightFailed"
+        ]
+    );
+    let Some(TokenEvent::FlightFailed {
+        error,
+        failures: 1,
+        retry_in,
+        usable_for: Some(_),
+        ..
+    }) = failed.last()
+    else {
+        panic!("{failed:?}");
+    };
+    assert!(error.is_transient() && !retry_in.is_zero());
+
+    // It dies; one flight may pass the gate, and the next caller fails at once.
+    time::sleep(secs(8) - millis(100)).await;
+    cache.get().await.unwrap();
+    settle().await;
+    told(&mut events);
+    time::sleep(millis(200)).await;
+    cache.get().await.unwrap_err();
+    settle().await;
+    let dead = told(&mut events);
+    assert_eq!(names(&dead), ["FlightStarted", "FlightFailed"]);
+    assert!(matches!(
+        dead[1],
+        TokenEvent::FlightFailed {
+            usable_for: None,
+            failures: 3,
+            ..
+        }
+    ));
+    // That was told, so it is not told again.
+    cache.get().await.unwrap_err();
+    assert!(told(&mut events).is_empty());
+
+    server.set(Answer::Grant(secs(300)));
+    time::sleep(secs(5)).await;
+    cache.get().await.unwrap();
+    settle().await;
+    let over = told(&mut events);
+    assert_eq!(
+        names(&over),
+        ["FlightStarted", "TokenReceived", "Recovered"]
+    );
+    assert!(
+        matches!(over[2], TokenEvent::Recovered { failures: 3, outage, .. } if outage > secs(12))
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_listener_hears_of_refusals_that_start_something_and_of_keys() {
+    let server = AuthServer::new();
+    let cache = TokenCache::with_policy(server.clone(), RefreshPolicy::new().max_keys(1));
+    let token = cache.get().await.unwrap();
+    time::sleep(secs(2)).await;
+    let mut events = cache.events();
+    cache.invalidate(&token);
+    cache.invalidate(&token);
+    settle().await;
+    let refused = told(&mut events);
+    assert_eq!(
+        names(&refused),
+        ["TokenRefused", "FlightStarted", "TokenReceived"]
+    );
+
+    let key = |name: &str| TokenRequest::new().scope(name);
+    cache.get_for(&key("a")).await.unwrap();
+    cache.get_for(&key("b")).await.unwrap_err();
+    settle().await;
+    let full = told(&mut events);
+    assert_eq!(names(&full), ["FlightStarted", "TokenReceived", "KeysFull"]);
+    assert_eq!(full[1].request(), Some(&key("a")));
+    assert!(matches!(full[2], TokenEvent::KeysFull { limit: 1, .. }));
+    time::sleep(secs(300)).await;
+    cache.get_for(&key("b")).await.unwrap();
+    assert!(matches!(
+        told(&mut events)[0],
+        TokenEvent::KeysEvicted { count: 1, .. }
+    ));
+}
+
+/// It holds nobody up, and is told what it has missed.
+#[tokio::test(start_paused = true)]
+async fn a_slow_listener_misses_the_oldest_events_and_is_told_how_many() {
+    let server = AuthServer::new();
+    let cache = TokenCache::new(server.clone());
+    let mut events = cache.events();
+    for n in 0..150 {
+        cache
+            .get_for(&TokenRequest::new().scope(n.to_string()))
+            .await
+            .unwrap();
+    }
+    let told = told(&mut events);
+    assert!(
+        matches!(told[0], TokenEvent::Missed { count: 44, .. }),
+        "{:?}",
+        told[0]
+    );
+    assert_eq!(told.len(), 1 + 256);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_listener_keeps_no_cache_alive_and_the_stream_ends_with_it() {
+    let server = AuthServer::new();
+    server.hold();
+    let cache = TokenCache::new(server.clone());
+    let events = cache.events();
+    // A flight that goes on does not keep the stream open either.
+    assert!(poll_once(pin!(cache.get())).is_pending());
+    settle().await;
+    drop(cache);
+    let told = time::timeout(secs(1), events.collect::<Vec<_>>())
+        .await
+        .unwrap();
+    assert_eq!(names(&told), ["FlightStarted"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shutdown_is_the_last_event() {
+    let cache = TokenCache::new(AuthServer::new());
+    let mut events = cache.events();
+    let clone = cache.clone();
+    cache.shutdown();
+    clone.shutdown();
+    assert_eq!(names(&told(&mut events)), ["ShutDown"]);
+    assert!(now(events.next()).is_none());
+    assert!(now(events.next()).is_none());
+    assert!(now(cache.events().next()).is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dropped_wait_for_an_event_loses_none() {
+    let cache = TokenCache::new(AuthServer::new());
+    let mut events = cache.events();
+    for _ in 0..3 {
+        assert!(poll_once(pin!(events.next())).is_pending());
+    }
+    cache.get().await.unwrap();
+    assert_eq!(
+        names(&told(&mut events)),
+        ["FlightStarted", "TokenReceived"]
+    );
+}

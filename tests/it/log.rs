@@ -1,0 +1,464 @@
+//! What the log tells: the events of an outage in order, and the spans of flights and of who waits for them.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use tokio::time::{self, Instant};
+use tower::{Layer as _, Service, ServiceExt};
+use tower_bearer::{
+    BearerAuthLayer, CloneBody, RefreshPolicy, TokenCache, TokenError, TokenRequest,
+};
+use tracing::{
+    Event, Id, Instrument, Level, Subscriber,
+    field::{Field, Visit},
+    info_span,
+    span::{Attributes, Record},
+};
+use tracing_subscriber::{
+    Layer,
+    layer::{Context, SubscriberExt},
+    registry::LookupSpan,
+};
+
+use crate::support::{
+    Answer, Api, AuthServer, INVALID_TOKEN, all, enable_tracing, get, millis, secs, seed, settle,
+    unauthorized,
+};
+
+type Fields = BTreeMap<String, String>;
+
+#[derive(Clone, Debug)]
+struct Line {
+    at: Duration,
+    level: Level,
+    name: &'static str,
+    fields: Fields,
+    /// The span that the event is in.
+    span: Option<u64>,
+}
+
+impl Line {
+    fn field(&self, name: &str) -> Option<&str> {
+        self.fields.get(name).map(String::as_str)
+    }
+}
+
+impl fmt::Display for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            at, level, name, ..
+        } = self;
+        write!(f, "{:>7.1}s {level:>5} {name}", at.as_secs_f64())?;
+        for (name, value) in &self.fields {
+            write!(f, " {name}={value}")?;
+        }
+        Ok(())
+    }
+}
+
+#[derive(Clone, Debug, Default)]
+struct SpanSeen {
+    name: &'static str,
+    is_root: bool,
+    fields: Fields,
+    follows: Vec<u64>,
+    closed: bool,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    lines: Vec<Line>,
+    spans: BTreeMap<u64, SpanSeen>,
+    /// Spans are numbered here, since a registry uses its numbers again.
+    ids: BTreeMap<u64, u64>,
+}
+
+/// Collects what is told under the target of the crate, and all spans.
+#[derive(Clone)]
+struct Log {
+    start: Instant,
+    seen: Arc<Mutex<Seen>>,
+}
+
+impl Log {
+    fn collect() -> (Self, tracing::subscriber::DefaultGuard) {
+        enable_tracing();
+        let log = Self {
+            start: Instant::now(),
+            seen: Arc::default(),
+        };
+        let guard =
+            tracing::subscriber::set_default(tracing_subscriber::registry().with(log.clone()));
+        (log, guard)
+    }
+
+    fn lines(&self, least: Level) -> Vec<Line> {
+        let seen = self.seen.lock().unwrap();
+        let lines = seen.lines.iter();
+        lines.filter(|line| line.level <= least).cloned().collect()
+    }
+
+    fn named(&self, name: &str) -> Vec<Line> {
+        let lines = self.lines(Level::TRACE);
+        lines.into_iter().filter(|line| line.name == name).collect()
+    }
+
+    fn spans(&self, name: &str) -> Vec<(u64, SpanSeen)> {
+        let seen = self.seen.lock().unwrap();
+        let spans = seen.spans.iter().filter(|(_, span)| span.name == name);
+        spans.map(|(id, span)| (*id, span.clone())).collect()
+    }
+}
+
+struct Collect<'a>(&'a mut Fields);
+
+impl Visit for Collect<'_> {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.0.insert(field.name().to_owned(), format!("{value:?}"));
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.0.insert(field.name().to_owned(), value.to_owned());
+    }
+}
+
+impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Log {
+    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, _: Context<'_, S>) {
+        let mut seen = self.seen.lock().unwrap();
+        let number = seen.spans.len() as u64;
+        seen.ids.insert(id.into_u64(), number);
+        let mut span = SpanSeen {
+            name: attributes.metadata().name(),
+            is_root: attributes.is_root(),
+            ..SpanSeen::default()
+        };
+        attributes.record(&mut Collect(&mut span.fields));
+        seen.spans.insert(number, span);
+    }
+
+    fn on_record(&self, id: &Id, values: &Record<'_>, _: Context<'_, S>) {
+        let mut seen = self.seen.lock().unwrap();
+        let number = seen.ids[&id.into_u64()];
+        let span = seen.spans.get_mut(&number).unwrap();
+        values.record(&mut Collect(&mut span.fields));
+    }
+
+    fn on_follows_from(&self, id: &Id, follows: &Id, context: Context<'_, S>) {
+        // A layer that looks up the other span, as exporters do, has to find it.
+        assert!(context.span(follows).is_some());
+        let mut seen = self.seen.lock().unwrap();
+        let (number, follows) = (seen.ids[&id.into_u64()], seen.ids[&follows.into_u64()]);
+        seen.spans.get_mut(&number).unwrap().follows.push(follows);
+    }
+
+    fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
+        if event.metadata().target() != "tower_bearer" {
+            return;
+        }
+        let mut seen = self.seen.lock().unwrap();
+        let span = context.event_span(event);
+        let mut line = Line {
+            at: self.start.elapsed(),
+            level: *event.metadata().level(),
+            name: event.metadata().name(),
+            fields: Fields::new(),
+            span: span.map(|span| seen.ids[&span.id().into_u64()]),
+        };
+        event.record(&mut Collect(&mut line.fields));
+        seen.lines.push(line);
+    }
+
+    fn on_close(&self, id: Id, _: Context<'_, S>) {
+        let mut seen = self.seen.lock().unwrap();
+        let number = seen.ids[&id.into_u64()];
+        seen.spans.get_mut(&number).unwrap().closed = true;
+    }
+}
+
+/// A request every five seconds, each in a span of its own.
+async fn traffic<S>(client: &S, duration: Duration)
+where
+    S: Service<http::Request<String>, Response: Send, Error: Send, Future: Send> + Clone,
+{
+    let end = Instant::now() + duration;
+    while Instant::now() < end {
+        let request = client.clone().oneshot(get());
+        let _ = request.instrument(info_span!("request")).await;
+        settle().await;
+        time::sleep(secs(5)).await;
+    }
+}
+
+/// A person who reads the log of an outage sees when it began, what failed and why, whether requests went on or
+/// failed with it, and when it was over.
+#[tokio::test(start_paused = true)]
+async fn the_log_of_an_outage_tells_what_happened_in_order() {
+    seed(7);
+    let (log, _guard) = Log::collect();
+    let server = AuthServer::new();
+    let api = Api::refusing("token-1", || unauthorized(INVALID_TOKEN));
+    let layer = BearerAuthLayer::new(server.clone()).replay(CloneBody);
+    let client = layer.layer(api);
+
+    // The first token, which is refused, and the one that replaces it.
+    traffic(&client, secs(200)).await;
+    // An outage that outlives the token, and the recovery.
+    server.set(Answer::Fail(TokenError::transient("down")));
+    traffic(&client, secs(60)).await;
+    let busy = TokenError::transient("busy").with_retry_after(secs(40));
+    server.set(Answer::Fail(busy));
+    traffic(&client, secs(15)).await;
+    server.set(Answer::Fail(TokenError::transient("down")));
+    traffic(&client, secs(60)).await;
+    server.set(Answer::Grant(secs(300)));
+    traffic(&client, secs(30)).await;
+
+    let lines = log.lines(Level::INFO);
+    let text: Vec<_> = lines.iter().map(Line::to_string).collect();
+    println!("{}", text.join("\n"));
+    let names: Vec<_> = lines.iter().map(|line| line.name).collect();
+    let failing = names.iter().position(|name| *name == "requests_failing");
+    let failing = failing.expect("the outage outlives the token");
+    let last = names.len() - 1;
+    assert_eq!(names[0], "token_refused");
+    assert!(
+        names[1..failing]
+            .iter()
+            .all(|name| *name == "flight_failed")
+    );
+    assert!(failing > 3, "{names:?}");
+    assert!(
+        names[failing + 1..last]
+            .iter()
+            .all(|name| *name == "flight_failed")
+    );
+    assert!(last > failing + 2, "{names:?}");
+    assert_eq!(names[last], "recovered");
+
+    // Each failure says why, how many there were, what comes next and what becomes of requests.
+    let failed = log.named("flight_failed");
+    for (index, line) in failed.iter().enumerate() {
+        assert_eq!(line.level, Level::WARN);
+        assert_eq!(line.field("error"), Some("the token source failed"));
+        assert_eq!(line.field("failures").unwrap(), (index + 1).to_string());
+        assert_ne!(line.field("retry_in").unwrap(), "0ns");
+        let goes_on = line.at < lines[failing].at;
+        assert_eq!(line.field("usable_for").is_some(), goes_on, "{line}");
+        let message = line.field("message").unwrap();
+        assert_eq!(message.contains("requests go on"), goes_on, "{line}");
+    }
+    let recovered = &lines[last];
+    assert_eq!(
+        recovered.field("failures").unwrap(),
+        failed.len().to_string()
+    );
+    let outage = recovered.at - failed[0].at;
+    let outage = Duration::from_millis(outage.as_millis() as u64);
+    assert_eq!(recovered.field("outage").unwrap(), format!("{outage:?}"));
+
+    // With DEBUG there are the rest of them, each event of a flight in its span.
+    let debug: Vec<_> = log.lines(Level::DEBUG);
+    let text: Vec<_> = debug.iter().map(Line::to_string).collect();
+    println!("\n{}", text.join("\n"));
+    let names: Vec<_> = debug.iter().take(9).map(|line| line.name).collect();
+    assert_eq!(
+        names,
+        [
+            "flight_started",
+            "token_received",
+            "waited",
+            "token_refused",
+            "flight_started",
+            "token_received",
+            "waited",
+            "replayed",
+            "flight_started",
+        ]
+    );
+    let flights = log.spans("token_flight");
+    let in_flight = [
+        "flight_started",
+        "attempt_failed",
+        "token_received",
+        "flight_failed",
+        "gate_closed",
+        "gate_opened",
+        "recovered",
+    ];
+    for line in &debug {
+        let span = line.span.expect("each one is in a span");
+        let flight = flights.iter().find(|(id, _)| *id == span);
+        assert_eq!(flight.is_some(), in_flight.contains(&line.name), "{line}");
+        if let (Some((_, flight)), Some(number)) = (flight, line.field("flight")) {
+            assert_eq!(flight.fields["flight"], number);
+        }
+    }
+    for name in ["attempt_failed", "gate_closed", "gate_opened"] {
+        assert!(!log.named(name).is_empty(), "{name}");
+    }
+}
+
+/// Requests that wait are linked to the flight that they wait for, and the flight to the one that has started it.
+#[tokio::test(start_paused = true)]
+async fn a_flight_has_a_span_of_its_own_to_which_waiting_requests_are_linked() {
+    let (log, _guard) = Log::collect();
+    let server = AuthServer::new();
+    server.set_latency(millis(40));
+    let policy = RefreshPolicy::new().name("billing");
+    let cache = TokenCache::with_policy(server.clone(), policy);
+    let request = TokenRequest::new().scope("sims:read").param("key", "v");
+    let tasks: Vec<_> = (0..3)
+        .map(|_| {
+            let (cache, request) = (cache.clone(), request.clone());
+            let get = async move { cache.get_for(&request).await };
+            tokio::spawn(get.instrument(info_span!("request")))
+        })
+        .collect();
+    for result in all(tasks).await {
+        result.unwrap();
+    }
+    settle().await;
+
+    let [(id, flight)] = &log.spans("token_flight")[..] else {
+        panic!("there is one flight");
+    };
+    // It ends with the flight, though the cache lives on.
+    assert!(flight.is_root && flight.closed);
+    let field = |name: &str| flight.fields.get(name).map(String::as_str);
+    assert_eq!(field("cache"), Some("billing"));
+    assert_eq!(field("key"), Some("scope=sims:read param=key"));
+    assert_eq!(field("grant"), Some("custom"));
+    assert_eq!(field("forced"), Some("false"));
+    assert_eq!(field("attempts"), Some("1"));
+    assert_eq!(field("outcome"), Some("granted"));
+    let requests = log.spans("request");
+    assert_eq!(flight.follows, [requests[0].0]);
+    for (_, request) in &requests {
+        assert_eq!(request.follows, [*id]);
+    }
+    let waited = log.named("waited");
+    for ((request, _), line) in requests.iter().zip(&waited) {
+        assert_eq!(line.span, Some(*request));
+        assert_eq!(line.field("flight"), field("flight"));
+        assert_eq!(line.field("took"), Some("40ms"));
+        assert_eq!(line.field("outcome"), Some("token"));
+    }
+    assert_eq!(waited.len(), 3);
+}
+
+/// What becomes of a flight stands in its span, however it ends.
+#[tokio::test(start_paused = true)]
+async fn a_flights_span_says_what_became_of_it() {
+    let (log, _guard) = Log::collect();
+    let server = AuthServer::new();
+    let cache = TokenCache::new(server.clone());
+    server.set(Answer::Fail(TokenError::terminal("no")));
+    cache.get().await.unwrap_err();
+    time::sleep(secs(6)).await;
+    server.set(Answer::Hang);
+    let waits = time::timeout(secs(1), cache.get()).await;
+    assert!(waits.is_err());
+    cache.shutdown();
+    cache.shutdown();
+    settle().await;
+
+    let spans = log.spans("token_flight");
+    let outcomes: Vec<_> = spans
+        .iter()
+        .map(|(_, span)| (span.closed, span.fields["outcome"].as_str()))
+        .collect();
+    assert_eq!(outcomes, [(true, "failed"), (true, "shut_down")]);
+    assert_eq!(spans[0].1.fields["otel.status_code"], "ERROR");
+    assert_eq!(spans[0].1.fields["error"], "the token source failed");
+    // And of a wait as well.
+    let waited = log.named("waited");
+    let outcomes: Vec<_> = waited.iter().map(|line| line.field("outcome")).collect();
+    assert_eq!(outcomes, [Some("failed"), Some("dropped")]);
+    assert_eq!(log.named("shut_down").len(), 1);
+}
+
+/// A runtime that ends takes its flight with it.
+#[test]
+fn a_flight_that_is_lost_says_so_in_its_span() {
+    let (log, _guard) = Log::collect();
+    let server = AuthServer::new();
+    server.set(Answer::Hang);
+    let cache = TokenCache::new(server);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .unwrap();
+    let waits = runtime.block_on(async { time::timeout(millis(1), cache.get()).await });
+    assert!(waits.is_err());
+    drop(runtime);
+    let [(id, flight)] = &log.spans("token_flight")[..] else {
+        panic!("there is one flight");
+    };
+    assert_eq!(flight.fields["outcome"], "lost");
+    let lost = log.named("flight_lost");
+    assert_eq!(lost[0].span, Some(*id));
+    assert_eq!(lost[0].field("failures"), Some("1"));
+    assert!(flight.closed);
+}
+
+/// Nothing at INFO or above while all is well.
+#[tokio::test(start_paused = true)]
+async fn a_log_of_warnings_stays_empty_while_all_is_well() {
+    let (log, _guard) = Log::collect();
+    let server = AuthServer::new();
+    let client = BearerAuthLayer::new(server.clone()).layer(Api::echoing());
+    traffic(&client, secs(900)).await;
+    assert!(server.requests() >= 4);
+    assert!(log.lines(Level::INFO).is_empty());
+}
+
+/// Each refusal is told of in the span of the request that got it, with what was decided.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_is_told_with_what_was_decided() {
+    let (log, _guard) = Log::collect();
+    let server = AuthServer::new();
+    let api = Api::new(|_| unauthorized(INVALID_TOKEN));
+    let client = BearerAuthLayer::new(server.clone())
+        .replay(CloneBody)
+        .layer(api.clone());
+    client.cache().get().await.unwrap();
+    time::sleep(secs(2)).await;
+    // Two at once, and what comes of their replays.
+    api.hold();
+    let tasks: Vec<_> = (0..2)
+        .map(|_| {
+            let request = client.clone().oneshot(get());
+            tokio::spawn(request.instrument(info_span!("request")))
+        })
+        .collect();
+    settle().await;
+    server.hold();
+    api.release();
+    settle().await;
+    server.release();
+    all(tasks).await;
+
+    let refused = log.named("token_refused");
+    let decisions: Vec<_> = refused.iter().map(|line| line.field("decision")).collect();
+    let expected = ["started", "joined", "passed", "passed"];
+    assert_eq!(decisions, expected.map(Some));
+    let levels: Vec<_> = refused.iter().map(|line| line.level).collect();
+    assert_eq!(levels[0], Level::INFO);
+    assert!(levels[1..].iter().all(|level| *level == Level::DEBUG));
+    let requests = log.spans("request");
+    for line in &refused {
+        assert_eq!(line.field("complaint"), Some("invalid_token"));
+        assert!(requests.iter().any(|(id, _)| Some(*id) == line.span));
+    }
+    assert_eq!(log.named("replayed").len(), 2);
+    // A program that says so is heard as well; within the cooldown nothing comes of it.
+    let token = client.cache().get().await.unwrap();
+    client.cache().invalidate(&token);
+    assert_eq!(log.named("invalidated").len(), 1);
+    let refused = log.named("token_refused");
+    assert_eq!(refused.last().unwrap().field("decision"), Some("passed"));
+}

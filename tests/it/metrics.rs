@@ -1,0 +1,351 @@
+//! What the metrics say, recorded by a recorder of this thread.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::{BodyExt, Full};
+use metrics::Unit;
+use metrics_exporter_prometheus::PrometheusBuilder;
+use metrics_util::{
+    MetricKind,
+    debugging::{DebugValue, DebuggingRecorder, Snapshotter},
+};
+use tokio::time;
+use tower::{Layer, ServiceExt, service_fn};
+use tower_bearer::{
+    BearerAuthLayer, BoxError, ClientCredentials, CloneBody, RefreshPolicy, TokenCache, TokenError,
+    TokenRequest, WithoutToken,
+};
+
+use crate::support::{
+    Answer, Api, AuthServer, INVALID_TOKEN, all, caller, get, get_path, millis, secs, settle,
+    unauthorized,
+};
+
+/// The metrics that were recorded since they were read the last time, gauges included.
+struct Read(BTreeMap<String, DebugValue>);
+
+impl Read {
+    fn from(snapshotter: &Snapshotter) -> Self {
+        let metrics = snapshotter.snapshot().into_vec();
+        let named = metrics.into_iter().map(|(key, _, _, value)| {
+            let key = key.key();
+            let labels = key
+                .labels()
+                .map(|label| format!(",{}={}", label.key(), label.value()));
+            (
+                format!("{}{}", key.name(), labels.collect::<String>()),
+                value,
+            )
+        });
+        Self(named.collect())
+    }
+
+    fn counter(&self, name: &str) -> u64 {
+        match self.0.get(&format!("tower_bearer_{name}")) {
+            Some(DebugValue::Counter(value)) => *value,
+            None => 0,
+            other => panic!("{name}: {other:?}"),
+        }
+    }
+
+    fn gauge(&self, name: &str) -> f64 {
+        match self.0.get(&format!("tower_bearer_{name}")) {
+            Some(DebugValue::Gauge(value)) => value.into_inner(),
+            other => panic!("{name}: {other:?}"),
+        }
+    }
+
+    fn histogram(&self, name: &str) -> Vec<f64> {
+        match self.0.get(&format!("tower_bearer_{name}")) {
+            Some(DebugValue::Histogram(values)) => {
+                values.iter().map(|value| value.into_inner()).collect()
+            }
+            None => Vec::new(),
+            other => panic!("{name}: {other:?}"),
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_are_counted_by_the_token_that_they_found() {
+    let recorder = DebuggingRecorder::new();
+    let read = || Read::from(&recorder.snapshotter());
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    let server = AuthServer::new();
+    let layer = BearerAuthLayer::new(server.clone())
+        .origins(["http://localhost"])
+        .unwrap();
+    let mut client = layer.layer(Api::echoing());
+    let requests = |token: &str| format!("requests_total,cache=default,token={token}");
+
+    client.call_one().await;
+    assert_eq!(read().counter(&requests("waited")), 1);
+    settle().await;
+    // By one service, which keeps the token, and by clones for one request each.
+    for _ in 0..1_000 {
+        client.call_one().await;
+        client.clone().call_one().await;
+    }
+    let fresh = read();
+    assert_eq!(fresh.counter(&requests("fresh")), 2_000);
+    assert_eq!(fresh.counter(&requests("due")), 0);
+    // One in 64 tells how long its token may still be sent.
+    let remaining = fresh.histogram("token_remaining_seconds,cache=default");
+    assert!((10..=70).contains(&remaining.len()), "{}", remaining.len());
+    assert!(
+        remaining
+            .iter()
+            .all(|remaining| (289.0..=290.0).contains(remaining))
+    );
+
+    let mut bare = get();
+    bare.extensions_mut().insert(WithoutToken);
+    client.clone().oneshot(bare).await.unwrap();
+    let elsewhere = Request::get("https://other.example")
+        .body(String::new())
+        .unwrap();
+    client.clone().oneshot(elsewhere).await.unwrap();
+    assert_eq!(read().counter(&requests("bare")), 2);
+    let client_of_all = BearerAuthLayer::new(client.cache().clone()).layer(Api::echoing());
+    let plain = Request::get("http://api.example.com")
+        .body(String::new())
+        .unwrap();
+    client_of_all.oneshot(plain).await.unwrap_err();
+    assert_eq!(read().counter(&requests("refused")), 1);
+
+    server.set(Answer::Fail(TokenError::terminal("no")));
+    time::sleep(secs(285)).await;
+    client.call_one().await;
+    assert_eq!(read().counter(&requests("due")), 1);
+    time::sleep(secs(10)).await;
+    for _ in 0..2 {
+        client.clone().oneshot(get()).await.unwrap_err();
+    }
+    assert_eq!(read().counter(&requests("failed")), 2);
+}
+
+trait CallOne {
+    async fn call_one(&mut self);
+}
+
+impl<S> CallOne for S
+where
+    S: tower::Service<Request<String>>,
+    S::Error: std::fmt::Debug,
+{
+    async fn call_one(&mut self) {
+        self.ready().await.unwrap();
+        self.call(get_path("one")).await.map(drop).unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn token_requests_are_counted_by_grant_and_outcome_and_flights_are_timed() {
+    let recorder = DebuggingRecorder::new();
+    let read = || Read::from(&recorder.snapshotter());
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    let server = AuthServer::new();
+    server.set_latency(millis(250));
+    server.set_refresh_tokens(true);
+    let policy = RefreshPolicy::new().name("billing");
+    let cache = TokenCache::with_policy(server.clone(), policy);
+    cache.get().await.unwrap();
+    let granted = read();
+    assert_eq!(
+        granted.counter("token_requests_total,cache=billing,grant=custom,outcome=granted"),
+        1
+    );
+    assert_eq!(
+        granted.histogram("flight_duration_seconds,cache=billing,outcome=granted"),
+        [0.25]
+    );
+
+    server.set(Answer::Fail(TokenError::transient("down")));
+    time::sleep(secs(295)).await;
+    cache.get().await.unwrap_err();
+    let failed = read();
+    assert_eq!(
+        failed.counter("token_requests_total,cache=billing,grant=custom,outcome=failed"),
+        3
+    );
+    let took = failed.histogram("flight_duration_seconds,cache=billing,outcome=failed");
+    assert!(took.len() == 1 && took[0] >= 0.75, "{took:?}");
+}
+
+/// A refresh token that brings nothing is a token request as well.
+#[tokio::test(start_paused = true)]
+async fn token_requests_are_counted_by_the_grant_that_was_used() {
+    let recorder = DebuggingRecorder::new();
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    let endpoint = service_fn(|request: Request<Full<Bytes>>| async move {
+        let body = request.into_body().collect().await?.to_bytes();
+        let is_refresh = body.starts_with(b"grant_type=refresh_token");
+        // The first one is good.
+        let is_bad =
+            is_refresh && !body.ends_with(b"=1") && !body.windows(3).any(|it| it == b"=1&");
+        let (status, body) = match (is_refresh, is_bad) {
+            (_, true) => (400, r#"{"error":"invalid_grant"}"#.to_owned()),
+            (is_refresh, false) => {
+                let next = if is_refresh { 2 } else { 1 };
+                let body = format!(
+                    r#"{{"access_token":"a{next}","token_type":"Bearer","expires_in":300,"refresh_token":"{next}"}}"#
+                );
+                (200, body)
+            }
+        };
+        let response = Response::builder()
+            .status(status)
+            .body(Full::<Bytes>::from(body));
+        Ok::<_, BoxError>(response?)
+    });
+    let source = ClientCredentials::builder("https://as.example/token", "client-id")
+        .client_secret("secret")
+        .build_with(endpoint)
+        .unwrap();
+    let cache = TokenCache::new(source);
+    for _ in 0..3 {
+        cache.get().await.unwrap();
+        time::sleep(secs(295)).await;
+    }
+    let read = Read::from(&recorder.snapshotter());
+    let counted = |grant: &str, outcome: &str| {
+        read.counter(&format!(
+            "token_requests_total,cache=default,grant={grant},outcome={outcome}"
+        ))
+    };
+    assert_eq!(counted("client_credentials", "granted"), 2);
+    assert_eq!(counted("refresh_token", "granted"), 1);
+    assert_eq!(counted("refresh_token", "failed"), 1);
+}
+
+/// By a recorder whose gauges stay as they were set.
+#[tokio::test(start_paused = true)]
+async fn waits_keys_and_gates_are_gauged() {
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    let gauge = |name: &str| -> u32 {
+        let text = recorder.handle().render();
+        let name = format!("tower_bearer_{name}{{cache=\"default\"}} ");
+        let value = text.lines().find_map(|line| line.strip_prefix(&name));
+        let value = value.unwrap_or_else(|| panic!("no {name} in {text}"));
+        value.parse().unwrap()
+    };
+    let server = AuthServer::new();
+    let cache = TokenCache::new(server.clone());
+    assert_eq!(gauge("waiting_requests"), 0);
+    server.hold();
+    let waiting: Vec<_> = (0..5).map(|_| caller(&cache)).collect();
+    let given_up = caller(&cache);
+    settle().await;
+    assert_eq!(gauge("waiting_requests"), 6);
+    given_up.abort();
+    settle().await;
+    assert_eq!(gauge("waiting_requests"), 5);
+    server.release();
+    all(waiting).await;
+    assert_eq!(gauge("waiting_requests"), 0);
+
+    let key = |name: &str| TokenRequest::new().scope(name);
+    for name in ["a", "b"] {
+        cache.get_for(&key(name)).await.unwrap();
+    }
+    assert_eq!(gauge("keys"), 2);
+    assert_eq!(gauge("closed_gates"), 0);
+    server.set(Answer::Fail(TokenError::terminal("no")));
+    for name in ["c", "d"] {
+        cache.get_for(&key(name)).await.unwrap_err();
+    }
+    assert_eq!(gauge("keys"), 4);
+    assert_eq!(gauge("closed_gates"), 2);
+    server.set(Answer::Grant(secs(300)));
+    time::sleep(secs(6)).await;
+    cache.get_for(&key("c")).await.unwrap();
+    assert_eq!(gauge("closed_gates"), 1);
+    drop(cache);
+    settle().await;
+    assert_eq!(gauge("keys"), 0);
+    assert_eq!(gauge("closed_gates"), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn refusals_are_counted_by_what_was_decided_and_replays() {
+    let recorder = DebuggingRecorder::new();
+    let read = || Read::from(&recorder.snapshotter());
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    let api = Api::refusing("token-1", || unauthorized(INVALID_TOKEN));
+    let layer = BearerAuthLayer::new(AuthServer::new()).replay(CloneBody);
+    let client = layer.layer(api.clone());
+    api.hold();
+    let tasks: Vec<_> = (0..3)
+        .map(|_| tokio::spawn(client.clone().oneshot(get())))
+        .collect();
+    settle().await;
+    api.release();
+    all(tasks).await;
+    let refused = read();
+    let decided = |decision: &str| {
+        refused.counter(&format!(
+            "token_refusals_total,cache=default,decision={decision}"
+        ))
+    };
+    assert_eq!(decided("started"), 1);
+    assert_eq!(decided("joined") + decided("replay"), 2);
+    assert_eq!(decided("passed"), 0);
+    assert_eq!(refused.counter("replays_total,cache=default"), 3);
+}
+
+/// A recorder that comes late misses what was before, and no more.
+#[tokio::test(start_paused = true)]
+async fn a_recorder_that_is_installed_late_is_found_by_the_next_token_request() {
+    let recorder = DebuggingRecorder::new();
+    let server = AuthServer::new();
+    let client = BearerAuthLayer::new(server.clone()).layer(Api::echoing());
+    client.clone().oneshot(get()).await.unwrap();
+    client
+        .cache()
+        .get_for(&TokenRequest::new().scope("a"))
+        .await
+        .unwrap();
+
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    time::sleep(secs(295)).await;
+    for _ in 0..3 {
+        client.clone().oneshot(get()).await.unwrap();
+    }
+    let late = Read::from(&recorder.snapshotter());
+    assert_eq!(late.counter("requests_total,cache=default,token=fresh"), 2);
+    assert_eq!(late.gauge("keys,cache=default"), 1.0);
+}
+
+/// All metrics have a description and, where there is one, a unit; and a name that says so.
+#[tokio::test(start_paused = true)]
+async fn every_metric_is_described_and_named_as_prometheus_wants_it() {
+    let recorder = DebuggingRecorder::new();
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    let api = Api::refusing("token-1", || unauthorized(INVALID_TOKEN));
+    let layer = BearerAuthLayer::new(AuthServer::new()).replay(CloneBody);
+    layer.layer(api).oneshot(get()).await.unwrap();
+    let metrics = recorder.snapshotter().snapshot().into_vec();
+    assert!(metrics.len() >= 9);
+    for (key, unit, description, _) in metrics {
+        let name = key.key().name();
+        assert!(description.is_some(), "{name}");
+        let (suffix, expected) = match key.kind() {
+            MetricKind::Counter => ("_total", Unit::Count),
+            MetricKind::Gauge => ("", Unit::Count),
+            MetricKind::Histogram => ("_seconds", Unit::Seconds),
+        };
+        assert!(
+            name.starts_with("tower_bearer_") && name.ends_with(suffix),
+            "{name}"
+        );
+        assert_eq!(unit, Some(expected), "{name}");
+        let labels: Vec<_> = key.key().labels().map(|label| label.key()).collect();
+        assert!(
+            labels.contains(&"cache") && labels.len() <= 3,
+            "{name}: {labels:?}"
+        );
+    }
+}
