@@ -222,10 +222,68 @@
 //!
 //! # What one sees
 //!
-//! Events of `tracing` under the target `tower_bearer`: `flight_started`, `token_received` and `attempt_failed` at
-//! DEBUG, `refresh_token_failed` at INFO, `flight_failed`, `flight_lost`, `lifetime_assumed`, `scope_narrowed` and
-//! `keys_full` at WARN. None carries a token or a secret. A [`TokenError`] speaks for its own level; what is
-//! behind it, such as a failed connection, is in its [`source`](std::error::Error::source).
+//! A [`TokenError`] speaks for its own level; what is behind it, such as a failed connection, is in its
+//! [`source`](std::error::Error::source). Neither it nor anything below shows a token or a secret.
+//!
+//! ## Events and spans
+//!
+//! Through `tracing`, under the target `tower_bearer`. Nothing is at INFO or above while all is well.
+//!
+//! | event | level | fields | |
+//! |---|---|---|---|
+//! | `flight_started` | DEBUG | `flight`, `forced`, `delay`, `failures` | a token request starts, after so many that failed in a row |
+//! | `attempt_failed` | DEBUG | `flight`, `attempt`, `error` | another attempt follows |
+//! | `token_received` | DEBUG | `flight`, `grant`, `took`, `usable_until` | |
+//! | `flight_failed` | WARN | `flight`, `key`, `error`, `failures`, `retry_in`, `usable_for` | requests go on for `usable_for`; without it, they fail |
+//! | `requests_failing` | WARN | `key`, `error`, `retry_in` | the token has expired in an outage, between two token requests; once per outage |
+//! | `recovered` | INFO | `flight`, `key`, `failures`, `outage` | the first success after failures |
+//! | `flight_lost` | WARN | `flight`, `key`, `failures` | the runtime has ended, or is parked |
+//! | `gate_closed`, `gate_opened` | DEBUG | `failures`, `opens_in`, `shared`; `cause` | token requests are held back: of the key, or if `shared` of all keys of the source |
+//! | `refresh_token_failed` | INFO | `error` | client credentials are next |
+//! | `lifetime_assumed` | WARN | `lifetime` | the server named none |
+//! | `scope_narrowed` | WARN | `missing` | the server granted less than was asked for |
+//! | `token_refused` | INFO, DEBUG | `complaint`, `decision`, `flight` | by the API; INFO if that starts a token request, which is bounded |
+//! | `replayed` | DEBUG | | the request is sent once more |
+//! | `waited` | DEBUG | `flight`, `took`, `outcome` | by a request: `token`, `old_token`, `failed`, `lost` or `dropped` |
+//! | `invalidated`, `shut_down` | DEBUG | | by the program |
+//! | `keys_evicted`, `keys_full` | DEBUG, WARN | `count`; `limit` | |
+//!
+//! Each flight has a span `token_flight` at DEBUG, and its events, and what its client logs, are in it. Its fields are
+//! `cache` ([`RefreshPolicy::name`]), `flight` (a number that no other one of the process has), `key` (scopes,
+//! resources and the names of parameters; absent for nothing in particular), `grant`, `forced`, `attempts`, `outcome`
+//! (`granted`, `failed`, `lost`, `shut_down`), `error` and `otel.status_code`. It is the root of a trace of its own:
+//! it serves many requests and may outlive all of them. It follows from the span that was current where it was started,
+//! and the current span of each request that waits follows from it. With `tracing-opentelemetry` both are links, so
+//! that one gets from a slow request to the token request that it has waited for. `waited`, `token_refused` and
+//! `replayed` are in the request's own span: make one above the layer, with tower-http's `TraceLayer` or
+//! [`Instrument`](tracing::Instrument), and let `tower_bearer=debug` through the filter.
+//!
+//! ## Metrics
+//!
+//! With the feature `metrics`, through the facade of that name. Each has the label `cache`
+//! ([`RefreshPolicy::name`]); no label has more than a handful of values.
+//!
+//! | metric | type, unit | labels | |
+//! |---|---|---|---|
+//! | `tower_bearer_requests_total` | counter | `token`: `fresh`, `due`, `waited`, `failed`, `refused`, `bare` | requests by the token that they found; `refused` by their URI, `bare` without one of ours |
+//! | `tower_bearer_token_requests_total` | counter | `grant`; `outcome`: `granted`, `rejected`, `unavailable`, `transport`, `timeout`, `malformed`, `failed` | attempts; one that goes on from a refresh token to client credentials counts for both |
+//! | `tower_bearer_flight_duration_seconds` | histogram, s | `outcome`: as of the span | all attempts together |
+//! | `tower_bearer_token_remaining_seconds` | histogram, s | | for how long the token of a request may still be sent; of one request in 64 |
+//! | `tower_bearer_token_refusals_total` | counter | `decision`: `started`, `joined`, `replay`, `passed` | tokens that the API refused |
+//! | `tower_bearer_replays_total` | counter | | requests that were sent once more |
+//! | `tower_bearer_waiting_requests` | gauge | | requests that wait for a token |
+//! | `tower_bearer_closed_gates` | gauge | | keys whose last token request failed |
+//! | `tower_bearer_keys` | gauge | | keys, besides the one for nothing in particular |
+//!
+//! Install the recorder first. One that comes later is found by the next token request: until then requests are not
+//! counted, and from then on the gauges are right. A request that finds a fresh token costs one increment of a
+//! counter that all requests of the cache share, and the toss for its sample; and nothing without the feature.
+//! `examples/health_and_metrics` has a dashboard, alerts and a `/metrics` that goes with them.
+//!
+//! ## For programs
+//!
+//! [`TokenCache::status`] is for a health endpoint: is there a token, for how long, and what failed last.
+//! [`TokenCache::events`] is a stream of what happens, of [`TokenEvent`]s.
 //!
 //! # Guides
 //!
