@@ -405,6 +405,40 @@ fn a_flight_that_is_lost_says_so_in_its_span() {
     assert!(flight.closed);
 }
 
+/// A flight whose runtime is parked is given up by others, and what they tell of it is in its span.
+#[test]
+fn a_flight_that_is_given_up_says_so_in_its_span() {
+    let (log, _guard) = Log::collect();
+    let server = AuthServer::new();
+    server.set(Answer::Hang);
+    let cache = TokenCache::new(server.clone());
+    let parked = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .unwrap();
+    let waits = parked.block_on(async { time::timeout(millis(1), cache.get()).await });
+    assert!(waits.is_err());
+    server.set(Answer::Grant(secs(300)));
+    let other = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .unwrap();
+    other.block_on(async {
+        time::advance(secs(31)).await;
+        cache.get().await.unwrap();
+    });
+    let spans = log.spans("token_flight");
+    let outcomes: Vec<_> = spans
+        .iter()
+        .map(|(_, span)| &span.fields["outcome"])
+        .collect();
+    assert_eq!(outcomes, ["lost", "granted"]);
+    let lost = log.named("flight_lost");
+    assert_eq!(lost[0].span, Some(spans[0].0));
+    assert_eq!(log.named("recovered")[0].span, Some(spans[1].0));
+}
+
 /// Nothing at INFO or above while all is well.
 #[tokio::test(start_paused = true)]
 async fn a_log_of_warnings_stays_empty_while_all_is_well() {
