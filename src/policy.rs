@@ -312,6 +312,8 @@ fn doubled(first: Duration, n: u32, cap: Duration) -> Duration {
 pub(crate) const FLOOR: Duration = Duration::from_secs(1);
 /// How long a request waits for the replacement of a token that the API refused before it uses that one.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
+/// How long requests may take a token that is due without a look at what else has happened.
+pub(crate) const EASE: Duration = Duration::from_millis(100);
 /// How much longer than a flight may take its waiters' own timers run: the flight's timer speaks first.
 pub(crate) const GRACE: Duration = Duration::from_millis(500);
 /// A recurrence of forced refreshes within so many cooldowns doubles the next cooldown.

@@ -50,8 +50,18 @@ pub(crate) struct Entry {
     ///
     /// Written with the state locked, so that it follows the state in order.
     hot: ArcSwapOption<token::Inner>,
+    /// The token that requests take without a lock while nothing can be done about its being due.
+    ///
+    /// Written as `hot` is, and gone with whatever changes the state.
+    settled: ArcSwapOption<Settled>,
     pub(super) state: Mutex<State<Arc<Flight>>>,
     teller: Teller,
+}
+
+/// A token that is due, and until when nothing can be done about it.
+struct Settled {
+    token: AccessToken,
+    until: Deadline,
 }
 
 /// What a caller who can wait for a token gets.
@@ -115,6 +125,7 @@ impl Entry {
             closing,
             watching,
             hot: ArcSwapOption::empty(),
+            settled: ArcSwapOption::empty(),
             teller: Teller::new(news, request.clone()),
             state: Mutex::new(State::new(id, request, Arc::clone(&policy), Rng::new())),
             policy,
@@ -187,7 +198,8 @@ impl Entry {
 
     /// The token for a request that has no time to wait; starts a refresh that is due.
     pub(super) fn attach(self: &Arc<Self>) -> Option<AccessToken> {
-        self.fresh().or_else(|| self.use_or_refresh())
+        let token = self.fresh().or_else(|| self.settled());
+        token.or_else(|| self.use_or_refresh())
     }
 
     /// The token, if there is one that is neither due nor refused: without a lock.
@@ -200,6 +212,14 @@ impl Entry {
             false => token.is_fresh(self.endpoint.not_before(), Now::read()),
         };
         is_fresh.then(|| AccessToken(Arc::clone(token)))
+    }
+
+    /// The token, if there is one that is due while nothing can be done about it: without a lock.
+    fn settled(&self) -> Option<AccessToken> {
+        let settled = self.settled.load();
+        let Settled { token, until } = &**settled.as_ref()?;
+        let is_settled = !until.has_come(Now::read()) && !self.is_void(token);
+        is_settled.then(|| token.clone())
     }
 
     /// The token, if there is one that may be attached without a wait; starts a refresh that is due.
@@ -394,7 +414,7 @@ impl Entry {
                 shut.map(|_| error.clone().map_or(End::Abandoned, End::Failed))
             }
         };
-        self.publish(&state);
+        self.publish(&state, None);
         drop(shared);
         drop(state);
         if let Some(end) = end {
@@ -410,7 +430,7 @@ impl Entry {
         let now = Now::read();
         let mut state = self.state.lock();
         let (flight, revocation) = state.close_for_good(now);
-        self.publish(&state);
+        self.publish(&state, None);
         drop(state);
         if let Some(flight) = flight {
             let end = End::Failed(TokenError::new(Kind::ShutDown, false));
@@ -442,7 +462,8 @@ impl Entry {
             now,
             obstacle,
         });
-        self.publish(&state);
+        let settled = state.settled(&shared, now);
+        self.publish(&state, settled);
         drop(shared);
         drop(state);
         drop(void);
@@ -503,8 +524,16 @@ impl Entry {
         }
     }
 
-    /// Shows the hot path the token that `state` holds.
-    pub(super) fn publish(&self, state: &State<Arc<Flight>>) {
+    /// Shows the hot path the token that `state` holds, and whether it is settled.
+    pub(super) fn publish(
+        &self,
+        state: &State<Arc<Flight>>,
+        settled: Option<(AccessToken, Deadline)>,
+    ) {
+        let settled = settled.map(|(token, until)| Arc::new(Settled { token, until }));
+        if settled.is_some() || self.settled.load().is_some() {
+            self.settled.store(settled);
+        }
         let token = state.unquestioned().map(|token| &token.0);
         let shown = self.hot.load();
         if shown.as_ref().map(Arc::as_ptr) != token.map(Arc::as_ptr) {
@@ -599,5 +628,68 @@ impl Complaint {
 
     fn names_token(&self) -> bool {
         !matches!(self, Self::Unexplained)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::{atomic::AtomicUsize, mpsc},
+        thread,
+        time::Duration,
+    };
+
+    use tokio::time;
+
+    use super::*;
+    use crate::{
+        cache::TokenCache,
+        source::{TokenResponse, source_fn},
+    };
+
+    /// Law 4: in an outage, too, requests neither wait for one another nor for a lock.
+    #[tokio::test(start_paused = true)]
+    async fn a_due_token_is_taken_without_a_lock_while_nothing_can_be_done() {
+        let requests = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&requests);
+        let cache = TokenCache::new(source_fn(move |_| {
+            let request = count.fetch_add(1, Ordering::SeqCst);
+            async move {
+                match request {
+                    0 => Ok(TokenResponse::new("token")?.expires_in(Duration::from_secs(300))),
+                    _ => Err(TokenError::transient("down")),
+                }
+            }
+        }));
+        cache.get().await.unwrap();
+        time::sleep(Duration::from_secs(250)).await;
+        let (runtime, entry) = (Handle::current(), &cache.plain);
+        let takes = || {
+            let (done, taken) = mpsc::channel();
+            let (runtime, entry) = (runtime.clone(), Arc::clone(entry));
+            thread::spawn(move || {
+                let _guard = runtime.enter();
+                let _ = done.send(entry.attach().is_some());
+            });
+            taken.recv_timeout(Duration::from_secs(2)).ok()
+        };
+        // One of the first two starts the flight. It ends at once, and its gate is shut.
+        for state in ["under way", "over"] {
+            assert_eq!(takes(), Some(true));
+            let locked = entry.state.lock();
+            assert_eq!(takes(), Some(true), "{state}");
+            drop(locked);
+            time::sleep(Duration::from_millis(1)).await;
+        }
+        assert_eq!(requests.load(Ordering::SeqCst), 2);
+        // The gate opens, and the next one starts a flight.
+        time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(takes(), Some(true));
+        time::sleep(Duration::from_millis(1)).await;
+        assert_eq!(requests.load(Ordering::SeqCst), 3);
+        // Another key's token tells that this one is void.
+        assert_eq!(takes(), Some(true));
+        entry.endpoint.set_not_before(1);
+        assert_eq!(takes(), Some(false));
     }
 }

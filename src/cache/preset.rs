@@ -83,7 +83,7 @@ impl Entry {
         if let Some(Preset::Token(response)) = &self.endpoint().preset {
             let mut state = self.state.lock();
             state.settle(response.clone());
-            self.publish(&state);
+            self.publish(&state, None);
         }
     }
 

@@ -461,6 +461,22 @@ impl<F: Clone + PartialEq> State<F> {
         Some(opens.map_or(due, |opens| opens.latest(due)))
     }
 
+    /// The token, and until when whoever asks would get it and start nothing, if that is so: since a flight is under
+    /// way, or the gate holds the next one back.
+    ///
+    /// What ends it sooner, by another key's success or other credentials, is noticed within [`policy::EASE`].
+    pub(crate) fn settled(&self, shared: &SharedGate, now: Now) -> Option<(AccessToken, Deadline)> {
+        let token = self.unquestioned().filter(|token| token.is_alive(now))?;
+        let ease = now.after(policy::EASE);
+        let until = match &self.flight {
+            Some(record) if record.overdue <= now.monotonic + policy::EASE => return None,
+            Some(_) => ease,
+            None if !token.is_due(now) || self.gate.is_open(shared, now) => return None,
+            None => self.gate.opens(shared)?.earliest(ease),
+        };
+        Some((token.clone(), until.earliest(token.expiry())))
+    }
+
     /// Whether nothing is lost if this is forgotten, and nothing is asked for sooner for it.
     pub(crate) fn is_idle(&self, shared: &SharedGate, now: Now) -> bool {
         let is_dead = self
