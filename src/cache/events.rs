@@ -164,6 +164,7 @@ impl TokenEvent {
 /// A listener keeps no cache alive and holds nobody up: it may be behind by 256 events, and then it is told how many it
 /// has [`Missed`](TokenEvent::Missed). The stream ends with the last handle on the cache, and after
 /// [`ShutDown`](TokenEvent::ShutDown), once everything was read.
+#[must_use = "nothing is heard until it is polled, and events are lost that come before it is made"]
 pub struct Events {
     next: ReusableBoxFuture<'static, Next>,
     done: bool,
@@ -209,7 +210,11 @@ impl Stream for Events {
                 return Poll::Ready(None);
             }
         };
-        self.next.set(receive(receiver));
+        // A flight that ends while the cache does may tell of it after that.
+        self.done = matches!(event, TokenEvent::ShutDown);
+        if !self.done {
+            self.next.set(receive(receiver));
+        }
         Poll::Ready(Some(event))
     }
 }
@@ -286,3 +291,21 @@ impl Bus {
 
 /// By how many events a listener may be behind.
 const BEHIND: usize = 256;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Who sends an event while the cache is shut down has looked before, and comes late.
+    #[tokio::test]
+    async fn nothing_comes_after_the_shutdown() {
+        let (sender, receiver) = broadcast::channel(BEHIND);
+        let mut events = Events::new(receiver);
+        for event in [TokenEvent::ShutDown, TokenEvent::KeysEvicted { count: 1 }] {
+            sender.send(event).unwrap();
+        }
+        assert!(matches!(events.next().await, Some(TokenEvent::ShutDown)));
+        assert!(events.next().await.is_none());
+        assert!(events.next().await.is_none());
+    }
+}
