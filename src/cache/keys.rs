@@ -93,9 +93,9 @@ impl Keys {
             map.entries.insert(request.clone(), Arc::clone(&entry));
             entry
         });
-        let count = map.entries.len();
         drop(map);
-        self.news.meters().keys(count as i64);
+        let gone = evicted.as_ref().map_or(0, Vec::len);
+        self.news.meters().keys(i64::from(!full) - gone as i64);
         if let Some(evicted) = evicted.as_ref().filter(|evicted| !evicted.is_empty()) {
             self.news.keys_evicted(evicted.len());
         }
@@ -110,7 +110,7 @@ impl Keys {
     /// Takes all entries out.
     pub(super) fn take(&self) -> Vec<Arc<Entry>> {
         let map = std::mem::take(&mut *self.write());
-        self.news.meters().keys(0);
+        self.news.meters().keys(-(map.entries.len() as i64));
         map.entries.into_values().collect()
     }
 
@@ -137,7 +137,8 @@ impl Drop for Keys {
     fn drop(&mut self) {
         self.watching.cancel();
         self.news.bus().close();
-        self.news.meters().keys(0);
+        let map = self.map.get_mut().unwrap_or_else(PoisonError::into_inner);
+        self.news.meters().keys(-(map.entries.len() as i64));
     }
 }
 

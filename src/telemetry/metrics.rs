@@ -86,7 +86,7 @@ impl Meters {
     fn show_all(&self) {
         self.waiters(0);
         self.gates(0);
-        self.keys(self.0.keys.load(Ordering::SeqCst));
+        self.keys(0);
     }
 
     /// What requests count themselves with.
@@ -139,9 +139,9 @@ impl Meters {
         show(&self.0.gates, &gauge!(GATES, "cache" => self.0.cache));
     }
 
-    /// So many keys there are.
-    pub(crate) fn keys(&self, count: i64) {
-        self.0.keys.store(count, Ordering::SeqCst);
+    /// So many more keys there are.
+    pub(crate) fn keys(&self, more: i64) {
+        self.0.keys.fetch_add(more, Ordering::SeqCst);
         show(&self.0.keys, &gauge!(KEYS, "cache" => self.0.cache));
     }
 }

@@ -267,6 +267,18 @@ async fn waits_keys_and_gates_are_gauged() {
     settle().await;
     assert_eq!(gauge("keys"), 0);
     assert_eq!(gauge("closed_gates"), 0);
+
+    let small = TokenCache::with_policy(server, RefreshPolicy::new().max_keys(2));
+    for name in ["a", "b"] {
+        small.get_for(&key(name)).await.unwrap();
+    }
+    small.get_for(&key("c")).await.unwrap_err();
+    assert_eq!(gauge("keys"), 2);
+    time::sleep(secs(300)).await;
+    small.get_for(&key("c")).await.unwrap();
+    assert_eq!(gauge("keys"), 1);
+    small.shutdown();
+    assert_eq!(gauge("keys"), 0);
 }
 
 #[tokio::test(start_paused = true)]
