@@ -336,7 +336,7 @@ impl Entry {
 
     /// Hears that the API refused the token of this number, from a request that is not to be sent again.
     ///
-    /// Only the token that the entry holds can be refused.
+    /// Only the token that the entry holds can be refused, or one before it that had the same text.
     pub(super) fn heard(self: &Arc<Self>, number: u64, complaint: Complaint) {
         let current = self.state.lock().token_numbered(number);
         if let Some(token) = current {

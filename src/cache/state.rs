@@ -41,6 +41,8 @@ pub(crate) struct State<F> {
     request: TokenRequest,
     rng: Rng,
     token: Option<AccessToken>,
+    /// The number of the first token that had the text of this one: servers hand out one token twice.
+    alike_since: u64,
     /// The API has said that the token is invalid, and the flight on record is to replace it.
     rejected: bool,
     /// The token has used its exemption from the gate.
@@ -152,6 +154,7 @@ impl<F: Clone + PartialEq> State<F> {
             request,
             rng,
             token: None,
+            alike_since: 0,
             rejected: false,
             exempted: false,
             refresh_token: None,
@@ -307,7 +310,10 @@ impl<F: Clone + PartialEq> State<F> {
             sent,
             now,
         );
-        self.token = Some(token.clone());
+        let last = self.token.replace(token.clone());
+        if !last.is_some_and(|last| last.same_text(&token)) {
+            self.alike_since = token.number();
+        }
         self.exempted = false;
         self.floor = Some(sent.after(policy::FLOOR));
         self.gate.open(shared, sent);
@@ -381,10 +387,11 @@ impl<F: Clone + PartialEq> State<F> {
         self.token.as_ref().filter(|_| !self.rejected)
     }
 
-    /// The token that is held, if it has this number.
+    /// The token that is held, if it has the text of the one with this number.
     pub(crate) fn token_numbered(&self, number: u64) -> Option<AccessToken> {
         let token = self.token.as_ref();
-        token.filter(|token| token.number() == number).cloned()
+        let is_alike = |token: &&AccessToken| (self.alike_since..=token.number()).contains(&number);
+        token.filter(is_alike).cloned()
     }
 
     /// What callers get who cannot wait for a flight: the key's own error and the shared one.
@@ -827,6 +834,24 @@ mod tests {
         assert_eq!(case.refused(&newest, true), "pass");
         case.pass(5.1);
         assert_eq!(case.refused(&newest, true), "start");
+    }
+
+    #[test]
+    fn a_number_stands_for_the_text_that_was_sent() {
+        let (mut case, old, new) = Case::with_token();
+        let mut again = Vec::new();
+        for _ in 0..2 {
+            case.pass(750.0);
+            again.push(case.grant("new", 1_000));
+        }
+        for token in [&new, &again[0], &again[1]] {
+            let held = case.state.token_numbered(token.number()).unwrap();
+            assert_eq!(held.number(), again[1].number());
+        }
+        assert!(case.state.token_numbered(old.number()).is_none());
+        case.pass(750.0);
+        case.grant("newest", 1_000);
+        assert!(case.state.token_numbered(again[1].number()).is_none());
     }
 
     /// Law 8: without a token to replay with, a late 401 costs nothing either.

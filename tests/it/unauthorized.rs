@@ -345,6 +345,29 @@ async fn a_late_refusal_is_not_replayed_with_the_same_text() {
     assert_eq!(server.requests(), 2);
 }
 
+/// Law 8: what was sent is the text, and it is the current one.
+#[tokio::test(start_paused = true)]
+async fn a_late_refusal_of_the_current_text_counts_without_replay_too() {
+    let server = AuthServer::new();
+    server.set(Answer::Text("the-same", LIFETIME));
+    let api = Api::refusing("the-same", invalid_token);
+    let client = never(&server, &api);
+    client.cache().get().await.unwrap();
+    api.hold();
+    let late = tokio::spawn(client.clone().oneshot(get()));
+    for flights in 2..4 {
+        time::sleep(DUE + Duration::from_secs(50)).await;
+        client.cache().get().await.unwrap();
+        settle().await;
+        assert_eq!(server.requests(), flights);
+    }
+    server.set(Answer::Grant(LIFETIME));
+    api.release();
+    assert_eq!(late.await.unwrap().unwrap().status(), 401);
+    settle().await;
+    assert_eq!(client.cache().peek().unwrap().expose_secret(), "token-4");
+}
+
 /// Law 8: a request is sent at most twice, and the last answer is the answer.
 #[tokio::test(start_paused = true)]
 async fn a_second_refusal_is_returned() {
