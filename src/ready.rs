@@ -1,4 +1,5 @@
-//! [`Ready`]: a token as services attach it, without a lock and without a clock.
+//! [`Ready`]: a token as services attach it, without a lock and with no more than a coarse look at the wall clock;
+//! and [`Door`], by which each service gets to one.
 
 use std::sync::{
     Arc, OnceLock,
