@@ -104,6 +104,7 @@ impl Teller {
     }
 
     pub(super) fn started(&self, flight: &Flight, plan: &Plan) {
+        self.meters().renew();
         let flight = flight.number();
         let Plan { forced, delay, .. } = *plan;
         telemetry::flight_started(flight, forced, delay, plan.failures);

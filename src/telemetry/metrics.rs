@@ -77,7 +77,9 @@ impl Meters {
     }
 
     /// Looks the recorder up again: there may be one by now.
-    fn renew(&self) {
+    ///
+    /// To be called before there is a token, since who finds one keeps the handles for as long as the token.
+    pub(crate) fn renew(&self) {
         describe();
         self.0.handles.store(Arc::new(Handles::of(self.0.cache)));
         self.show_all();
@@ -114,7 +116,6 @@ impl Meters {
     }
 
     pub(crate) fn flight_ended(&self, outcome: &'static str, took: Duration) {
-        self.renew();
         histogram!(FLIGHT_DURATION, "cache" => self.0.cache, "outcome" => outcome)
             .record(took.as_secs_f64());
     }

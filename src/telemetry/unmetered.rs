@@ -13,6 +13,8 @@ impl Meters {
         Self
     }
 
+    pub(crate) const fn renew(&self) {}
+
     pub(crate) const fn requests(&self) -> Requests {
         Requests
     }

@@ -1,6 +1,12 @@
 //! What the metrics say, recorded by a recorder of this thread.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    future::Future,
+    pin::pin,
+    sync::{Arc, Mutex},
+    task::{Context, Wake, Waker},
+};
 
 use bytes::Bytes;
 use http::{Request, Response};
@@ -12,10 +18,10 @@ use metrics_util::{
     debugging::{DebugValue, DebuggingRecorder, Snapshotter},
 };
 use tokio::time;
-use tower::{Layer, ServiceExt, service_fn};
+use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_bearer::{
-    BearerAuthLayer, BoxError, ClientCredentials, CloneBody, RefreshPolicy, TokenCache, TokenError,
-    TokenRequest, WithoutToken,
+    BearerAuth, BearerAuthLayer, BoxError, ClientCredentials, CloneBody, Never, RefreshPolicy,
+    TokenCache, TokenError, TokenRequest, WithoutToken,
 };
 
 use crate::support::{
@@ -132,7 +138,7 @@ trait CallOne {
 
 impl<S> CallOne for S
 where
-    S: tower::Service<Request<String>>,
+    S: Service<Request<String>>,
     S::Error: std::fmt::Debug,
 {
     async fn call_one(&mut self) {
@@ -329,6 +335,36 @@ async fn a_recorder_that_is_installed_late_is_found_by_the_next_token_request() 
     let late = Read::from(&recorder.snapshotter());
     assert_eq!(late.counter("requests_total,cache=default,token=fresh"), 2);
     assert_eq!(late.gauge("keys,cache=default"), 1.0);
+}
+
+/// The first request to find a token may come before the flight has told of itself.
+#[tokio::test(start_paused = true)]
+async fn a_recorder_that_is_installed_late_is_known_before_the_token_is() {
+    /// Sends a request at once when it is woken, as another thread may.
+    struct Hasty(Mutex<BearerAuth<Api, Never>>);
+
+    impl Wake for Hasty {
+        fn wake(self: Arc<Self>) {
+            let sent = self.0.lock().unwrap().call(get());
+            let polled = pin!(sent).poll(&mut Context::from_waker(Waker::noop()));
+            assert!(polled.is_ready());
+        }
+    }
+
+    let recorder = DebuggingRecorder::new();
+    let mut client = BearerAuthLayer::new(AuthServer::new()).layer(Api::echoing());
+    let hasty = Hasty(Mutex::new(client.clone()));
+    let cache = client.cache().clone();
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    let mut get_token = pin!(cache.get());
+    let waker = Waker::from(Arc::new(hasty));
+    let polled = get_token.as_mut().poll(&mut Context::from_waker(&waker));
+    assert!(polled.is_pending());
+    settle().await;
+    // By the service that has shared its way to the token with the hasty one.
+    client.call_one().await;
+    let late = Read::from(&recorder.snapshotter());
+    assert_eq!(late.counter("requests_total,cache=default,token=fresh"), 2);
 }
 
 /// All metrics have a description and, where there is one, a unit; and a name that says so.
