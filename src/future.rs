@@ -31,6 +31,11 @@ pin_project! {
     ///
     /// It may be dropped at any point. A token request that it waits for goes on for the others, and its
     /// result is kept.
+    ///
+    /// # Panics
+    ///
+    /// If it has to wait for a token on a tokio runtime without timers. It may panic if it is polled once more after it
+    /// has completed.
     pub struct ResponseFuture<S, R, Req>
     where
         S: Service<Req>,

@@ -48,6 +48,9 @@ pub trait Replay<Req>: sealed::Sealed + Clone {
 ///
 /// It works with every body and costs nothing. A 401 comes back to the caller; the token is replaced all the
 /// same, so the caller's own retry finds a new one.
+///
+/// A request in flight keeps no cache alive. If all services and other handles of the cache are gone when the 401
+/// comes, nobody is left to use another token, and none is asked for.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Never;
 

@@ -19,7 +19,8 @@ use crate::{error::TokenError, source::TokenRequest};
 ///
 /// Events come no more often than token requests do and than the cache runs full, however many requests there
 /// are. Flights have numbers, which no two flights of a process share; the events of `tracing` have the same ones. None
-/// holds a token or a secret.
+/// holds a token. A [`TokenRequest`] holds the values of its parameters, as the program has set them, and its `Debug`
+/// leaves them out.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum TokenEvent {

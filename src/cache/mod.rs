@@ -228,8 +228,8 @@ impl TokenCache {
     /// Ends all background work: token requests under way, and the watch over tokens that are
     /// [kept warm](RefreshPolicy::keep_warm).
     ///
-    /// The tokens are forgotten, and whoever waits for one or asks from now on gets an error of
-    /// [`TokenError::is_shut_down`]. This holds for all clones of the cache and cannot be undone.
+    /// The cache forgets its tokens; what a layer's service has kept of the last one goes when that is dropped. Whoever
+    /// waits for a token or asks from now on gets an error of [`TokenError::is_shut_down`]. This holds for all clones of the cache and cannot be undone.
     pub fn shutdown(&self) {
         self.close();
     }
