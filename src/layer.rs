@@ -49,6 +49,7 @@ impl BearerAuthLayer<Never> {
     /// Creates a layer over a token source or a shared cache.
     ///
     /// Needs no runtime and sends nothing: the first request does.
+    #[must_use]
     pub fn new(cache: impl Into<TokenCache>) -> Self {
         Self {
             settings: Settings {
@@ -68,6 +69,7 @@ impl<R> BearerAuthLayer<R> {
     ///
     /// See [`CloneBody`](crate::CloneBody) and [`EmptyBody`](crate::EmptyBody). A request is sent at most
     /// twice, and the second time only with another token than the first.
+    #[must_use]
     pub fn replay<R2>(self, replay: R2) -> BearerAuthLayer<R2> {
         BearerAuthLayer {
             settings: self.settings,
