@@ -282,9 +282,11 @@ impl Drop for Ending {
         if self.flight.has_ended() {
             return;
         }
-        self.entry.land(&self.flight, Outcome::Lost);
+        // Wakers and subscribers are foreign code: if one panicked while a panic unwinds, it would end the process.
+        let catch = |end: &dyn Fn()| drop(panic::catch_unwind(AssertUnwindSafe(end)));
+        catch(&|| self.entry.land(&self.flight, Outcome::Lost));
         // If the flight was off the record already, because landing it panicked.
-        self.flight.end(End::Abandoned);
+        catch(&|| self.flight.end(End::Abandoned));
     }
 }
 

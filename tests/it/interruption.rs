@@ -25,8 +25,11 @@ use tower_bearer::{
     source_fn,
 };
 
+use tracing_subscriber::layer::SubscriberExt;
+
 use crate::support::{
-    Answer, AuthServer, caller, millis, now, poll_once, secs, settle, until, without_a_hang,
+    Answer, AuthServer, caller, enable_tracing, millis, now, poll_once, secs, settle, until,
+    without_a_hang,
 };
 
 fn current_thread() -> Runtime {
@@ -94,6 +97,34 @@ async fn a_panic_in_fetch_itself_is_shared_and_the_next_flight_succeeds() {
     broken.store(false, Ordering::SeqCst);
     time::sleep(millis(560)).await;
     assert_eq!(cache.get().await.unwrap().expose_secret(), "mended");
+}
+
+/// Law 7: a log that panics at each event, also at the one that tells of its panic, ends neither process nor cache.
+#[tokio::test(start_paused = true)]
+async fn a_log_that_panics_loses_a_flight_and_no_more() {
+    struct Broken(Arc<AtomicBool>);
+
+    impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Broken {
+        fn on_event(&self, _: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
+            assert!(!self.0.load(Ordering::SeqCst), "the log panics");
+        }
+    }
+
+    enable_tracing();
+    let broken = Arc::new(AtomicBool::new(true));
+    let log = tracing_subscriber::registry().with(Broken(Arc::clone(&broken)));
+    let _guard = tracing::subscriber::set_default(log);
+    let server = AuthServer::new();
+    let cache = TokenCache::new(server.clone());
+    let waiting = caller(&cache);
+    settle().await;
+    // Its wait is told of, too.
+    assert!(waiting.await.unwrap_err().is_panic());
+    assert_eq!(server.requests(), 0);
+
+    broken.store(false, Ordering::SeqCst);
+    time::sleep(millis(560)).await;
+    assert_eq!(cache.get().await.unwrap().expose_secret(), "token-1");
 }
 
 /// Laws 3 and 7: a panic takes no valid token away, nor the refreshes that follow.
