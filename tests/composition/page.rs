@@ -57,7 +57,7 @@ fn written(page: &str) -> (Table, Vec<String>) {
     let rows = page.lines().filter(|line| line.starts_with("| `"));
     for row in rows {
         let cells: Vec<_> = row.trim_matches('|').split(" | ").map(str::trim).collect();
-        let [layer, above, below, place] = cells[..] else {
+        let [layer, place, above, below] = cells[..] else {
             panic!("not four cells: {row}");
         };
         let layer = layer.replace('`', "");
