@@ -8,9 +8,17 @@
 //!
 //! # A first token
 //!
-//! A Keycloak to try it with is started by `docker run -p 8080:8080 -e KC_BOOTSTRAP_ADMIN_USERNAME=admin -e
-//! KC_BOOTSTRAP_ADMIN_PASSWORD=admin quay.io/keycloak/keycloak start-dev`. Create a client `my-client` in its console at
-//! `http://localhost:8080`, with client authentication and service account roles on, and copy its secret.
+//! This starts a Keycloak to try it with:
+//!
+//! ```sh
+//! docker run -p 8080:8080 \
+//!     -e KC_BOOTSTRAP_ADMIN_USERNAME=admin -e KC_BOOTSTRAP_ADMIN_PASSWORD=admin \
+//!     quay.io/keycloak/keycloak start-dev
+//! ```
+//!
+//! Create a client `my-client` in its console at `http://localhost:8080`, with client authentication and service account
+//! roles on, and copy its secret. The API, at port 8081, is yours; without one, the program ends after it has printed what
+//! the token is for.
 //!
 //! ```toml
 //! [dependencies]
@@ -227,7 +235,9 @@
 //!
 //! ## Events and spans
 //!
-//! Through `tracing`, under the target `tower_bearer`. Nothing is at INFO or above while all is well.
+//! Through `tracing`, under the target `tower_bearer`. Nothing is at INFO or above while all is well. An event's name is in
+//! its metadata, and most formatters show its message instead: the [guide to failures](guide::failures#how-to-read-the-log)
+//! has both.
 //!
 //! | event | level | fields | |
 //! |---|---|---|---|
@@ -278,6 +288,8 @@
 //! Install the recorder first. One that comes later is found by the next token request: until then requests are not
 //! counted, and from then on the gauges are right. A request that finds a fresh token costs one increment of a
 //! counter that all requests of the cache share, and the toss for its sample; and nothing without the feature.
+//! Exporters take histograms as summaries unless they are told of buckets: see the
+//! [guide to failures](guide::failures#health-and-metrics).
 //! `examples/health_and_metrics` has a dashboard, alerts and a `/metrics` that goes with them.
 //!
 //! ## For programs
@@ -289,7 +301,7 @@
 //!
 //! - [Placement](guide::placement): each layer of tower and tower-http, above and below this one.
 //! - [Clients](guide::clients): hyper, a gateway of axum, tonic, reqwest.
-//! - [Failures](guide::failures): what a request gets when, how to retry, what to alert on.
+//! - [Failures](guide::failures): what a request gets when, how to retry, how to read the log, what to alert on.
 //! - [Security](guide::security): where secrets and tokens are, where they go, and what is left to you.
 //! - `guide::testing` (feature `test-util`): how to test your own code, without a server.
 //! - [Migration](guide::migration): from a mutex by hand, from `middle`, from `oauth2` and `reqwest`.

@@ -48,3 +48,28 @@ fn every_situation_of_the_guide_to_failures_is_backed_by_a_test() {
         assert!(row.contains("<!-- "), "{row}");
     }
 }
+
+/// People find the events of their log on the page by the messages.
+#[test]
+fn the_guide_to_failures_has_every_message_at_info_and_above() {
+    let text = read("src/guide/failures.md");
+    let (_, alerts) = text.split_once("# How to alert").expect("the section");
+    let source = read("src/telemetry/mod.rs");
+    let mut found = 0;
+    for event in source.split("event!(").skip(1) {
+        let Some(level) = ["WARN", "INFO"]
+            .into_iter()
+            .find(|level| event.contains(&format!("Level::{level}")))
+        else {
+            continue;
+        };
+        let message = event
+            .lines()
+            .find_map(|line| line.trim().strip_prefix('"')?.strip_suffix("\","))
+            .unwrap_or_else(|| panic!("no message: {event}"));
+        let cell = format!("| {level} {message} |");
+        assert!(alerts.contains(&cell), "there is no {cell}");
+        found += 1;
+    }
+    assert_eq!(found, 10);
+}
