@@ -45,7 +45,8 @@
 //!
 //! #[tokio::main]
 //! async fn main() -> Result<(), BoxError> {
-//!     let source = ClientCredentials::discover("http://localhost:8080/realms/master", "my-client")
+//!     let issuer = "http://localhost:8080/realms/master";
+//!     let source = ClientCredentials::discover(issuer, "my-client")
 //!         .client_secret(std::env::var("CLIENT_SECRET")?)
 //!         .build()?;
 //!     let cache = TokenCache::new(source); // nothing has been sent yet
@@ -54,7 +55,7 @@
 //!
 //!     // Requests to the API take it from the same cache. Each task has a clone of `api`.
 //!     let api = ServiceBuilder::new()
-//!         .timeout(Duration::from_secs(60)) // all of a request: the wait for a token and both sends
+//!         .timeout(Duration::from_secs(60)) // the wait for a token and both sends
 //!         .layer(BearerAuthLayer::new(cache).replay(CloneBody))
 //!         .service(Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>());
 //!     let request = Request::get("http://localhost:8081/sims").body(Full::default())?;
@@ -170,7 +171,7 @@
 //!             return None;
 //!         }
 //!         self.left -= 1;
-//!         // The cache waits up to a tenth longer than it was asked to, so that a fleet does not come at once.
+//!         // The cache waits up to a tenth longer than it was asked to: a fleet shall not come at once.
 //!         let pause = error.retry_after().unwrap_or(Duration::from_secs(1));
 //!         Some(tokio::time::sleep(pause.mul_f64(1.1)))
 //!     }
@@ -266,7 +267,7 @@
 //! and the current span of each request that waits follows from it. With `tracing-opentelemetry` both are links, so
 //! that one gets from a slow request to the token request that it has waited for. `waited`, `token_refused` and
 //! `replayed` are in the request's own span: make one above the layer, with tower-http's `TraceLayer` or
-//! [`Instrument`](tracing::Instrument), and let `tower_bearer=debug` through the filter.
+//! [`Instrument`](https://docs.rs/tracing/latest/tracing/trait.Instrument.html), and let `tower_bearer=debug` through the filter.
 //!
 //! ## Metrics
 //!
