@@ -153,7 +153,7 @@ where
                 ahead: Some((service, head)),
                 body: Some(Box::pin(body)),
                 limit: self.limit,
-                read: BytesMut::with_capacity(least),
+                read: BytesMut::with_capacity(least.min(AHEAD)),
                 trailers: None,
             });
             return CollectBodyFuture {
@@ -238,6 +238,9 @@ where
             .finish_non_exhaustive()
     }
 }
+
+/// How much room is made for a body on its own word, which may come from a peer: for more it has to send something.
+const AHEAD: usize = 64 * 1024;
 
 /// A request whose body is being read.
 struct Collecting<S, B> {

@@ -249,6 +249,20 @@ async fn no_more_is_read_than_the_frame_that_passes_the_limit() {
     assert!(body.frame().await.is_none());
 }
 
+/// What a body says of its length comes from a peer where a gateway passes it on, and is no reason to run out of memory.
+#[test]
+fn no_room_is_made_for_a_body_on_its_own_word() {
+    let client = CollectBodyLayer::new(usize::MAX).layer(service_fn(|request: Request<_>| async {
+        let body: CollectedBody<Upload> = request.into_body();
+        body.collect().await.map(|body| body.to_bytes())
+    }));
+    for least in [u64::MAX, u64::MAX / 2, 1 << 60] {
+        let mut upload = Upload::of(&["short"], HeaderMap::new());
+        upload.length.0 = least;
+        assert_eq!(now(client.clone().oneshot(put(upload))).unwrap(), "short");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_error_of_the_body_is_the_error_of_the_request() {
     let (log, api) = api();
