@@ -4,14 +4,18 @@ use std::{
     collections::BTreeMap,
     future::Future,
     pin::pin,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Barrier, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Wake, Waker},
+    thread,
 };
 
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
-use metrics::Unit;
+use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, SharedString, Unit};
 use metrics_exporter_prometheus::PrometheusBuilder;
 use metrics_util::{
     MetricKind,
@@ -25,7 +29,7 @@ use tower_bearer::{
 };
 
 use crate::support::{
-    Answer, Api, AuthServer, INVALID_TOKEN, all, caller, get, get_path, millis, secs, settle,
+    Answer, Api, AuthServer, INVALID_TOKEN, all, caller, get, get_path, millis, now, secs, settle,
     unauthorized,
 };
 
@@ -285,6 +289,59 @@ async fn waits_keys_and_gates_are_gauged() {
     assert_eq!(gauge("keys"), 1);
     small.shutdown();
     assert_eq!(gauge("keys"), 0);
+}
+
+/// Whoever adds keys at the same time, the gauge shows how many there are in the end.
+#[test]
+fn the_gauge_of_keys_is_right_after_a_race() {
+    /// Shows the keys, and nothing else.
+    #[derive(Clone, Default)]
+    struct Keys(Arc<AtomicU64>);
+
+    impl metrics::Recorder for Keys {
+        fn describe_counter(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
+
+        fn describe_gauge(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
+
+        fn describe_histogram(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
+
+        fn register_counter(&self, _: &Key, _: &Metadata<'_>) -> Counter {
+            Counter::noop()
+        }
+
+        fn register_gauge(&self, key: &Key, _: &Metadata<'_>) -> Gauge {
+            match key.name() {
+                "tower_bearer_keys" => Gauge::from_arc(self.0.clone()),
+                _ => Gauge::noop(),
+            }
+        }
+
+        fn register_histogram(&self, _: &Key, _: &Metadata<'_>) -> Histogram {
+            Histogram::noop()
+        }
+    }
+
+    for round in 0..2_000 {
+        let recorder = Keys::default();
+        let cache = TokenCache::new(AuthServer::new());
+        let barrier = Barrier::new(4);
+        thread::scope(|scope| {
+            for thread in 0..4 {
+                let (recorder, cache, barrier) = (&recorder, &cache, &barrier);
+                scope.spawn(move || {
+                    let _guard = metrics::set_default_local_recorder(recorder);
+                    barrier.wait();
+                    for key in 0..3 {
+                        let request = TokenRequest::new().scope(format!("{thread}-{key}"));
+                        // Without a runtime it makes the key, and no token request.
+                        now(cache.get_for(&request)).unwrap_err();
+                    }
+                });
+            }
+        });
+        let shown = f64::from_bits(recorder.0.load(Ordering::SeqCst));
+        assert_eq!(shown, 12.0, "round {round}");
+    }
 }
 
 #[tokio::test(start_paused = true)]
