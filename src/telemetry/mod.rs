@@ -13,7 +13,7 @@ mod metrics;
 
 use std::{
     fmt,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
     time::Duration,
 };
@@ -38,7 +38,8 @@ const TARGET: &str = "tower_bearer";
 /// of each request that waits follows from this one.
 #[derive(Debug)]
 pub(crate) struct FlightSpan {
-    span: Mutex<Span>,
+    /// Shared, since to clone a span is to call the subscriber, and nothing is to be locked then.
+    span: Mutex<Option<Arc<Span>>>,
     /// When its first attempt is made.
     starts: Mutex<Option<Instant>>,
 }
@@ -46,7 +47,7 @@ pub(crate) struct FlightSpan {
 impl FlightSpan {
     pub(crate) const fn new() -> Self {
         Self {
-            span: Mutex::new(Span::none()),
+            span: Mutex::new(None),
             starts: Mutex::new(None),
         }
     }
@@ -78,21 +79,23 @@ impl FlightSpan {
             otel.status_code = Empty,
         );
         span.follows_from(Span::current());
-        *lock(&self.span) = span.clone();
+        *lock(&self.span) = Some(Arc::new(span.clone()));
         span
     }
 
     /// Links the current span, of a request that waits, to the flight's.
     fn link(&self) {
-        let span = self.get();
-        if !span.is_none() {
-            Span::current().follows_from(span);
+        if let Some(span) = self.get() {
+            Span::current().follows_from(&*span);
         }
     }
 
     /// Has `tell` emit its events within the span.
     pub(crate) fn within<T>(&self, tell: impl FnOnce() -> T) -> T {
-        self.get().in_scope(tell)
+        match self.get() {
+            Some(span) => span.in_scope(tell),
+            None => tell(),
+        }
     }
 
     /// Notes what came of the flight, and returns for how long it has flown.
@@ -102,11 +105,13 @@ impl FlightSpan {
         error: Option<&TokenError>,
         now: Instant,
     ) -> Duration {
-        let span = std::mem::replace(&mut *lock(&self.span), Span::none());
-        span.record("outcome", outcome);
-        if let Some(error) = error {
-            span.record("error", field::display(error));
-            span.record("otel.status_code", "ERROR");
+        let span = lock(&self.span).take();
+        if let Some(span) = span {
+            span.record("outcome", outcome);
+            if let Some(error) = error {
+                span.record("error", field::display(error));
+                span.record("otel.status_code", "ERROR");
+            }
         }
         let starts = *lock(&self.starts);
         starts.map_or(Duration::ZERO, |starts| {
@@ -114,7 +119,7 @@ impl FlightSpan {
         })
     }
 
-    fn get(&self) -> Span {
+    fn get(&self) -> Option<Arc<Span>> {
         lock(&self.span).clone()
     }
 }

@@ -1,19 +1,27 @@
 //! What the log tells: the events of an outage in order, and the spans of flights and of who waits for them.
 
 use std::{
+    cell::Cell,
     collections::BTreeMap,
     fmt,
-    sync::{Arc, Mutex},
+    pin::pin,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
-use tokio::time::{self, Instant};
+use tokio::{
+    runtime::Builder,
+    time::{self, Instant},
+};
 use tower::{Layer as _, Service, ServiceExt};
 use tower_bearer::{
     BearerAuthLayer, CloneBody, RefreshPolicy, TokenCache, TokenError, TokenRequest,
 };
 use tracing::{
-    Event, Id, Instrument, Level, Subscriber,
+    Event, Id, Instrument, Level, Metadata, Subscriber,
     field::{Field, Visit},
     info_span,
     span::{Attributes, Record},
@@ -25,8 +33,8 @@ use tracing_subscriber::{
 };
 
 use crate::support::{
-    Answer, Api, AuthServer, INVALID_TOKEN, all, enable_tracing, get, millis, secs, seed, settle,
-    unauthorized,
+    Answer, Api, AuthServer, INVALID_TOKEN, all, enable_tracing, get, millis, poll_once, secs,
+    seed, settle, unauthorized, without_a_hang,
 };
 
 type Fields = BTreeMap<String, String>;
@@ -388,7 +396,7 @@ fn a_flight_that_is_lost_says_so_in_its_span() {
     let server = AuthServer::new();
     server.set(Answer::Hang);
     let cache = TokenCache::new(server);
-    let runtime = tokio::runtime::Builder::new_current_thread()
+    let runtime = Builder::new_current_thread()
         .enable_time()
         .build()
         .unwrap();
@@ -412,14 +420,14 @@ fn a_flight_that_is_given_up_says_so_in_its_span() {
     let server = AuthServer::new();
     server.set(Answer::Hang);
     let cache = TokenCache::new(server.clone());
-    let parked = tokio::runtime::Builder::new_current_thread()
+    let parked = Builder::new_current_thread()
         .enable_time()
         .build()
         .unwrap();
     let waits = parked.block_on(async { time::timeout(millis(1), cache.get()).await });
     assert!(waits.is_err());
     server.set(Answer::Grant(secs(300)));
-    let other = tokio::runtime::Builder::new_current_thread()
+    let other = Builder::new_current_thread()
         .enable_time()
         .start_paused(true)
         .build()
@@ -495,4 +503,113 @@ async fn a_refusal_is_told_with_what_was_decided() {
     assert_eq!(log.named("invalidated").len(), 1);
     let refused = log.named("token_refused");
     assert_eq!(refused.last().unwrap().field("decision"), Some("passed"));
+}
+
+/// A subscriber that uses the cache whenever it is called, as far as it is not called by that very use.
+struct Meddler {
+    cache: Arc<Mutex<Option<TokenCache>>>,
+    spans: AtomicU64,
+    calls: Arc<AtomicU64>,
+}
+
+impl Meddler {
+    fn meddle(&self) {
+        thread_local!(static MEDDLES: Cell<bool> = const { Cell::new(false) });
+        if MEDDLES.replace(true) {
+            return;
+        }
+        let cache = self.cache.lock().unwrap().clone();
+        if let Some(cache) = cache {
+            self.calls.fetch_add(1, Ordering::SeqCst);
+            drop((cache.statuses(9), cache.events()));
+            let _ = poll_once(pin!(cache.get()));
+            let _ = poll_once(pin!(cache.get_for(&TokenRequest::new().scope("a"))));
+            if let Some(token) = cache.peek() {
+                cache.invalidate(&token);
+            }
+        }
+        MEDDLES.set(false);
+    }
+}
+
+impl Subscriber for Meddler {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        self.meddle();
+        Id::from_u64(self.spans.fetch_add(1, Ordering::SeqCst) + 1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {
+        self.meddle();
+    }
+
+    fn record_follows_from(&self, _: &Id, _: &Id) {
+        self.meddle();
+    }
+
+    fn event(&self, _: &Event<'_>) {
+        self.meddle();
+    }
+
+    fn enter(&self, _: &Id) {
+        self.meddle();
+    }
+
+    fn exit(&self, _: &Id) {
+        self.meddle();
+    }
+
+    fn clone_span(&self, id: &Id) -> Id {
+        self.meddle();
+        id.clone()
+    }
+
+    fn try_close(&self, _: Id) -> bool {
+        self.meddle();
+        false
+    }
+}
+
+/// A subscriber is foreign code: nothing is locked when it is called, whatever for.
+#[test]
+fn a_subscriber_that_uses_the_cache_does_not_deadlock() {
+    let calls = without_a_hang(|| {
+        enable_tracing();
+        let (slot, calls) = (Arc::default(), Arc::<AtomicU64>::default());
+        let meddler = Meddler {
+            cache: Arc::clone(&slot),
+            spans: AtomicU64::new(0),
+            calls: calls.clone(),
+        };
+        let _guard = tracing::subscriber::set_default(meddler);
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let server = AuthServer::new();
+            let policy = RefreshPolicy::new().max_keys(1);
+            let cache = TokenCache::with_policy(server.clone(), policy);
+            *slot.lock().unwrap() = Some(cache.clone());
+            for answer in [
+                Answer::Grant(secs(20)),
+                Answer::Fail(TokenError::transient("down")),
+                Answer::Hang,
+                Answer::Grant(secs(20)),
+            ] {
+                server.set(answer);
+                let _ = time::timeout(secs(50), cache.get()).await;
+                let _ = cache.get_for(&TokenRequest::new().scope("b")).await;
+                time::sleep(secs(30)).await;
+            }
+            cache.shutdown();
+            *slot.lock().unwrap() = None;
+        });
+        calls.load(Ordering::SeqCst)
+    });
+    assert!(calls > 20, "{calls}");
 }
