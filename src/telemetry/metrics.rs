@@ -12,6 +12,7 @@
 
 use std::{
     fmt,
+    panic::{self, AssertUnwindSafe},
     sync::{
         Arc,
         atomic::{AtomicI64, Ordering},
@@ -131,19 +132,19 @@ impl Meters {
     /// So many more requests wait.
     pub(crate) fn waiters(&self, more: i64) {
         self.0.waiters.fetch_add(more, Ordering::SeqCst);
-        show(&self.0.waiters, &self.0.handles.load().waiters);
+        show(&self.0.waiters, || self.0.handles.load().waiters.clone());
     }
 
     /// So many more gates are closed.
     pub(crate) fn gates(&self, more: i64) {
         self.0.gates.fetch_add(more, Ordering::SeqCst);
-        show(&self.0.gates, &gauge!(GATES, "cache" => self.0.cache));
+        show(&self.0.gates, || gauge!(GATES, "cache" => self.0.cache));
     }
 
     /// So many more keys there are.
     pub(crate) fn keys(&self, more: i64) {
         self.0.keys.fetch_add(more, Ordering::SeqCst);
-        show(&self.0.keys, &gauge!(KEYS, "cache" => self.0.cache));
+        show(&self.0.keys, || gauge!(KEYS, "cache" => self.0.cache));
     }
 }
 
@@ -226,14 +227,21 @@ impl Handles {
 }
 
 /// Sets a gauge to a level that others may change at the same time: whoever comes last leaves it right.
-fn show(level: &AtomicI64, gauge: &Gauge) {
-    loop {
-        let now = level.load(Ordering::SeqCst);
-        gauge.set(now as f64);
-        if level.load(Ordering::SeqCst) == now {
-            return;
+///
+/// Some levels change on drop, where a recorder that panics must not: while a panic unwinds, it would end the process.
+fn show(level: &AtomicI64, gauge: impl FnOnce() -> Gauge) {
+    let set = || {
+        let gauge = gauge();
+        loop {
+            let now = level.load(Ordering::SeqCst);
+            gauge.set(now as f64);
+            if level.load(Ordering::SeqCst) == now {
+                return;
+            }
         }
-    }
+    };
+    // It has said so itself, and the level is right for the next time.
+    let _ = panic::catch_unwind(AssertUnwindSafe(set));
 }
 
 /// What an error is, in one of a few words.

@@ -396,10 +396,7 @@ fn a_flight_that_is_lost_says_so_in_its_span() {
     let server = AuthServer::new();
     server.set(Answer::Hang);
     let cache = TokenCache::new(server);
-    let runtime = Builder::new_current_thread()
-        .enable_time()
-        .build()
-        .unwrap();
+    let runtime = Builder::new_current_thread().enable_time().build().unwrap();
     let waits = runtime.block_on(async { time::timeout(millis(1), cache.get()).await });
     assert!(waits.is_err());
     drop(runtime);
@@ -420,10 +417,7 @@ fn a_flight_that_is_given_up_says_so_in_its_span() {
     let server = AuthServer::new();
     server.set(Answer::Hang);
     let cache = TokenCache::new(server.clone());
-    let parked = Builder::new_current_thread()
-        .enable_time()
-        .build()
-        .unwrap();
+    let parked = Builder::new_current_thread().enable_time().build().unwrap();
     let waits = parked.block_on(async { time::timeout(millis(1), cache.get()).await });
     assert!(waits.is_err());
     server.set(Answer::Grant(secs(300)));

@@ -6,7 +6,7 @@ use std::{
     pin::pin,
     sync::{
         Arc, Barrier, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Wake, Waker},
     thread,
@@ -15,7 +15,9 @@ use std::{
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
-use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, SharedString, Unit};
+use metrics::{
+    Counter, Gauge, GaugeFn, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit,
+};
 use metrics_exporter_prometheus::PrometheusBuilder;
 use metrics_util::{
     MetricKind,
@@ -29,8 +31,8 @@ use tower_bearer::{
 };
 
 use crate::support::{
-    Answer, Api, AuthServer, INVALID_TOKEN, all, caller, get, get_path, millis, now, secs, settle,
-    unauthorized,
+    Answer, Api, AuthServer, INVALID_TOKEN, all, caller, get, get_path, millis, now, poll_once,
+    secs, settle, unauthorized,
 };
 
 /// The metrics that were recorded since they were read the last time, gauges included.
@@ -291,38 +293,83 @@ async fn waits_keys_and_gates_are_gauged() {
     assert_eq!(gauge("keys"), 0);
 }
 
-/// Whoever adds keys at the same time, the gauge shows how many there are in the end.
-#[test]
-fn the_gauge_of_keys_is_right_after_a_race() {
-    /// Shows the keys, and nothing else.
-    #[derive(Clone, Default)]
-    struct Keys(Arc<AtomicU64>);
+/// Shows one gauge, and nothing else.
+struct Single<G>(&'static str, Arc<G>);
 
-    impl metrics::Recorder for Keys {
-        fn describe_counter(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
+impl<G: GaugeFn + Send + Sync + 'static> Recorder for Single<G> {
+    fn describe_counter(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
 
-        fn describe_gauge(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
+    fn describe_gauge(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
 
-        fn describe_histogram(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
+    fn describe_histogram(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
 
-        fn register_counter(&self, _: &Key, _: &Metadata<'_>) -> Counter {
-            Counter::noop()
-        }
+    fn register_counter(&self, _: &Key, _: &Metadata<'_>) -> Counter {
+        Counter::noop()
+    }
 
-        fn register_gauge(&self, key: &Key, _: &Metadata<'_>) -> Gauge {
-            match key.name() {
-                "tower_bearer_keys" => Gauge::from_arc(self.0.clone()),
-                _ => Gauge::noop(),
-            }
-        }
-
-        fn register_histogram(&self, _: &Key, _: &Metadata<'_>) -> Histogram {
-            Histogram::noop()
+    fn register_gauge(&self, key: &Key, _: &Metadata<'_>) -> Gauge {
+        match key.name() == self.0 {
+            true => Gauge::from_arc(Arc::clone(&self.1)),
+            false => Gauge::noop(),
         }
     }
 
+    fn register_histogram(&self, _: &Key, _: &Metadata<'_>) -> Histogram {
+        Histogram::noop()
+    }
+}
+
+/// A gauge that panics while it is told to, and has the level that it was set to last.
+#[derive(Default)]
+struct Moody {
+    panics: AtomicBool,
+    level: AtomicU64,
+}
+
+impl GaugeFn for Moody {
+    fn increment(&self, _: f64) {}
+
+    fn decrement(&self, _: f64) {}
+
+    fn set(&self, value: f64) {
+        assert!(!self.panics.load(Ordering::SeqCst), "the gauge panics");
+        self.level.set(value);
+    }
+}
+
+/// A gauge is foreign code that is called on drop too: of a request that a panic drops, in one case.
+#[tokio::test(start_paused = true)]
+async fn a_gauge_that_panics_ends_no_process_and_changes_no_level() {
+    let gauge = Arc::<Moody>::default();
+    let recorder = Single("tower_bearer_waiting_requests", gauge.clone());
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    let server = AuthServer::new();
+    server.set_latency(millis(10));
+    let cache = TokenCache::new(server);
+    gauge.panics.store(true, Ordering::SeqCst);
+    let panicking = tokio::spawn({
+        let cache = cache.clone();
+        async move {
+            let mut waits = pin!(cache.get());
+            assert!(poll_once(waits.as_mut()).is_pending());
+            panic!("the request panics while it waits");
+        }
+    });
+    assert!(panicking.await.unwrap_err().is_panic());
+    gauge.panics.store(false, Ordering::SeqCst);
+    let waits = caller(&cache);
+    settle().await;
+    assert_eq!(f64::from_bits(gauge.level.load(Ordering::SeqCst)), 1.0);
+    waits.await.unwrap().unwrap();
+    assert_eq!(f64::from_bits(gauge.level.load(Ordering::SeqCst)), 0.0);
+}
+
+/// Whoever adds keys at the same time, the gauge shows how many there are in the end.
+#[test]
+fn the_gauge_of_keys_is_right_after_a_race() {
     for round in 0..2_000 {
-        let recorder = Keys::default();
+        let shown = Arc::<AtomicU64>::default();
+        let recorder = Single("tower_bearer_keys", shown.clone());
         let cache = TokenCache::new(AuthServer::new());
         let barrier = Barrier::new(4);
         thread::scope(|scope| {
@@ -339,7 +386,7 @@ fn the_gauge_of_keys_is_right_after_a_race() {
                 });
             }
         });
-        let shown = f64::from_bits(recorder.0.load(Ordering::SeqCst));
+        let shown = f64::from_bits(shown.load(Ordering::SeqCst));
         assert_eq!(shown, 12.0, "round {round}");
     }
 }
