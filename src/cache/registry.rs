@@ -40,3 +40,31 @@ pub(super) fn remove(id: KeyId) {
     let mut entries = ENTRIES.write().unwrap_or_else(PoisonError::into_inner);
     entries.remove(&id);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        cache::TokenCache,
+        source::{TokenRequest, TokenResponse, source_fn},
+    };
+
+    #[tokio::test]
+    async fn an_entry_is_found_for_as_long_as_its_cache_is_there() {
+        let cache = TokenCache::new(source_fn(|_| async { TokenResponse::new("token") }));
+        let mut ids = Vec::new();
+        for key in 0..100 {
+            let request = TokenRequest::new().scope(key.to_string());
+            ids.push(cache.get_for(&request).await.unwrap().id().entry);
+        }
+        ids.push(cache.get().await.unwrap().id().entry);
+        assert!(ids.iter().all(|id| find(*id).is_some()));
+        drop(cache);
+        // The tasks of the last flights let go of them.
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        let entries = ENTRIES.read().unwrap();
+        assert!(ids.iter().all(|id| !entries.contains_key(id)));
+    }
+}
