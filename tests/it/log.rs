@@ -607,3 +607,28 @@ fn a_subscriber_that_uses_the_cache_does_not_deadlock() {
     });
     assert!(calls > 20, "{calls}");
 }
+
+/// Panics at whatever is told of a wait.
+struct Panics;
+
+impl<S: Subscriber> Layer<S> for Panics {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        assert_ne!(event.metadata().name(), "waited", "the subscriber panics");
+    }
+}
+
+/// A subscriber that panicked while a panic drops a request would end the process: it is told nothing then.
+#[tokio::test(start_paused = true)]
+async fn a_wait_that_a_panic_drops_is_not_told_of() {
+    enable_tracing();
+    let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(Panics));
+    let server = AuthServer::new();
+    server.hold();
+    let cache = TokenCache::new(server);
+    let panicking = tokio::spawn(async move {
+        let mut waits = pin!(cache.get());
+        assert!(poll_once(waits.as_mut()).is_pending());
+        panic!("the request panics while it waits");
+    });
+    assert!(panicking.await.unwrap_err().is_panic());
+}
