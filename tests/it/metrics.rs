@@ -23,7 +23,7 @@ use metrics_util::{
     MetricKind,
     debugging::{DebugValue, DebuggingRecorder, Snapshotter},
 };
-use tokio::time;
+use tokio::{runtime::Builder, time};
 use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_bearer::{
     BearerAuth, BearerAuthLayer, BoxError, ClientCredentials, CloneBody, Never, RefreshPolicy,
@@ -291,6 +291,26 @@ async fn waits_keys_and_gates_are_gauged() {
     assert_eq!(gauge("keys"), 1);
     small.shutdown();
     assert_eq!(gauge("keys"), 0);
+}
+
+/// A flight that is lost closes the gate as one that fails does.
+#[test]
+fn a_lost_flight_is_counted_among_the_closed_gates() {
+    let level = Arc::<AtomicU64>::default();
+    let recorder = Single("tower_bearer_closed_gates", level.clone());
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    let server = AuthServer::new();
+    server.hold();
+    let cache = TokenCache::new(server);
+    let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        assert!(poll_once(pin!(cache.get())).is_pending());
+        settle().await;
+    });
+    drop(runtime);
+    assert_eq!(f64::from_bits(level.load(Ordering::SeqCst)), 1.0);
+    drop(cache);
+    assert_eq!(f64::from_bits(level.load(Ordering::SeqCst)), 0.0);
 }
 
 /// Shows one gauge, and nothing else.
