@@ -263,6 +263,23 @@ fn no_room_is_made_for_a_body_on_its_own_word() {
     }
 }
 
+/// Nor is it a reason to panic.
+#[test]
+fn lengths_that_cannot_be_added_up_are_left_out() {
+    let client = CollectBodyLayer::new(2).layer(service_fn(|request: Request<_>| async {
+        let body: CollectedBody<Upload> = request.into_body();
+        Ok::<_, Infallible>((body.size_hint().lower(), body.size_hint().upper()))
+    }));
+    for (said, passed_on) in [
+        ((0, Some(u64::MAX)), (5, None)),
+        ((0, Some(9)), (5, Some(14))),
+    ] {
+        let mut upload = Upload::of(&["short"], HeaderMap::new());
+        upload.length = said;
+        assert_eq!(now(client.clone().oneshot(put(upload))).unwrap(), passed_on);
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_error_of_the_body_is_the_error_of_the_request() {
     let (log, api) = api();
