@@ -644,7 +644,7 @@ mod tests {
     use super::*;
     use crate::{
         cache::TokenCache,
-        source::{TokenResponse, source_fn},
+        source::{SharedSource, TokenResponse, source_fn},
     };
 
     /// Law 4: in an outage, too, requests neither wait for one another nor for a lock.
@@ -691,5 +691,34 @@ mod tests {
         assert_eq!(takes(), Some(true));
         entry.endpoint.set_not_before(1);
         assert_eq!(takes(), Some(false));
+    }
+
+    /// Another key's answer may void a token after it has come and before it is watched.
+    #[tokio::test]
+    async fn a_token_that_is_void_by_now_is_not_watched() {
+        for (not_before, watched) in [(0, true), (7, false)] {
+            let source = source_fn(|_| async { Err(TokenError::transient("not asked")) });
+            let endpoint = Arc::new(Endpoint::new(SharedSource::new(source)));
+            let policy = RefreshPolicy::new();
+            let news = News::new(&policy);
+            let entry = Entry::new(
+                TokenRequest::new(),
+                Arc::clone(&endpoint),
+                Arc::new(policy),
+                CancellationToken::new(),
+                CancellationToken::new(),
+                news,
+            );
+            let now = Now::read();
+            let shared = &mut SharedGate::default();
+            let (flight, _) = entry.state.lock().begin(shared, Flight::new, now);
+            let response = TokenResponse::new("token").unwrap();
+            let response = response.expires_in(Duration::from_secs(300));
+            entry.land(&flight, Outcome::Granted(response, now));
+            endpoint.set_not_before(not_before);
+            let number = entry.begin_watch();
+            assert_eq!(number.is_some(), watched);
+            assert_eq!(entry.watched().is(0), !watched);
+        }
     }
 }
