@@ -277,18 +277,54 @@ mod tests {
         source::{TokenResponse, source_fn},
     };
 
-    /// A runtime that is parked, and a machine that slept, stop the watch: the wall clock does not.
-    #[tokio::test]
-    async fn a_watched_token_is_dead_when_the_wall_clock_says_so() {
+    fn settings() -> Arc<Settings> {
         let source = source_fn(|_| async {
             Ok(TokenResponse::new("token")?.expires_in(Duration::from_secs(300)))
         });
-        let settings = Arc::new(Settings {
+        Arc::new(Settings {
             cache: TokenCache::new(source),
             origins: Origins::default(),
             keep_existing: false,
             heed_unexplained: true,
-        });
+        })
+    }
+
+    /// What is used more than once counts references where nobody else does.
+    #[tokio::test]
+    async fn a_service_that_is_called_again_or_cloned_again_has_a_copy_of_its_own() {
+        fn text(door: &mut Door) -> *const u8 {
+            let pass = door.pass(None, false).unwrap();
+            pass.header.as_bytes().as_ptr()
+        }
+
+        let settings = settings();
+        settings.cache.get().await.unwrap();
+        // Somebody watches the token from here on.
+        tokio::task::yield_now().await;
+        let mut called = Door::new((*settings).clone());
+        let shared = text(&mut called);
+        let own = text(&mut called);
+        assert_ne!(shared, own);
+        assert_eq!(own, text(&mut called));
+
+        // The clones of one that is called share what it has, until they are called again.
+        let mut clone = called.clone();
+        assert_eq!(text(&mut clone), own);
+        let other = text(&mut clone);
+        assert_ne!(other, own);
+        assert_eq!(other, text(&mut clone));
+
+        // The second clone of one that is not called and all after it share what is theirs.
+        let cloned = Door::new((*settings).clone());
+        let [first, second, third] = [0; 3].map(|_| text(&mut cloned.clone()));
+        assert_ne!(first, second);
+        assert_eq!(second, third);
+    }
+
+    /// A runtime that is parked, and a machine that slept, stop the watch: the wall clock does not.
+    #[tokio::test]
+    async fn a_watched_token_is_dead_when_the_wall_clock_says_so() {
+        let settings = settings();
         let token = settings.cache.get().await.unwrap();
         let mut ready = Ready::new(token, settings);
         assert!(ready.is_fresh());
