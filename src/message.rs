@@ -47,6 +47,10 @@ use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, header::A
 /// # fn main() {}
 /// ```
 ///
+/// reqwest sends requests through the proxy that the environment names, and what goes by plain http to a loopback
+/// address too, unless `NO_PROXY` has it: the proxy reads the token then. A client for such an origin, as in a test,
+/// takes none, by `no_proxy()`.
+///
 /// The 401 of an origin that a redirect led to counts against the token as any other does.
 ///
 /// The timeouts of reqwest begin when a request is sent, each time anew, and leave out the wait for a token: a

@@ -27,7 +27,7 @@ use http::{
 use http_body::Frame;
 use http_body_util::StreamBody;
 use hyper_util::{client::legacy, rt::TokioExecutor};
-use reqwest::{Body, Client, Request, Response, Url, redirect};
+use reqwest::{Body, Client, Proxy, Request, Response, Url, redirect};
 use serde_json::{Value, json};
 use tokio::{
     net::TcpListener,
@@ -322,6 +322,23 @@ async fn plain_http_to_another_machine_is_refused_before_it_is_sent() {
     let api = site.layer().dangerous_plain_http(true).layer(client);
     api.oneshot(get(url)).await.unwrap();
     assert_eq!(site.tokens(), own(&[Some("token-1")]));
+}
+
+/// A proxy is below the layer: the page of the requests says so, and what to do.
+#[tokio::test]
+async fn a_proxy_reads_the_token_of_a_plain_request_to_loopback() {
+    let (site, proxy) = (Site::start().await, Site::start().await);
+    let through = Proxy::http(proxy.url("/")).unwrap();
+    let client = Client::builder().proxy(through);
+    for (client, tokens) in [
+        (client.build().unwrap(), [0, 1]),
+        (Client::builder().no_proxy().build().unwrap(), [1, 1]),
+    ] {
+        let api = site.layer().layer(client);
+        api.oneshot(get(site.url("/a"))).await.unwrap();
+        assert_eq!([site.tokens().len(), proxy.tokens().len()], tokens);
+    }
+    assert_eq!(proxy.tokens(), own(&[Some("token-1")]));
 }
 
 /// Law 9.
