@@ -244,20 +244,20 @@
 //! |---|---|---|---|
 //! | `flight_started` | DEBUG | `flight`, `forced`, `delay`, `failures` | a token request starts, after so many that failed in a row |
 //! | `attempt_failed` | DEBUG | `flight`, `attempt`, `error` | another attempt follows |
-//! | `token_received` | DEBUG | `flight`, `grant`, `took`, `usable_until` | |
-//! | `flight_failed` | WARN | `flight`, `key`, `error`, `failures`, `retry_in`, `usable_for` | requests go on for `usable_for`; without it, they fail |
-//! | `requests_failing` | WARN | `key`, `error`, `retry_in` | the token has expired in an outage, between two token requests; once per outage |
-//! | `recovered` | INFO | `flight`, `key`, `failures`, `outage` | the first success after failures |
-//! | `flight_lost` | WARN | `flight`, `key`, `failures` | the runtime has ended, or is parked |
+//! | `token_received` | DEBUG | `flight`, `grant`, `took`, `usable_for` | |
+//! | `flight_failed` | WARN | `cache`, `flight`, `key`, `error`, `failures`, `retry_in`, `usable_for` | requests go on for `usable_for`; without it, they fail |
+//! | `requests_failing` | WARN | `cache`, `key`, `error`, `retry_in` | the token has expired in an outage, between two token requests; once per outage |
+//! | `recovered` | INFO | `cache`, `flight`, `key`, `failures`, `outage` | the first success after failures |
+//! | `flight_lost` | WARN | `cache`, `flight`, `key`, `failures` | the runtime has ended, or is parked |
 //! | `gate_closed`, `gate_opened` | DEBUG | `failures`, `opens_in`, `shared`; `cause` | token requests are held back: of the key, or if `shared` of all keys of the source |
 //! | `refresh_token_failed` | INFO | `error` | client credentials are next |
 //! | `lifetime_assumed` | WARN | `lifetime` | the server named none |
-//! | `scope_narrowed` | WARN | `missing` | the server granted less than was asked for |
-//! | `token_refused` | INFO, DEBUG | `complaint`, `decision`, `flight` | by the API; INFO if that starts a token request, which is bounded |
+//! | `scope_narrowed` | WARN | `cache`, `missing` | the server granted less than was asked for |
+//! | `token_refused` | INFO, DEBUG | `cache`, `complaint`, `decision`, `flight` | by the API; INFO if that starts a token request, which is bounded |
 //! | `replayed` | DEBUG | | the request is sent once more |
 //! | `waited` | DEBUG | `flight`, `took`, `outcome` | by a request: `token`, `old_token`, `failed`, `lost` or `dropped` |
 //! | `invalidated`, `shut_down` | DEBUG | | by the program |
-//! | `keys_evicted`, `keys_full` | DEBUG, WARN | `count`; `limit` | |
+//! | `keys_evicted`, `keys_full` | DEBUG, WARN | `count`; `cache`, `limit` | |
 //!
 //! Each flight has a span `token_flight` at DEBUG, and its events, and what its client logs, are in it. Its fields are
 //! `cache` ([`RefreshPolicy::name`]), `flight` (a number that no other one of the process has), `key` (scopes,

@@ -17,7 +17,7 @@ use crate::{
     error::TokenError,
     policy::RefreshPolicy,
     source::TokenRequest,
-    telemetry::{self, Decided, Departure, Failing, Meters},
+    telemetry::{self, Decided, Departure, Failing, Meters, Subject},
     time::Now,
 };
 
@@ -49,7 +49,7 @@ impl News {
 
     /// There is no room among `limit` keys.
     pub(super) fn keys_full(&self, limit: usize) {
-        telemetry::keys_full(limit);
+        telemetry::keys_full(self.name, limit);
         self.bus.send(|| TokenEvent::KeysFull { limit });
     }
 
@@ -85,6 +85,13 @@ impl Teller {
 
     pub(super) fn meters(&self) -> &Meters {
         &self.news.meters
+    }
+
+    fn subject(&self) -> Subject<'_> {
+        Subject {
+            cache: self.news.name,
+            request: &self.request,
+        }
     }
 
     pub(super) fn request(&self) -> &TokenRequest {
@@ -143,7 +150,7 @@ impl Teller {
                 telemetry::token_received(number, token, landing.grant, took);
                 let missing: Vec<_> = token.missing_scopes().map(str::to_owned).collect();
                 if !missing.is_empty() {
-                    telemetry::scope_narrowed(token);
+                    telemetry::scope_narrowed(self.subject(), token);
                 }
                 self.news.bus.send(|| TokenEvent::TokenReceived {
                     request: self.request.clone(),
@@ -158,7 +165,7 @@ impl Teller {
             }
             (End::Failed(error), Some(failing)) => {
                 let took = self.ended(flight, telemetry::FAILED, Some(error), landing.now);
-                telemetry::flight_failed(number, &self.request, error, failing);
+                telemetry::flight_failed(number, self.subject(), error, failing);
                 self.closed(failing);
                 self.news.bus.send(|| TokenEvent::FlightFailed {
                     request: self.request.clone(),
@@ -172,7 +179,7 @@ impl Teller {
             }
             (End::Abandoned, Some(failing)) => {
                 self.ended(flight, telemetry::LOST, None, landing.now);
-                telemetry::flight_lost(number, &self.request, failing.failures);
+                telemetry::flight_lost(number, self.subject(), failing.failures);
                 self.closed(failing);
                 self.news.bus.send(|| TokenEvent::FlightLost {
                     request: self.request.clone(),
@@ -210,7 +217,7 @@ impl Teller {
     fn recovered(&self, flight: u64, trouble: &Trouble, outage: Duration) {
         let failures = trouble.failures;
         telemetry::gate_opened("success");
-        telemetry::recovered(flight, &self.request, failures, outage);
+        telemetry::recovered(flight, self.subject(), failures, outage);
         self.opened();
         self.news.bus.send(|| TokenEvent::Recovered {
             request: self.request.clone(),
@@ -229,7 +236,7 @@ impl Teller {
 
     /// Requests fail from here on, which they have not done before in this outage.
     pub(super) fn requests_failing(&self, error: &TokenError, retry_in: Duration) {
-        telemetry::requests_failing(&self.request, error, retry_in);
+        telemetry::requests_failing(self.subject(), error, retry_in);
         self.news.bus.send(|| TokenEvent::RequestsFailing {
             request: self.request.clone(),
             error: error.clone(),
@@ -238,7 +245,7 @@ impl Teller {
 
     pub(super) fn refused(&self, complaint: &'static str, decided: Decided, flight: Option<u64>) {
         self.meters().refused(decided);
-        telemetry::token_refused(complaint, decided, flight);
+        telemetry::token_refused(self.subject(), complaint, decided, flight);
         if let (Decided::Started, Some(flight)) = (decided, flight) {
             self.news.bus.send(|| TokenEvent::TokenRefused {
                 request: self.request.clone(),

@@ -26,7 +26,7 @@ use tracing::{
 };
 
 pub(crate) use self::metrics::{Meters, Requests};
-use crate::{error::TokenError, source::TokenRequest, token::AccessToken};
+use crate::{error::TokenError, source::TokenRequest, time::Now, token::AccessToken};
 
 /// The target of all events and spans.
 const TARGET: &str = "tower_bearer";
@@ -258,6 +258,7 @@ pub(crate) fn token_received(
 ) {
     Span::current().record("grant", grant);
     let took = round(took);
+    let usable_for = round(token.expiry().remaining(Now::read()));
     event!(
         name: "token_received",
         target: TARGET,
@@ -265,9 +266,18 @@ pub(crate) fn token_received(
         flight,
         grant,
         ?took,
-        usable_until = ?token.usable_until(),
+        ?usable_for,
         "token received",
     );
+}
+
+/// Whose token is told of.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Subject<'a> {
+    /// The cache's name.
+    pub(crate) cache: &'static str,
+    /// What the token is for.
+    pub(crate) request: &'a TokenRequest,
 }
 
 /// What a flight that failed leaves behind.
@@ -284,24 +294,20 @@ pub(crate) struct Failing {
 }
 
 /// A token request failed.
-pub(crate) fn flight_failed(
-    flight: u64,
-    request: &TokenRequest,
-    error: &TokenError,
-    failing: &Failing,
-) {
+pub(crate) fn flight_failed(flight: u64, of: Subject<'_>, error: &TokenError, failing: &Failing) {
     let Failing {
         failures,
         usable_for,
         retry_in,
         ..
     } = *failing;
-    let (key, retry_in) = (key(request), round(retry_in));
+    let (cache, key, retry_in) = (of.cache, key(of.request), round(retry_in));
     match usable_for.map(round) {
         Some(usable_for) => event!(
             name: "flight_failed",
             target: TARGET,
             Level::WARN,
+            cache,
             flight,
             key,
             %error,
@@ -314,6 +320,7 @@ pub(crate) fn flight_failed(
             name: "flight_failed",
             target: TARGET,
             Level::WARN,
+            cache,
             flight,
             key,
             %error,
@@ -325,25 +332,27 @@ pub(crate) fn flight_failed(
 }
 
 /// A token request ended with its runtime, or is overdue on one that nobody drives.
-pub(crate) fn flight_lost(flight: u64, request: &TokenRequest, failures: u32) {
+pub(crate) fn flight_lost(flight: u64, of: Subject<'_>, failures: u32) {
     event!(
         name: "flight_lost",
         target: TARGET,
         Level::WARN,
+        cache = of.cache,
         flight,
-        key = key(request),
+        key = key(of.request),
         failures,
         "token request lost with the runtime that ran it",
     );
 }
 
 /// The token that requests went on with has died while token requests fail: from here on they fail as well.
-pub(crate) fn requests_failing(request: &TokenRequest, error: &TokenError, retry_in: Duration) {
+pub(crate) fn requests_failing(of: Subject<'_>, error: &TokenError, retry_in: Duration) {
     event!(
         name: "requests_failing",
         target: TARGET,
         Level::WARN,
-        key = key(request),
+        cache = of.cache,
+        key = key(of.request),
         %error,
         retry_in = ?round(retry_in),
         "the last token has expired, requests fail until a token request succeeds",
@@ -351,14 +360,15 @@ pub(crate) fn requests_failing(request: &TokenRequest, error: &TokenError, retry
 }
 
 /// A token request succeeded after so many that failed, the first one of them so long ago.
-pub(crate) fn recovered(flight: u64, request: &TokenRequest, failures: u32, outage: Duration) {
+pub(crate) fn recovered(flight: u64, of: Subject<'_>, failures: u32, outage: Duration) {
     let outage = round(outage);
     event!(
         name: "recovered",
         target: TARGET,
         Level::INFO,
+        cache = of.cache,
         flight,
-        key = key(request),
+        key = key(of.request),
         failures,
         ?outage,
         "token requests succeed again",
@@ -396,26 +406,33 @@ pub(crate) fn gate_opened(cause: &'static str) {
 }
 
 /// The server has granted less than was asked for, which the API may miss.
-pub(crate) fn scope_narrowed(token: &AccessToken) {
+pub(crate) fn scope_narrowed(of: Subject<'_>, token: &AccessToken) {
     let missing = token.missing_scopes().collect::<Vec<_>>().join(" ");
     event!(
         name: "scope_narrowed",
         target: TARGET,
         Level::WARN,
+        cache = of.cache,
         missing,
         "the token was granted for fewer scopes than were asked for",
     );
 }
 
 /// The API refused a token, and what was decided: a `flight` that is waited for may be one that it has started.
-pub(crate) fn token_refused(complaint: &'static str, decision: Decided, flight: Option<u64>) {
-    let label = decision.label();
+pub(crate) fn token_refused(
+    of: Subject<'_>,
+    complaint: &'static str,
+    decision: Decided,
+    flight: Option<u64>,
+) {
+    let (cache, label) = (of.cache, decision.label());
     match decision {
         // No more often than forced token requests are: whatever may come in floods is for DEBUG.
         Decided::Started => event!(
             name: "token_refused",
             target: TARGET,
             Level::INFO,
+            cache,
             complaint,
             decision = label,
             flight,
@@ -425,6 +442,7 @@ pub(crate) fn token_refused(complaint: &'static str, decision: Decided, flight: 
             name: "token_refused",
             target: TARGET,
             Level::DEBUG,
+            cache,
             complaint,
             decision = label,
             flight,
@@ -479,11 +497,12 @@ pub(crate) fn invalidated() {
 }
 
 /// There is no room for a token of another key: all of the `limit` are in use.
-pub(crate) fn keys_full(limit: usize) {
+pub(crate) fn keys_full(cache: &'static str, limit: usize) {
     event!(
         name: "keys_full",
         target: TARGET,
         Level::WARN,
+        cache,
         limit,
         "the cache is full of tokens that are in use, requests for others fail",
     );

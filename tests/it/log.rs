@@ -268,6 +268,11 @@ async fn the_log_of_an_outage_tells_what_happened_in_order() {
     let outage = Duration::from_millis(outage.as_millis() as u64);
     assert_eq!(recovered.field("outage").unwrap(), format!("{outage:?}"));
 
+    // Whose outage it is, is told by each line.
+    for line in log.lines(Level::INFO) {
+        assert_eq!(line.field("cache"), Some("default"), "{line}");
+    }
+
     // With DEBUG there are the rest of them, each event of a flight in its span.
     let debug: Vec<_> = log.lines(Level::DEBUG);
     let text: Vec<_> = debug.iter().map(Line::to_string).collect();
