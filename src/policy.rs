@@ -105,8 +105,8 @@ impl RefreshPolicy {
     /// Sets how many attempts are made before waiting callers see an error: default 3, at least 1.
     ///
     /// Only transient errors are tried again, after a pause of up to 200 ms, doubling to up to 5 s. While a token is
-    /// at hand that lives for 10 s or longer nobody waits, and there is one attempt at a time; as there is after a
-    /// failure that callers have seen, until one succeeds.
+    /// at hand that lives for longer than 10 s nobody waits, and the pause is one of 0.5 s to 1 s, doubling to up to 5 s.
+    /// After a failed token request there is one attempt at a time until one succeeds.
     #[must_use]
     pub const fn attempts(mut self, attempts: u32) -> Self {
         self.attempts = if attempts == 0 { 1 } else { attempts };
@@ -226,8 +226,11 @@ impl RefreshPolicy {
     }
 
     /// How long to pause after the `attempt`th attempt of a flight.
-    pub(crate) fn pause(&self, attempt: u32, rng: &mut Rng) -> Duration {
-        doubled(PAUSE, attempt, PAUSE_CAP).mul_f64(rng.f64())
+    pub(crate) fn pause(&self, attempt: u32, at_leisure: bool, rng: &mut Rng) -> Duration {
+        match at_leisure {
+            true => doubled(LEISURELY_PAUSE, attempt, PAUSE_CAP).mul_f64(0.5 + rng.f64() / 2.0),
+            false => doubled(PAUSE, attempt, PAUSE_CAP).mul_f64(rng.f64()),
+        }
     }
 
     /// How many attempts a flight has after `failures` failed ones in a row.
@@ -312,6 +315,8 @@ fn doubled(first: Duration, n: u32, cap: Duration) -> Duration {
 pub(crate) const FLOOR: Duration = Duration::from_secs(1);
 /// How long a request waits for the replacement of a token that the API refused before it uses that one.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
+/// Who has a token that lives for longer than this waits for no token request that starts now, unless it hangs.
+pub(crate) const LEISURE: Duration = Duration::from_secs(10);
 /// How long requests may take a token that is due without a look at what else has happened.
 pub(crate) const EASE: Duration = Duration::from_millis(100);
 /// How much longer than a flight may take its waiters' own timers run: the flight's timer speaks first.
@@ -321,10 +326,11 @@ pub(crate) const RECURRENCE: u32 = 3;
 
 const MAX_LIFETIME: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 const BACKOFF: Duration = Duration::from_millis(500);
-pub(crate) const BACKOFF_CAP: Duration = Duration::from_secs(10);
+const BACKOFF_CAP: Duration = Duration::from_secs(10);
 const TERMINAL: Duration = Duration::from_secs(5);
 const TERMINAL_CAP: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_millis(200);
+const LEISURELY_PAUSE: Duration = Duration::from_secs(1);
 const PAUSE_CAP: Duration = Duration::from_secs(5);
 const COOLDOWN: Duration = Duration::from_secs(5);
 const COOLDOWN_CAP: Duration = Duration::from_secs(60);

@@ -362,7 +362,7 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
             .entry
             .teller()
             .attempt_failed(&ending.flight, attempt, &error);
-        time::sleep(policy.pause(attempt, &mut Rng::new())).await;
+        time::sleep(policy.pause(attempt, plan.at_leisure, &mut Rng::new())).await;
         attempt += 1;
     }
 }

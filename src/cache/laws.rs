@@ -255,7 +255,9 @@ impl World {
         if over || !error.is_transient() || error.retry_after().is_some() {
             return self.land(flight, Err(Some(error)));
         }
-        let pause = self.policy.pause(flight.attempt as u32, &mut self.rng);
+        let pause = self
+            .policy
+            .pause(flight.attempt as u32, flight.plan.at_leisure, &mut self.rng);
         flight.sending = false;
         flight.next = (now + pause.as_millis() as u64).min(deadline);
         self.flight = Some(flight);

@@ -132,6 +132,8 @@ pub(crate) struct Plan {
     /// When all attempts must have ended.
     pub(crate) deadline: Instant,
     pub(crate) attempts: u32,
+    /// Whether nobody is going to wait for it.
+    pub(crate) at_leisure: bool,
     pub(crate) forced: bool,
     /// How many flights have failed in a row before it.
     pub(crate) failures: u32,
@@ -523,12 +525,9 @@ impl<F: Clone + PartialEq> State<F> {
     ) -> (F, Plan) {
         let deadline = now.monotonic + delay + self.policy.flight_limit();
         let overdue = deadline + policy::GRACE;
-        let failures = self.gate.failures(shared);
-        let attempts = match self.attachable(now) {
-            // Nobody waits for it, and the next flight comes in time: the gate says when.
-            Some(token) if !forced && token.outlives(policy::BACKOFF_CAP, now) => 1,
-            _ => self.policy.attempts_after(failures),
-        };
+        let attempts = self.policy.attempts_after(self.gate.failures(shared));
+        let token = self.attachable(now).filter(|_| !forced);
+        let at_leisure = token.is_some_and(|token| token.outlives(policy::LEISURE, now));
         self.gate.pass(shared, now, overdue);
         let flight = make(overdue);
         self.flights += 1;
@@ -542,6 +541,7 @@ impl<F: Clone + PartialEq> State<F> {
             delay,
             deadline,
             attempts,
+            at_leisure,
             forced,
             failures: self.trouble.map_or(0, |trouble| trouble.failures),
             refresh_token,
@@ -744,22 +744,36 @@ mod tests {
         let (mut case, _, _) = Case::with_token();
         case.pass(800.0);
         let (flight, plan) = case.begin();
-        assert_eq!(plan.attempts, 1);
+        assert_eq!(plan.attempts, 3);
         case.fail(flight, &down());
         assert_eq!(case.acquire(), "use new");
         case.pass(0.6);
         assert_eq!(case.acquire(), "use new and start");
+        let (_, plan) = case.begin();
+        assert_eq!(plan.attempts, 1);
     }
 
-    /// Law 2: a flight makes one attempt while nobody can have to wait for it, and all of them otherwise.
+    /// Law 2: a flight takes its time while nobody is going to wait for it.
     #[test]
-    fn a_flight_makes_all_its_attempts_if_somebody_may_wait_for_it() {
-        for (passed, attempts) in [(800.0, 1), (979.0, 1), (981.0, 3), (1_000.0, 3)] {
+    fn a_flight_takes_its_time_unless_somebody_may_wait_for_it() {
+        for (passed, at_leisure) in [
+            (800.0, true),
+            (979.0, true),
+            (981.0, false),
+            (1_000.0, false),
+        ] {
             let (mut case, _, _) = Case::with_token();
             case.pass(passed);
             let (_, plan) = case.begin();
-            assert_eq!(plan.attempts, attempts, "{passed}");
+            assert_eq!(plan.at_leisure, at_leisure, "{passed}");
         }
+        let (mut case, _, _) = Case::with_token();
+        case.flights += 1;
+        let make = |_| 9;
+        let (_, plan) = case
+            .state
+            .begin_forced(&mut case.shared, make, true, case.now);
+        assert!(!plan.at_leisure);
     }
 
     /// Law 2: at hard expiry one flight passes a backoff gate, and no Retry-After and no terminal error.
