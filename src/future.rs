@@ -307,7 +307,7 @@ where
             Remedy::Token(token) => Phase::Readying { token },
             Remedy::Wait(joined) => Phase::Holding {
                 acquire: joined.wait(),
-                answer: Some(answer),
+                answer: Some(Box::new(answer)),
             },
         };
         Judged::Again(Box::pin(Waiting {
@@ -346,8 +346,8 @@ pin_project! {
         // There is no token, and nothing is held of the service.
         Acquiring { #[pin] acquire: Acquire },
         // There is a refusal, which is the answer if no other token comes. It is held and not dropped, because
-        // hyper keeps a connection if it has had the time to read a small body.
-        Holding { #[pin] acquire: Acquire, answer: Option<Answer> },
+        // hyper keeps a connection if it has had the time to read a small body. Boxed, as most waits have none.
+        Holding { #[pin] acquire: Acquire, answer: Option<Box<Answer>> },
         // There is a token; the service is being made ready.
         Readying { token: AccessToken },
     }
@@ -414,7 +414,7 @@ where
                         .expect("the refusal is held until the wait ends");
                     match token.filter(|token| this.turn.allows(token)) {
                         Some(token) => Phase::Readying { token },
-                        None => return Poll::Ready(Ok(Leave::Answer(answer))),
+                        None => return Poll::Ready(Ok(Leave::Answer(*answer))),
                     }
                 }
                 PhaseProj::Readying { token } => {
