@@ -105,7 +105,7 @@ impl RefreshPolicy {
     /// Sets how many attempts are made before waiting callers see an error: default 3, at least 1.
     ///
     /// Only transient errors are tried again, after a pause of up to 200 ms, doubling to up to 5 s. While a token is
-    /// at hand that lives for longer than 10 s nobody waits, and the pause is one of 0.5 s to 1 s, doubling to up to 5 s.
+    /// at hand that lives for longer than 4 s nobody waits, and the pause is one of 0.5 s to 1 s, doubling to up to 5 s.
     /// After a failed token request there is one attempt at a time until one succeeds.
     #[must_use]
     pub const fn attempts(mut self, attempts: u32) -> Self {
@@ -315,8 +315,9 @@ fn doubled(first: Duration, n: u32, cap: Duration) -> Duration {
 pub(crate) const FLOOR: Duration = Duration::from_secs(1);
 /// How long a request waits for the replacement of a token that the API refused before it uses that one.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
-/// Who has a token that lives for longer than this waits for no token request that starts now, unless it hangs.
-pub(crate) const LEISURE: Duration = Duration::from_secs(10);
+/// Who has a token that lives for longer than this waits for no flight that starts now, unless an attempt hangs: the
+/// leisurely pauses take up to 3 s together.
+pub(crate) const LEISURE: Duration = Duration::from_secs(4);
 /// How long requests may take a token that is due without a look at what else has happened.
 pub(crate) const EASE: Duration = Duration::from_millis(100);
 /// How much longer than a flight may take its waiters' own timers run: the flight's timer speaks first.

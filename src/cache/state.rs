@@ -758,8 +758,8 @@ mod tests {
     fn a_flight_takes_its_time_unless_somebody_may_wait_for_it() {
         for (passed, at_leisure) in [
             (800.0, true),
-            (979.0, true),
-            (981.0, false),
+            (985.0, true),
+            (987.0, false),
             (1_000.0, false),
         ] {
             let (mut case, _, _) = Case::with_token();
