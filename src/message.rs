@@ -164,9 +164,9 @@ impl<B> HttpResponse for Response<B> {
     }
 }
 
-/// Sets the `Authorization` of a request.
+/// Sets the `Authorization` of a request that had to wait.
 ///
-/// Compiled once and here, where it takes the insertion in.
+/// Compiled here, so that the one insertion that is compiled with a user's types is that of requests which leave at once.
 pub(crate) fn authorize(headers: &mut HeaderMap, value: HeaderValue) {
     headers.insert(AUTHORIZATION, value);
 }
