@@ -817,7 +817,7 @@ fn under_steady_calls(answer: Answer, refusals: bool) -> World {
 #[test]
 fn a_dead_endpoint_is_asked_by_the_backoff_schedule_for_any_traffic() {
     let world = under_steady_calls(Answer::Transient, false);
-    // 3 at the start, 5 until the gate is at its cap, one per 5 s to 11 s from then on.
+    // 3 at the start, 5 until the gate is at its cap, one per 5 s to 10 s from then on.
     let requests: u64 = world.notes.iter().map(|note| note.attempts).sum();
     assert!((55..=128).contains(&requests), "{requests}");
 }

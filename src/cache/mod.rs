@@ -114,7 +114,7 @@ impl TokenCache {
     /// A token that is dead on arrival is returned to those who waited for it.
     ///
     /// The wait is bounded: by [`RefreshPolicy::flight_timeout`] and half a second for each of at most two token
-    /// requests, the second of which comes about only when the first was lost with its runtime, and by 11 s
+    /// requests, the second of which comes about only when the first was lost with its runtime, and by 10 s
     /// between the two.
     ///
     /// # Cancel safety
