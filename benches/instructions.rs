@@ -13,6 +13,7 @@ use std::{
 };
 
 use support::{
+    baselines::Least,
     cached, call, inner,
     report::{Report, Table},
     request,
@@ -23,13 +24,16 @@ use tower_http::auth::AddAuthorizationLayer;
 
 /// What is measured, its baseline, and the most that it may take of that: a twentieth more than it took when the
 /// budget was set, since compilers and allocators differ.
-const CASES: [(&str, &str, Option<f64>); 7] = [
+const CASES: [(&str, &str, Option<f64>); 10] = [
     ("bare, kept", KEPT, None),
     (KEPT, KEPT, None),
+    ("least layer, kept", KEPT, None),
+    ("least layer, copying, kept", KEPT, None),
     ("bearer, kept", KEPT, Some(1.28)),
     ("bearer with origins, kept", KEPT, Some(1.45)),
     ("bearer with replay, kept", KEPT, Some(2.05)),
     (CLONED, CLONED, None),
+    ("least layer, cloned", CLONED, None),
     ("bearer, cloned", CLONED, Some(1.38)),
 ];
 
@@ -95,6 +99,9 @@ fn run(case: &str, count: u64) {
         "bare, kept" => kept(bare, count),
         KEPT => kept(fixed.layer(bare), count),
         CLONED => cloned(fixed.layer(bare), count),
+        "least layer, kept" => kept(Least::<_, false>::new(bare, &token), count),
+        "least layer, copying, kept" => kept(Least::<_, true>::new(bare, &token), count),
+        "least layer, cloned" => cloned(Least::<_, false>::new(bare, &token), count),
         "bearer, kept" => kept(bearer.layer(bare), count),
         "bearer, cloned" => cloned(bearer.layer(bare), count),
         "bearer with origins, kept" => {

@@ -1,6 +1,6 @@
-//! Token caches as users write them by hand, each as a tower service of the shape that async code gives it.
+//! What the layer is held against: token caches as users write them by hand, and the least that a layer does.
 //!
-//! They are written with care: the header value is made once per token, the lock is looked through again after
+//! The caches are tower services of the shape that async code gives them. They are written with care: the header value is made once per token, the lock is looked through again after
 //! a wait, and the token request is made by one caller at a time. They differ in the lock alone.
 
 use std::{
@@ -8,12 +8,13 @@ use std::{
     mem,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
 use arc_swap::ArcSwapOption;
-use http::{HeaderValue, Request, Response, header::AUTHORIZATION};
+use http::{HeaderValue, Request, Response, StatusCode, header::AUTHORIZATION};
+use pin_project_lite::pin_project;
 use tokio::{
     sync::{Mutex, RwLock},
     time::Instant,
@@ -201,4 +202,83 @@ where
             inner.call(request).await.map_err(Into::into)
         })
     }
+}
+
+/// What any layer does that looks at answers and has errors of its own: a static header with a future around the inner
+/// service's, and no token to look after.
+///
+/// If it `COPIES`, the request is cloned and the clone held until the answer is there, as for a second sending.
+#[derive(Clone)]
+pub struct Least<S, const COPIES: bool> {
+    inner: S,
+    header: HeaderValue,
+}
+
+impl<S, const COPIES: bool> Least<S, COPIES> {
+    pub fn new(inner: S, token: &str) -> Self {
+        let header = HeaderValue::try_from(format!("Bearer {token}"));
+        let mut header = header.expect("a token can be sent");
+        header.set_sensitive(true);
+        Self { inner, header }
+    }
+}
+
+impl<S, B, ResBody, const COPIES: bool> Service<Request<B>> for Least<S, COPIES>
+where
+    S: Service<Request<B>, Response = Response<ResBody>>,
+    S::Error: Into<BoxError>,
+    B: Clone,
+{
+    type Response = Response<ResBody>;
+    type Error = BoxError;
+    type Future = LeastFuture<S::Future, Request<B>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.inner.poll_ready(cx).map_err(Into::into)
+    }
+
+    #[inline]
+    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+        let copy = COPIES.then(|| request.clone());
+        let header = self.header.clone();
+        request.headers_mut().insert(AUTHORIZATION, header);
+        LeastFuture {
+            response: self.inner.call(request),
+            copy,
+        }
+    }
+}
+
+pin_project! {
+    pub struct LeastFuture<F, Req> {
+        #[pin]
+        response: F,
+        copy: Option<Req>,
+    }
+}
+
+impl<F, Req, ResBody, E> Future for LeastFuture<F, Req>
+where
+    F: Future<Output = Result<Response<ResBody>, E>>,
+    E: Into<BoxError>,
+{
+    type Output = Result<Response<ResBody>, BoxError>;
+
+    #[inline]
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let result = ready!(this.response.poll(cx));
+        match &result {
+            Ok(answer) if answer.status() == StatusCode::UNAUTHORIZED => refused(this.copy),
+            _ => {}
+        }
+        Poll::Ready(result.map_err(Into::into))
+    }
+}
+
+/// Where a layer would do what it is there for.
+#[cold]
+#[inline(never)]
+fn refused<Req>(copy: &mut Option<Req>) {
+    drop(copy.take());
 }
