@@ -121,12 +121,13 @@ impl Coarse {
     #[cfg(target_os = "linux")]
     #[inline]
     pub(crate) fn read() -> Self {
-        use nix::time::{ClockId, clock_gettime};
+        use rustix::time::{ClockId, DynamicClockId, clock_gettime_dynamic};
 
-        match clock_gettime(ClockId::CLOCK_REALTIME_COARSE) {
+        // The function for clocks that are known panics where there is none.
+        match clock_gettime_dynamic(DynamicClockId::Known(ClockId::RealtimeCoarse)) {
             Ok(time) => Self {
-                seconds: time.tv_sec(),
-                nanos: time.tv_nsec() as u32,
+                seconds: time.tv_sec,
+                nanos: time.tv_nsec as u32,
             },
             // A sandbox may not have it.
             Err(_) => Self::of(SystemTime::now()),
