@@ -381,13 +381,13 @@ impl<B: Body> Body for CollectedBody<B> {
 impl<B> Replay<Request<CollectedBody<B>>> for CloneBody {
     type Kept<T> = T;
 
-    fn keep<T>(
-        &self,
-        request: &Request<CollectedBody<B>>,
-        complete: impl FnOnce(Request<CollectedBody<B>>) -> T,
-    ) -> Option<Self::Kept<T>> {
+    fn copy(&self, request: &Request<CollectedBody<B>>) -> Option<Request<CollectedBody<B>>> {
         let body = request.body().try_clone()?;
-        Some(complete(with_body(request, body)))
+        Some(with_body(request, body))
+    }
+
+    fn keep<T>(make: impl FnOnce() -> T) -> Option<Self::Kept<T>> {
+        Some(make())
     }
 
     fn release<T>(kept: Self::Kept<T>) -> T {

@@ -3,6 +3,7 @@
 use std::{
     fmt,
     future::Future,
+    mem,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -43,6 +44,9 @@ pin_project! {
     {
         #[pin]
         state: State<S, R, Req>,
+        // Of a request that the inner service has; beside the state and each by itself, so that they are moved once.
+        sent: Sent<S, R, Req>,
+        copy: Option<R::Kept<Req>>,
     }
 }
 
@@ -56,7 +60,7 @@ pin_project! {
         // The request has not left, or is to leave once more; it holds nothing of the inner service.
         Waiting { waiting: Pin<Box<Waiting<S, R, Req>>> },
         // The inner service has the request; with a token of ours, or without one.
-        Sending { #[pin] response: S::Future, sent: Option<Sent<S, R, Req>> },
+        Sending { #[pin] response: S::Future },
         // The request may not be sent.
         Refused { error: TokenError },
         // The response was handed out.
@@ -71,9 +75,15 @@ where
 {
     /// A request that the inner service has; with a token of ours, or without one.
     #[inline]
-    pub(crate) fn sending(response: S::Future, sent: Option<Sent<S, R, Req>>) -> Self {
+    pub(crate) fn sending(
+        response: S::Future,
+        sent: Sent<S, R, Req>,
+        copy: Option<R::Kept<Req>>,
+    ) -> Self {
         Self {
-            state: State::Sending { response, sent },
+            state: State::Sending { response },
+            sent,
+            copy,
         }
     }
 
@@ -81,6 +91,8 @@ where
     pub(crate) fn refused(error: TokenError) -> Self {
         Self {
             state: State::Refused { error },
+            sent: Sent::bare(),
+            copy: None,
         }
     }
 
@@ -106,11 +118,13 @@ where
         });
         Self {
             state: State::Waiting { waiting },
+            sent: Sent::bare(),
+            copy: None,
         }
     }
 }
 
-impl<S, R, Req> State<S, R, Req>
+impl<S, R, Req> ResponseFuture<S, R, Req>
 where
     S: Service<Req> + Clone,
     R: Replay<Req>,
@@ -127,16 +141,17 @@ where
     ) -> Self {
         let header = token.header_value().clone();
         let mark = Mark::new(&token, settings);
-        let kept = replay.and_then(|replay| {
-            replay.keep(&request, |copy| {
+        let copy = replay.and_then(|replay| replay.copy(&request));
+        let again = copy.as_ref().and_then(|_| {
+            R::keep(|| {
                 let ready = Ready::new(token, Arc::clone(settings));
-                (copy, service.clone(), ready)
+                (service.clone(), ready)
             })
         });
         message::authorize(request.headers_mut(), header);
         let response = service.call(request);
-        let sent = Some(Sent::new(mark, kept));
-        Self::Sending { response, sent }
+        let sent = Sent::new(mark, again);
+        Self::sending(response, sent, copy)
     }
 }
 
@@ -152,15 +167,14 @@ where
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut state = self.project().state;
-        match state.as_mut().project() {
-            StateProj::Sending { .. } => state.poll_sending(cx),
-            _ => state.poll_waiting(cx),
+        match &self.state {
+            State::Sending { .. } => self.poll_sending(cx),
+            _ => self.poll_waiting(cx),
         }
     }
 }
 
-impl<S, R, Req> State<S, R, Req>
+impl<S, R, Req> ResponseFuture<S, R, Req>
 where
     S: Service<Req> + Clone,
     S::Response: HttpResponse,
@@ -173,38 +187,34 @@ where
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Result<S::Response, BoxError>> {
-        let StateProj::Sending { response, .. } = self.as_mut().project() else {
+        let StateProj::Sending { response, .. } = self.as_mut().project().state.project() else {
             unreachable!("the request has left");
         };
-        let result = ready!(response.poll(cx));
-        match &result {
-            Ok(answer) if challenge::is_candidate(answer) => self.poll_judged(result, cx),
+        match ready!(response.poll(cx)) {
+            Ok(answer) if challenge::is_candidate(&answer) => self.poll_judged(answer, cx),
             // What most requests come to; what is left of them goes with this future.
-            _ => Poll::Ready(result.map_err(Into::into)),
+            Ok(answer) => Poll::Ready(Ok(answer)),
+            Err(error) => Poll::Ready(Err(error.into())),
         }
     }
 
     #[cold]
     fn poll_judged(
         mut self: Pin<&mut Self>,
-        result: Result<S::Response, S::Error>,
+        answer: S::Response,
         cx: &mut Context<'_>,
     ) -> Poll<Result<S::Response, BoxError>> {
-        let sent = match self.as_mut().project() {
-            StateProj::Sending { sent, .. } => sent.take(),
-            _ => None,
-        };
+        let mut this = self.as_mut().project();
+        let sent = mem::replace(this.sent, Sent::bare());
+        let copy = this.copy.take();
         // The inner future goes before anything waits: it may hold a permit of a limit below.
-        self.set(Self::Done);
-        match (result, sent) {
-            (Ok(answer), Some(sent)) => match sent.judge(answer) {
-                Judged::Answer(answer) => Poll::Ready(Ok(answer)),
-                Judged::Again(waiting) => {
-                    self.set(Self::Waiting { waiting });
-                    self.poll_waiting(cx)
-                }
-            },
-            (result, _) => Poll::Ready(result.map_err(Into::into)),
+        this.state.set(State::Done);
+        match sent.judge(answer, copy) {
+            Judged::Answer(answer) => Poll::Ready(Ok(answer)),
+            Judged::Again(waiting) => {
+                this.state.set(State::Waiting { waiting });
+                self.poll_waiting(cx)
+            }
         }
     }
 
@@ -213,14 +223,15 @@ where
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Result<S::Response, BoxError>> {
-        let left = match self.as_mut().project() {
+        let mut this = self.as_mut().project();
+        let left = match this.state.as_mut().project() {
             StateProj::Waiting { waiting } => ready!(waiting.as_mut().poll_leave(cx)),
             StateProj::Refused { error } => Err(error.clone().into()),
             StateProj::Sending { .. } | StateProj::Done => {
                 panic!("`ResponseFuture` polled after completion")
             }
         };
-        self.set(Self::Done);
+        this.state.set(State::Done);
         match left? {
             Leave::Send(next) => {
                 self.set(next);
@@ -249,17 +260,18 @@ where
     }
 }
 
-/// What it takes to send a request once more.
-type Kept<S, R, Req> = <R as Replay<Req>>::Kept<(Req, S, Arc<Ready>)>;
+/// What it takes to send a request once more, beside its copy.
+type Again<S, R, Req> = <R as Replay<Req>>::Kept<(S, Arc<Ready>)>;
 
-/// What is known of a request that left with a token of ours.
+/// What is known of a request that has left.
 pub(crate) struct Sent<S, R, Req>
 where
     R: Replay<Req>,
 {
-    mark: Mark,
-    /// What it takes to send the request once more, if it may be.
-    kept: Option<Kept<S, R, Req>>,
+    /// Of the token, if there is one of ours on it.
+    mark: Option<Mark>,
+    /// There is none without a copy of the request.
+    again: Option<Again<S, R, Req>>,
 }
 
 /// What an answer comes to.
@@ -277,26 +289,41 @@ where
     R: Replay<Req>,
 {
     #[inline]
-    pub(crate) fn new(mark: Mark, kept: Option<Kept<S, R, Req>>) -> Self {
-        Self { mark, kept }
+    pub(crate) fn new(mark: Mark, again: Option<Again<S, R, Req>>) -> Self {
+        Self {
+            mark: Some(mark),
+            again,
+        }
+    }
+
+    /// Of a request without a token of ours.
+    #[inline]
+    pub(crate) fn bare() -> Self {
+        Self {
+            mark: None,
+            again: None,
+        }
     }
 
     /// Tells the cache if `answer` is a refusal of the token, and whether the request is to go once more.
-    fn judge(self, answer: S::Response) -> Judged<S, R, Req>
+    fn judge(self, answer: S::Response, copy: Option<R::Kept<Req>>) -> Judged<S, R, Req>
     where
         S: Service<Req, Response: HttpResponse>,
     {
+        let Some(mark) = self.mark else {
+            return Judged::Answer(answer);
+        };
         let complaint = match challenge::judge(answer.status(), answer.headers()) {
             Verdict::InvalidToken => Complaint::Invalid,
             Verdict::MissingClaims(claims) => Complaint::Claims(claims),
-            Verdict::Unexplained if self.mark.heeds_unexplained => Complaint::Unexplained,
+            Verdict::Unexplained if mark.heeds_unexplained => Complaint::Unexplained,
             Verdict::Unexplained | Verdict::NotOurs => return Judged::Answer(answer),
         };
-        let Some(kept) = self.kept else {
-            cache::refused(self.mark.token, complaint);
+        let (Some(copy), Some(again)) = (copy, self.again) else {
+            cache::refused(mark.token, complaint);
             return Judged::Answer(answer);
         };
-        let (request, service, ready) = R::release(kept);
+        let (request, (service, ready)) = (R::release(copy), R::release(again));
         let Ready {
             token, settings, ..
         } = &*ready;
@@ -382,7 +409,7 @@ where
     S: Service<Req>,
     R: Replay<Req>,
 {
-    Send(State<S, R, Req>),
+    Send(ResponseFuture<S, R, Req>),
     Answer(S::Response),
 }
 
@@ -442,7 +469,7 @@ where
                             Turn::First { .. } => cache.meters().requests().waited(&token),
                             Turn::Second { .. } => telemetry::replayed(cache.meters()),
                         }
-                        return Poll::Ready(Ok(Leave::Send(State::send(
+                        return Poll::Ready(Ok(Leave::Send(ResponseFuture::send(
                             this.service,
                             request,
                             token,

@@ -28,16 +28,13 @@ pub trait Replay<Req>: sealed::Sealed + Clone {
     #[doc(hidden)]
     type Kept<T>;
 
-    /// Whether any request may be sent again.
+    /// Copies the request, if it may be sent again.
     #[doc(hidden)]
-    const KEEPS: bool = true;
+    fn copy(&self, request: &Req) -> Option<Self::Kept<Req>>;
 
-    /// Copies the request, if it may be sent again, and keeps what `complete` makes of the copy.
-    ///
-    /// `complete` is not called without a copy, so that all else that a second sending needs, such as a
-    /// clone of the inner service, costs nothing either.
+    /// Keeps what else a second sending takes.
     #[doc(hidden)]
-    fn keep<T>(&self, request: &Req, complete: impl FnOnce(Req) -> T) -> Option<Self::Kept<T>>;
+    fn keep<T>(make: impl FnOnce() -> T) -> Option<Self::Kept<T>>;
 
     /// Takes out what was kept.
     #[doc(hidden)]
@@ -79,10 +76,13 @@ pub struct EmptyBody;
 impl<Req> Replay<Req> for Never {
     type Kept<T> = Infallible;
 
-    const KEEPS: bool = false;
+    #[inline]
+    fn copy(&self, _: &Req) -> Option<Self::Kept<Req>> {
+        None
+    }
 
     #[inline]
-    fn keep<T>(&self, _: &Req, _: impl FnOnce(Req) -> T) -> Option<Self::Kept<T>> {
+    fn keep<T>(_: impl FnOnce() -> T) -> Option<Self::Kept<T>> {
         None
     }
 
@@ -96,12 +96,13 @@ impl<B: Clone> Replay<Request<B>> for CloneBody {
     type Kept<T> = T;
 
     #[inline]
-    fn keep<T>(
-        &self,
-        request: &Request<B>,
-        complete: impl FnOnce(Request<B>) -> T,
-    ) -> Option<Self::Kept<T>> {
-        Some(complete(request.clone()))
+    fn copy(&self, request: &Request<B>) -> Option<Self::Kept<Request<B>>> {
+        Some(request.clone())
+    }
+
+    #[inline]
+    fn keep<T>(make: impl FnOnce() -> T) -> Option<Self::Kept<T>> {
+        Some(make())
     }
 
     #[inline]
@@ -114,18 +115,18 @@ impl<B: Body + Default> Replay<Request<B>> for EmptyBody {
     type Kept<T> = T;
 
     #[inline]
-    fn keep<T>(
-        &self,
-        request: &Request<B>,
-        complete: impl FnOnce(Request<B>) -> T,
-    ) -> Option<Self::Kept<T>> {
+    fn copy(&self, request: &Request<B>) -> Option<Self::Kept<Request<B>>> {
         if !request.body().is_end_stream() {
             return None;
         }
         let body = B::default();
         // Nothing obliges a default to be empty.
-        body.is_end_stream()
-            .then(|| complete(with_body(request, body)))
+        body.is_end_stream().then(|| with_body(request, body))
+    }
+
+    #[inline]
+    fn keep<T>(make: impl FnOnce() -> T) -> Option<Self::Kept<T>> {
+        Some(make())
     }
 
     #[inline]
@@ -160,9 +161,7 @@ mod sealed {
 #[cfg(test)]
 mod tests {
     use std::{
-        cell::Cell,
         pin::Pin,
-        rc::Rc,
         task::{Context, Poll},
     };
 
@@ -240,7 +239,7 @@ mod tests {
     }
 
     fn copy<R: Replay<Request<B>>, B>(replay: R, request: &Request<B>) -> Option<Request<B>> {
-        replay.keep(request, |copy| copy).map(R::release)
+        replay.copy(request).map(R::release)
     }
 
     fn assert_same_head<B>(copy: &Request<B>, original: &Request<B>) {
@@ -260,11 +259,10 @@ mod tests {
         assert!(copy(Never, &request(String::new())).is_none());
         // Not even a body is needed.
         struct Opaque;
-        let kept = Never.keep(&request(Opaque), |_| unreachable!("nothing is copied"));
-        assert!(
-            kept.map(<Never as Replay<Request<Opaque>>>::release::<()>)
-                .is_none()
-        );
+        assert!(copy(Never, &request(Opaque)).is_none());
+        let kept =
+            <Never as Replay<Request<Opaque>>>::keep::<()>(|| unreachable!("it is of no use"));
+        assert!(kept.is_none());
     }
 
     #[test]
@@ -301,66 +299,5 @@ mod tests {
     #[test]
     fn empty_body_makes_up_no_body() {
         assert!(copy(EmptyBody, &request(Greeting(""))).is_none());
-    }
-
-    /// The way a response future uses this: a request in flight, and what its second sending takes.
-    struct Sending<S, R: Replay<Request<B>>, B> {
-        second: Option<R::Kept<(Request<B>, S)>>,
-    }
-
-    impl<S: Clone, R: Replay<Request<B>>, B> Sending<S, R, B> {
-        fn new(replay: &R, request: &Request<B>, inner: &S) -> Self {
-            let second = replay.keep(request, |copy| (copy, inner.clone()));
-            Self { second }
-        }
-
-        fn second(&mut self) -> Option<(Request<B>, S)> {
-            self.second.take().map(R::release)
-        }
-    }
-
-    #[derive(Debug, Default)]
-    struct Inner {
-        clones: Rc<Cell<usize>>,
-    }
-
-    impl Clone for Inner {
-        fn clone(&self) -> Self {
-            self.clones.set(self.clones.get() + 1);
-            Self {
-                clones: Rc::clone(&self.clones),
-            }
-        }
-    }
-
-    #[test]
-    fn the_inner_service_is_cloned_only_for_a_copy() {
-        let inner = Inner::default();
-        let streaming = request(Streaming { chunks: 1 });
-        assert!(Sending::new(&Never, &streaming, &inner).second().is_none());
-        assert!(
-            Sending::new(&EmptyBody, &streaming, &inner)
-                .second()
-                .is_none()
-        );
-        assert_eq!(inner.clones.get(), 0);
-
-        let mut sending = Sending::new(&CloneBody, &request("body"), &inner);
-        let (copy, _) = sending.second().unwrap();
-        assert_eq!(*copy.body(), "body");
-        assert_eq!(inner.clones.get(), 1);
-        assert!(
-            sending.second().is_none(),
-            "a request is sent at most twice"
-        );
-
-        assert_eq!(size_of::<Sending<Inner, Never, Streaming>>(), 0);
-    }
-
-    #[test]
-    fn a_future_that_keeps_nothing_is_send_whatever_the_service() {
-        fn assert_send<T: Send>() {}
-        assert_send::<Sending<Inner, Never, Streaming>>();
-        assert_send::<Sending<(), CloneBody, String>>();
     }
 }

@@ -62,12 +62,13 @@ impl Replay<Request> for CloneBody {
     type Kept<T> = T;
 
     #[inline]
-    fn keep<T>(
-        &self,
-        request: &Request,
-        complete: impl FnOnce(Request) -> T,
-    ) -> Option<Self::Kept<T>> {
-        request.try_clone().map(complete)
+    fn copy(&self, request: &Request) -> Option<Self::Kept<Request>> {
+        request.try_clone()
+    }
+
+    #[inline]
+    fn keep<T>(make: impl FnOnce() -> T) -> Option<Self::Kept<T>> {
+        Some(make())
     }
 
     #[inline]
@@ -81,15 +82,16 @@ impl Replay<Request> for EmptyBody {
     type Kept<T> = T;
 
     #[inline]
-    fn keep<T>(
-        &self,
-        request: &Request,
-        complete: impl FnOnce(Request) -> T,
-    ) -> Option<Self::Kept<T>> {
+    fn copy(&self, request: &Request) -> Option<Self::Kept<Request>> {
         match request.body().map(Body::as_bytes) {
-            None | Some(Some([])) => request.try_clone().map(complete),
+            None | Some(Some([])) => request.try_clone(),
             Some(_) => None,
         }
+    }
+
+    #[inline]
+    fn keep<T>(make: impl FnOnce() -> T) -> Option<Self::Kept<T>> {
+        Some(make())
     }
 
     #[inline]
@@ -145,7 +147,7 @@ mod tests {
     fn a_copy_is_made_of_what_can_be_sent_again() {
         fn copies<R: Replay<Request>>(replay: R, body: Option<Body>) -> bool {
             let request = request("https://api.example.com/", body);
-            let copy = replay.keep(&request, |copy| copy).map(R::release);
+            let copy = replay.copy(&request).map(R::release);
             if let Some(copy) = &copy {
                 assert_eq!(
                     (copy.method(), copy.url()),

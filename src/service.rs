@@ -100,9 +100,11 @@ where
 
     #[inline]
     fn call(&mut self, mut request: Req) -> Self::Future {
-        match self.sign(&mut request) {
+        // Before anything else, so that it is made where it stays.
+        let copy = self.replay.copy(&request);
+        match self.sign(&mut request, copy.is_some()) {
             // The one place from which requests leave at once, so that the inner service's code can be part of it.
-            Ok(sent) => ResponseFuture::sending(self.inner.call(request), sent),
+            Ok(sent) => ResponseFuture::sending(self.inner.call(request), sent, copy),
             Err(obstacle) => self.call_later(request, obstacle),
         }
     }
@@ -117,9 +119,10 @@ enum Obstacle {
 }
 
 impl<S, R> BearerAuth<S, R> {
-    /// Attaches a token, if the request is to carry one, and returns what is to be known of it then.
+    /// Attaches a token, if the request is to carry one, and returns what is to be known of it then, to send it `again`
+    /// if that may be.
     #[inline]
-    fn sign<Req>(&mut self, request: &mut Req) -> Result<Option<Sent<S, R, Req>>, Obstacle>
+    fn sign<Req>(&mut self, request: &mut Req, again: bool) -> Result<Sent<S, R, Req>, Obstacle>
     where
         S: Clone,
         R: Replay<Req>,
@@ -129,18 +132,19 @@ impl<S, R> BearerAuth<S, R> {
         let usual = (self.takes_usual && request.is_usual()) || self.takes(request);
         let ready = if usual { self.door.last() } else { None };
         let pass = match ready {
-            Some(ready) => ready.pass(R::KEEPS),
-            None => match self.pass(request, R::KEEPS)? {
+            Some(ready) => ready.pass(again),
+            None => match self.pass(request, again)? {
                 Some(pass) => pass,
-                None => return Ok(None),
+                None => return Ok(Sent::bare()),
             },
         };
-        let kept = pass.ready.and_then(|ready| {
-            self.replay
-                .keep(request, |copy| (copy, self.inner.clone(), ready))
-        });
+        let again = match pass.ready {
+            // Told once more, which the compiler makes use of.
+            Some(ready) if again => R::keep(|| (self.inner.clone(), ready)),
+            _ => None,
+        };
         request.headers_mut().insert(AUTHORIZATION, pass.header);
-        Ok(Some(Sent::new(pass.mark, kept)))
+        Ok(Sent::new(pass.mark, again))
     }
 
     /// Whether a request carries the token that is for nothing in particular.

@@ -2,8 +2,12 @@
 
 use std::{
     convert::Infallible,
+    future::{Ready, ready},
     pin::Pin,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -18,7 +22,7 @@ use http_body::{Body, Frame};
 use http_body_util::{BodyExt, Empty, Full, combinators::UnsyncBoxBody};
 use tokio::sync::mpsc;
 use tower::{Layer, Service, ServiceExt, service_fn};
-use tower_bearer::{BearerAuthLayer, BoxError, CloneBody, EmptyBody, Never};
+use tower_bearer::{BearerAuthLayer, BoxError, CloneBody, EmptyBody, Never, Replay};
 
 use crate::support::{AuthServer, INVALID_TOKEN, bearer, echo, settle, timed, unauthorized};
 
@@ -277,4 +281,55 @@ async fn a_stream_that_is_half_sent_returns_its_refusal_at_once() {
     let (response, took) = timed(client.oneshot(request(upload))).await;
     assert_eq!(response.unwrap().status(), 401);
     assert_eq!(took, Duration::ZERO);
+}
+
+/// An API that counts its clones, and takes any token.
+#[derive(Default)]
+struct Counted {
+    clones: Arc<AtomicUsize>,
+}
+
+impl Clone for Counted {
+    fn clone(&self) -> Self {
+        self.clones.fetch_add(1, Ordering::Relaxed);
+        Self {
+            clones: Arc::clone(&self.clones),
+        }
+    }
+}
+
+impl<B> Service<Request<B>> for Counted {
+    type Response = Response<String>;
+    type Error = Infallible;
+    type Future = Ready<Result<Response<String>, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        ready(Ok(echo(bearer(&request))))
+    }
+}
+
+/// Limits and connections may come with a clone, so a request that is sent once takes none.
+#[tokio::test(start_paused = true)]
+async fn the_inner_service_is_cloned_only_for_what_may_be_sent_again() {
+    async fn clones<R: Replay<Request<String>>>(replay: R, body: &str) -> usize {
+        let inner = Counted::default();
+        let clones = Arc::clone(&inner.clones);
+        let layer = BearerAuthLayer::new(AuthServer::new()).replay(replay);
+        let mut client = layer.layer(inner);
+        client.cache().get().await.unwrap();
+        for _ in 0..10 {
+            let response = client.call(request(body.to_owned())).await.unwrap();
+            assert_eq!(response.body(), "token-1");
+        }
+        clones.load(Ordering::Relaxed)
+    }
+
+    assert_eq!(clones(Never, "").await, 0);
+    assert_eq!(clones(EmptyBody, "body").await, 0);
+    assert_eq!(clones(EmptyBody, "").await, 10);
+    assert_eq!(clones(CloneBody, "body").await, 10);
 }
