@@ -29,12 +29,12 @@ const CASES: [(&str, &str, Option<f64>); 10] = [
     (KEPT, KEPT, None),
     ("least layer, kept", KEPT, None),
     ("least layer, copying, kept", KEPT, None),
-    ("bearer, kept", KEPT, Some(1.28)),
-    ("bearer with origins, kept", KEPT, Some(1.45)),
-    ("bearer with replay, kept", KEPT, Some(2.05)),
+    ("bearer, kept", KEPT, Some(1.23)),
+    ("bearer with origins, kept", KEPT, Some(1.34)),
+    ("bearer with replay, kept", KEPT, Some(1.72)),
     (CLONED, CLONED, None),
     ("least layer, cloned", CLONED, None),
-    ("bearer, cloned", CLONED, Some(1.38)),
+    ("bearer, cloned", CLONED, Some(1.33)),
 ];
 
 const KEPT: &str = "static header, kept";
