@@ -155,7 +155,7 @@ impl Entry {
 
     /// Opens the span of a flight that is about to start.
     pub(super) fn depart(&self, flight: &Flight, plan: &Plan) -> Span {
-        self.teller.departs(flight, plan, self.source().grant())
+        self.teller.departs(flight, plan)
     }
 
     /// Takes note that somebody waits for `flight`.

@@ -338,7 +338,7 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
             request: plan.request.clone(),
             claims: plan.claims.clone(),
         };
-        telemetry::attempt_started(attempt);
+        ending.flight.span().attempt();
         let answer = ending.ask(fetch, plan.deadline).await;
         ending.entry.attempt_ended(refreshing, &answer);
         let error = match answer {

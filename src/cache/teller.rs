@@ -99,12 +99,11 @@ impl Teller {
     }
 
     /// Opens the span of a flight that is about to start.
-    pub(super) fn departs(&self, flight: &Flight, plan: &Plan, grant: &'static str) -> Span {
+    pub(super) fn departs(&self, flight: &Flight, plan: &Plan) -> Span {
         flight.span().open(&Departure {
             number: flight.number(),
             cache: self.news.name,
             request: &self.request,
-            grant,
             forced: plan.forced,
             starts: Now::read().monotonic + plan.delay,
         })
@@ -146,7 +145,7 @@ impl Teller {
         let now = landing.now.monotonic;
         match (end, &landing.failing) {
             (End::Done(token), _) => {
-                let took = self.ended(flight, telemetry::GRANTED, None, landing.now);
+                let took = self.ended(flight, telemetry::GRANTED, None, landing);
                 telemetry::token_received(number, token, landing.grant, took);
                 let missing: Vec<_> = token.missing_scopes().map(str::to_owned).collect();
                 if !missing.is_empty() {
@@ -164,7 +163,7 @@ impl Teller {
                 }
             }
             (End::Failed(error), Some(failing)) => {
-                let took = self.ended(flight, telemetry::FAILED, Some(error), landing.now);
+                let took = self.ended(flight, telemetry::FAILED, Some(error), landing);
                 telemetry::flight_failed(number, self.subject(), error, failing);
                 self.closed(failing);
                 self.news.bus.send(|| TokenEvent::FlightFailed {
@@ -178,7 +177,7 @@ impl Teller {
                 });
             }
             (End::Abandoned, Some(failing)) => {
-                self.ended(flight, telemetry::LOST, None, landing.now);
+                self.ended(flight, telemetry::LOST, None, landing);
                 telemetry::flight_lost(number, self.subject(), failing.failures);
                 self.closed(failing);
                 self.news.bus.send(|| TokenEvent::FlightLost {
@@ -189,7 +188,7 @@ impl Teller {
             }
             // Of a cache that was shut down.
             (End::Failed(error), None) => {
-                self.ended(flight, telemetry::SHUT_DOWN, Some(error), landing.now);
+                self.ended(flight, telemetry::SHUT_DOWN, Some(error), landing);
             }
             (End::Abandoned, None) => {}
         }
@@ -200,9 +199,10 @@ impl Teller {
         flight: &Flight,
         outcome: &'static str,
         error: Option<&TokenError>,
-        now: Now,
+        landing: &Landing,
     ) -> Duration {
-        let took = flight.span().close(outcome, error, now.monotonic);
+        let now = landing.now.monotonic;
+        let took = flight.span().close(outcome, landing.grant, error, now);
         self.meters().flight_ended(outcome, took);
         took
     }

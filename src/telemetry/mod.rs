@@ -13,7 +13,10 @@ mod metrics;
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -42,6 +45,8 @@ pub(crate) struct FlightSpan {
     span: Mutex<Option<Arc<Span>>>,
     /// When its first attempt is made.
     starts: Mutex<Option<Instant>>,
+    /// How many attempts were made.
+    attempts: AtomicU32,
 }
 
 impl FlightSpan {
@@ -49,6 +54,7 @@ impl FlightSpan {
         Self {
             span: Mutex::new(None),
             starts: Mutex::new(None),
+            attempts: AtomicU32::new(0),
         }
     }
 
@@ -58,7 +64,6 @@ impl FlightSpan {
             number,
             cache,
             request,
-            grant,
             forced,
             starts,
         } = *flight;
@@ -71,7 +76,7 @@ impl FlightSpan {
             cache,
             flight = number,
             key = key(request),
-            grant,
+            grant = Empty,
             forced,
             attempts = Empty,
             outcome = Empty,
@@ -98,15 +103,25 @@ impl FlightSpan {
         }
     }
 
+    /// An attempt begins.
+    pub(crate) fn attempt(&self) {
+        self.attempts.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Notes what came of the flight, and returns for how long it has flown.
+    ///
+    /// Each field is written once: subscribers that write lines show each writing of it.
     pub(crate) fn close(
         &self,
         outcome: &'static str,
+        grant: &'static str,
         error: Option<&TokenError>,
         now: Instant,
     ) -> Duration {
         let span = lock(&self.span).take();
         if let Some(span) = span {
+            span.record("grant", grant);
+            span.record("attempts", self.attempts.load(Ordering::Relaxed));
             span.record("outcome", outcome);
             if let Some(error) = error {
                 span.record("error", field::display(error));
@@ -129,7 +144,6 @@ pub(crate) struct Departure<'a> {
     pub(crate) number: u64,
     pub(crate) cache: &'static str,
     pub(crate) request: &'a TokenRequest,
-    pub(crate) grant: &'static str,
     pub(crate) forced: bool,
     pub(crate) starts: Instant,
 }
@@ -207,11 +221,6 @@ pub(crate) fn flight_started(flight: u64, forced: bool, delay: Duration, failure
     );
 }
 
-/// An attempt of the current span's flight begins.
-pub(crate) fn attempt_started(attempt: u32) {
-    Span::current().record("attempts", attempt);
-}
-
 /// One attempt failed and the flight goes on with another one.
 pub(crate) fn attempt_failed(flight: u64, attempt: u32, error: &TokenError) {
     event!(
@@ -256,7 +265,6 @@ pub(crate) fn token_received(
     grant: &'static str,
     took: Duration,
 ) {
-    Span::current().record("grant", grant);
     let took = round(took);
     let usable_for = round(token.expiry().remaining(Now::read()));
     event!(

@@ -122,15 +122,20 @@ impl Log {
     }
 }
 
+/// Shows each writing of a field, as subscribers do that write lines.
 struct Collect<'a>(&'a mut Fields);
 
 impl Visit for Collect<'_> {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.0.insert(field.name().to_owned(), format!("{value:?}"));
+        self.record_str(field, &format!("{value:?}"));
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.0.insert(field.name().to_owned(), value.to_owned());
+        let values = self.0.entry(field.name().to_owned()).or_default();
+        if !values.is_empty() {
+            values.push_str(", ");
+        }
+        values.push_str(value);
     }
 }
 
@@ -372,6 +377,15 @@ async fn a_flights_span_says_what_became_of_it() {
     server.set(Answer::Fail(TokenError::terminal("no")));
     cache.get().await.unwrap_err();
     time::sleep(secs(6)).await;
+    server.set(Answer::Fail(TokenError::transient("busy")));
+    cache.get().await.unwrap_err();
+    time::sleep(secs(6)).await;
+    server.set(Answer::Grant(secs(1)));
+    cache.get().await.unwrap();
+    time::sleep(secs(2)).await;
+    server.set(Answer::Fail(TokenError::transient("busy")));
+    cache.get().await.unwrap_err();
+    time::sleep(secs(2)).await;
     server.set(Answer::Hang);
     let waits = time::timeout(secs(1), cache.get()).await;
     assert!(waits.is_err());
@@ -380,17 +394,19 @@ async fn a_flights_span_says_what_became_of_it() {
     settle().await;
 
     let spans = log.spans("token_flight");
-    let outcomes: Vec<_> = spans
-        .iter()
-        .map(|(_, span)| (span.closed, span.fields["outcome"].as_str()))
-        .collect();
-    assert_eq!(outcomes, [(true, "failed"), (true, "shut_down")]);
+    let field = |name: &'static str| spans.iter().map(move |(_, span)| &span.fields[name]);
+    let outcomes = ["failed", "failed", "granted", "failed", "shut_down"];
+    assert!(field("outcome").eq(outcomes));
+    // One attempt at a time after a failure.
+    assert!(field("attempts").eq(["1", "1", "1", "3", "1"]));
+    assert!(field("grant").all(|grant| grant == "custom"));
+    assert!(spans.iter().all(|(_, span)| span.closed));
     assert_eq!(spans[0].1.fields["otel.status_code"], "ERROR");
     assert_eq!(spans[0].1.fields["error"], "the token source failed");
     // And of a wait as well.
     let waited = log.named("waited");
-    let outcomes: Vec<_> = waited.iter().map(|line| line.field("outcome")).collect();
-    assert_eq!(outcomes, [Some("failed"), Some("dropped")]);
+    let outcomes = ["failed", "failed", "token", "failed", "dropped"].map(Some);
+    assert!(waited.iter().map(|line| line.field("outcome")).eq(outcomes));
     assert_eq!(log.named("shut_down").len(), 1);
 }
 
