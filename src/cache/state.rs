@@ -291,7 +291,7 @@ impl<F: Clone + PartialEq> State<F> {
         sent: Now,
         now: Now,
     ) -> Option<AccessToken> {
-        self.close(flight, now)?;
+        self.close(flight, true, now)?;
         let first = self.floor.is_none();
         let schedule = self.policy.schedule(&response, first, &mut self.rng);
         // A server that does not rotate its refresh tokens sends the one that it got.
@@ -333,7 +333,7 @@ impl<F: Clone + PartialEq> State<F> {
         error: Option<&TokenError>,
         now: Now,
     ) -> Option<Duration> {
-        let began = self.close(flight, now)?;
+        let began = self.close(flight, false, now)?;
         let trouble = self.trouble.get_or_insert(Trouble {
             since: now.monotonic,
             failures: 0,
@@ -552,11 +552,11 @@ impl<F: Clone + PartialEq> State<F> {
     }
 
     /// Takes `flight` off the record, if it is on it, and returns when it was put there.
-    fn close(&mut self, flight: &F, now: Now) -> Option<Instant> {
+    fn close(&mut self, flight: &F, succeeded: bool, now: Now) -> Option<Instant> {
         let record = self.flight.take_if(|record| record.flight == *flight)?;
         self.rejected = false;
         if record.forced {
-            self.cooldown.end(now);
+            self.cooldown.end(succeeded, now);
         }
         Some(record.began)
     }
@@ -577,12 +577,16 @@ impl<F: Clone + PartialEq> State<F> {
 }
 
 /// How long after a forced refresh the next one may follow.
+///
+/// It grows with those that bring a token which is refused again. One that fails says nothing of the API.
 #[derive(Debug, Default)]
 struct Cooldown {
     length: Option<Duration>,
     over: Option<Deadline>,
     /// From here on a further forced refresh is no recurrence.
     calm: Option<Deadline>,
+    /// Whether the one that is under way is a recurrence.
+    recurs: bool,
 }
 
 impl Cooldown {
@@ -591,14 +595,16 @@ impl Cooldown {
     }
 
     fn begin(&mut self, now: Now) {
-        let recurs = self.calm.is_some_and(|calm| !calm.has_come(now));
-        self.length = Some(policy::cooldown(self.length.filter(|_| recurs)));
+        self.recurs = self.calm.is_some_and(|calm| !calm.has_come(now));
     }
 
-    fn end(&mut self, now: Now) {
-        let length = self.length.unwrap_or_default();
+    fn end(&mut self, succeeded: bool, now: Now) {
+        let length = policy::cooldown(self.length.filter(|_| self.recurs && succeeded));
         self.over = Some(now.after(length));
-        self.calm = Some(now.after(length * policy::RECURRENCE));
+        if succeeded {
+            self.length = Some(length);
+            self.calm = Some(now.after(length * policy::RECURRENCE));
+        }
     }
 }
 
@@ -921,6 +927,20 @@ mod tests {
             case.pass(cooldown - 0.01);
             assert_eq!(case.refused(&token, true), "pass", "{cooldown}");
             case.pass(0.02);
+        }
+    }
+
+    /// Law 7: a token that was revoked while the endpoint is down is replaced as soon as any other would be.
+    #[test]
+    fn forced_refreshes_that_fail_lengthen_no_cooldown() {
+        let (mut case, _, token) = Case::with_token();
+        for _ in 0..20 {
+            assert_eq!(case.refused(&token, true), "start");
+            let flight = case.begin_forced(true);
+            case.fail(flight, &down());
+            case.pass(4.99);
+            assert_eq!(case.refused(&token, true), "pass");
+            case.pass(5.01);
         }
     }
 

@@ -6,12 +6,13 @@ use http::{
     HeaderValue, Request, Response, StatusCode,
     header::{AUTHORIZATION, PROXY_AUTHENTICATE, WWW_AUTHENTICATE},
 };
-use tokio::time;
+use tokio::time::{self, Instant};
 use tower::{Layer, Service, ServiceExt};
 use tower_bearer::{BearerAuth, BearerAuthLayer, CloneBody, Never, TokenCache, TokenError};
 
 use crate::support::{
-    Answer, Api, AuthServer, INVALID_TOKEN, all, echo, get, get_path, settle, timed, unauthorized,
+    Answer, Api, AuthServer, INVALID_TOKEN, all, echo, get, get_path, millis, secs, settle, timed,
+    unauthorized,
 };
 
 const LIFETIME: Duration = Duration::from_secs(300);
@@ -420,6 +421,31 @@ async fn a_forced_refresh_makes_three_attempts() {
     assert_eq!(client.oneshot(get()).await.unwrap().status(), 401);
     let attempts: Vec<_> = server.seen().iter().map(|seen| seen.attempt).collect();
     assert_eq!(attempts, [1, 1, 2, 3]);
+}
+
+/// Law 7: an outage is over for requests within the gate of its end, also with a token that was revoked before.
+#[tokio::test(start_paused = true)]
+async fn a_token_that_is_revoked_in_an_outage_is_replaced_soon_after_it() {
+    for outage in [1, 5, 20, 36, 76, 200] {
+        let server = AuthServer::new();
+        server.set(Answer::Grant(secs(3_600)));
+        let api = Api::refusing("token-1", invalid_token);
+        let client = replaying(&server, &api);
+        client.cache().get().await.unwrap();
+        server.set(Answer::Fail(TokenError::transient("down")));
+        let start = Instant::now();
+        let mut recovered = None;
+        while recovered.is_none() {
+            if start.elapsed() >= secs(outage) {
+                server.set(Answer::Grant(secs(3_600)));
+            }
+            let response = client.clone().oneshot(get()).await.unwrap();
+            recovered = (response.status() == 200).then(|| start.elapsed());
+            time::sleep(millis(100)).await;
+        }
+        let took = recovered.unwrap() - secs(outage);
+        assert!(took <= millis(10_200), "{outage} s: {took:?}");
+    }
 }
 
 /// Law 8: the session may be gone that a refresh token belongs to, so a refusal is not mended with it.
