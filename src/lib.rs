@@ -245,13 +245,14 @@
 //! | `flight_started` | DEBUG | `flight`, `forced`, `delay`, `failures` | a token request starts, after so many that failed in a row |
 //! | `attempt_failed` | DEBUG | `flight`, `attempt`, `error` | another attempt follows |
 //! | `token_received` | DEBUG | `flight`, `grant`, `took`, `usable_for` | |
-//! | `flight_failed` | WARN | `cache`, `flight`, `key`, `error`, `failures`, `retry_in`, `usable_for` | requests go on for `usable_for`; without it, they fail |
+//! | `flight_failed` | WARN | `cache`, `flight`, `key`, `error`, `failures`, `took`, `retry_in`, `usable_for` | requests go on for `usable_for`; without it, they fail |
+//! | `requests_waiting` | WARN | `cache`, `flight`, `key`, `waiters`, `age` | a token request has taken a second, and requests wait for it; once for each |
 //! | `requests_failing` | WARN | `cache`, `key`, `error`, `retry_in` | the token has expired in an outage, between two token requests; once per outage |
-//! | `recovered` | INFO | `cache`, `flight`, `key`, `failures`, `outage` | the first success after failures |
+//! | `recovered` | INFO | `cache`, `flight`, `key`, `failures`, `outage` | the first success after failures, of which the first began an `outage` ago |
 //! | `flight_lost` | WARN | `cache`, `flight`, `key`, `failures` | the runtime has ended, or is parked |
 //! | `gate_closed`, `gate_opened` | DEBUG | `failures`, `opens_in`, `shared`; `cause` | token requests are held back: of the key, or if `shared` of all keys of the source |
-//! | `refresh_token_failed` | INFO | `error` | client credentials are next |
-//! | `lifetime_assumed` | WARN | `lifetime` | the server named none |
+//! | `refresh_token_failed` | INFO | `cache`, `flight`, `key`, `error` | client credentials were next |
+//! | `lifetime_assumed` | WARN | `cache`, `flight`, `key`, `lifetime` | the server named none |
 //! | `scope_narrowed` | WARN | `cache`, `missing` | the server granted less than was asked for |
 //! | `token_refused` | INFO, DEBUG | `cache`, `complaint`, `decision`, `flight` | by the API; INFO if that starts a token request, which is bounded |
 //! | `replayed` | DEBUG | | the request is sent once more |

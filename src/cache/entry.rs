@@ -164,19 +164,21 @@ impl Entry {
         Wait::begin(meters, flight.number(), flight.span(), Instant::now())
     }
 
-    /// Counts what a call of the source came to.
+    /// Counts what a call of the source came to, and tells of a refresh token that was of no use to it.
     pub(super) fn attempt_ended(
         &self,
-        refreshing: bool,
+        flight: &Flight,
+        refresh_error: Option<&TokenError>,
         answer: &Result<TokenResponse, TokenError>,
     ) {
-        let own = self.source().grant();
-        let response = answer.as_ref().ok();
-        let grant = response.and_then(|response| response.grant).unwrap_or(own);
-        // Another source does with the refresh token what it likes.
-        let refreshing = refreshing && own == telemetry::CLIENT_CREDENTIALS;
-        let error = answer.as_ref().err();
-        self.teller.meters().attempt_ended(grant, refreshing, error);
+        let meters = self.teller.meters();
+        if let Some(error) = refresh_error {
+            meters.attempt_ended(telemetry::REFRESH_TOKEN, Some(error));
+            self.teller.refresh_token_failed(flight, error);
+        }
+        let grant = answer.as_ref().ok().and_then(|response| response.grant);
+        let grant = grant.unwrap_or_else(|| self.source().grant());
+        meters.attempt_ended(grant, answer.as_ref().err());
     }
 
     pub(super) fn is_plain(&self) -> bool {
@@ -520,6 +522,11 @@ impl Entry {
             last_error: seen.error,
             retry_in: seen.opens.map(|opens| opens.remaining(now)),
             flight: seen.flight.as_ref().map(|flight| flight.number()),
+            flight_age: seen
+                .flight
+                .as_ref()
+                .map(|flight| flight.span().age(now.monotonic)),
+            slow_after: self.policy.attempt_limit(),
             waiters: seen.flight.as_ref().map_or(0, |flight| flight.waiters()),
         }
     }

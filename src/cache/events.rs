@@ -107,7 +107,7 @@ pub enum TokenEvent {
         flight: u64,
         /// How many flights had failed.
         failures: u32,
-        /// How long ago the first one of them failed.
+        /// How long ago the first one of them began.
         outage: Duration,
     },
     /// The API refused the current token, and a token request starts for it.

@@ -26,6 +26,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll, Waker, ready},
+    time::Duration,
 };
 
 use fastrand::Rng;
@@ -42,7 +43,7 @@ use crate::{
     error::{Kind, TokenError},
     source::{Fetch, TokenResponse},
     sync::Mutex,
-    telemetry::{self, FlightSpan},
+    telemetry::FlightSpan,
     time::Now,
     token::AccessToken,
 };
@@ -319,10 +320,29 @@ async fn fly(ending: &Ending, plan: Plan) -> Outcome {
         time::sleep(plan.delay).await;
     }
     let deadline = plan.deadline;
-    time::timeout_at(deadline, attempts(ending, plan))
+    let flown = time::timeout_at(deadline, attempts(ending, plan));
+    told_if_slow(ending, flown)
         .await
         .unwrap_or_else(|_| Outcome::Failed(TokenError::new(Kind::Timeout, true)))
 }
+
+/// Tells once, if requests wait for `flown` and it takes long: its failure is told when it is over, which may be half a
+/// minute from now.
+async fn told_if_slow<T>(ending: &Ending, flown: impl Future<Output = T>) -> T {
+    let mut flown = pin!(flown);
+    loop {
+        if let Ok(flown) = time::timeout(SLOW, flown.as_mut()).await {
+            return flown;
+        }
+        if ending.flight.waiters() > 0 {
+            ending.entry.teller().waiting(&ending.flight);
+            return flown.await;
+        }
+    }
+}
+
+/// What a request waits for longer than this is slow.
+const SLOW: Duration = Duration::from_secs(1);
 
 /// Asks the source until it answers, says that asking again is of no use, or the plan's attempts are made.
 async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
@@ -330,21 +350,26 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
     let mut attempt = 1;
     loop {
         let sent = Now::read();
-        let refreshing = plan.refresh_token.is_some();
         let fetch = Fetch {
             attempt,
             timeout: policy.attempt_limit(),
             refresh_token: plan.refresh_token.take(),
             request: plan.request.clone(),
             claims: plan.claims.clone(),
+            refresh_error: Arc::default(),
         };
+        let refresh_error = Arc::clone(&fetch.refresh_error);
         ending.flight.span().attempt();
         let answer = ending.ask(fetch, plan.deadline).await;
-        ending.entry.attempt_ended(refreshing, &answer);
+        let refresh_error = refresh_error.get();
+        ending
+            .entry
+            .attempt_ended(&ending.flight, refresh_error, &answer);
         let error = match answer {
             Ok(response) => {
                 if response.expires_in.is_none() {
-                    telemetry::lifetime_assumed(policy.assumed_lifetime());
+                    let teller = ending.entry.teller();
+                    teller.lifetime_assumed(&ending.flight, policy.assumed_lifetime());
                 }
                 let sent = response.sent.unwrap_or(sent);
                 return Outcome::Granted(response, sent);

@@ -45,6 +45,8 @@ pub(crate) struct State<F> {
     alike_since: u64,
     /// The API has said that the token is invalid, and the flight on record is to replace it.
     rejected: bool,
+    /// The same, and no flight has replaced it: to be told, and of no other consequence.
+    invalid: bool,
     /// The token has used its exemption from the gate.
     exempted: bool,
     refresh_token: Option<(RefreshToken, Option<Deadline>)>,
@@ -74,7 +76,7 @@ struct OnRecord<F> {
 /// The flights that have failed since the last one that succeeded.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Trouble {
-    /// When the first one of them failed.
+    /// When the first one of them began.
     pub(crate) since: Instant,
     pub(crate) failures: u32,
     /// Whether it was told that requests fail.
@@ -158,6 +160,7 @@ impl<F: Clone + PartialEq> State<F> {
             token: None,
             alike_since: 0,
             rejected: false,
+            invalid: false,
             exempted: false,
             refresh_token: None,
             spent: None,
@@ -227,6 +230,7 @@ impl<F: Clone + PartialEq> State<F> {
             (Some(token), _) if !is_current && !self.rejected => Refusal::Replay(token),
             (current, Some(record)) => {
                 self.rejected |= named && is_current && current.is_some();
+                self.invalid |= self.rejected;
                 Refusal::Join(record.flight.clone())
             }
             (None, None) if is_current && self.may_pass(shared, now) => Refusal::Refresh,
@@ -277,6 +281,7 @@ impl<F: Clone + PartialEq> State<F> {
         now: Now,
     ) -> (F, Plan) {
         self.rejected = named && self.attachable(now).is_some();
+        self.invalid |= self.rejected;
         self.refresh_token = None;
         self.cooldown.begin(now);
         self.record(shared, make, true, Duration::ZERO, None, now)
@@ -292,6 +297,7 @@ impl<F: Clone + PartialEq> State<F> {
         now: Now,
     ) -> Option<AccessToken> {
         self.close(flight, true, now)?;
+        self.invalid = false;
         let first = self.floor.is_none();
         let schedule = self.policy.schedule(&response, first, &mut self.rng);
         // A server that does not rotate its refresh tokens sends the one that it got.
@@ -335,7 +341,7 @@ impl<F: Clone + PartialEq> State<F> {
     ) -> Option<Duration> {
         let began = self.close(flight, false, now)?;
         let trouble = self.trouble.get_or_insert(Trouble {
-            since: now.monotonic,
+            since: began,
             failures: 0,
             told: false,
         });
@@ -423,6 +429,7 @@ impl<F: Clone + PartialEq> State<F> {
         Failing {
             failures,
             usable_for,
+            invalid: self.invalid,
             retry_in: remaining(self.gate.opens(shared), now),
             shared: self.gate.is_bound(shared),
         }
@@ -440,7 +447,7 @@ impl<F: Clone + PartialEq> State<F> {
         let token = token.filter(|token| token.not_before() >= not_before);
         let state = match &token {
             None => TokenState::Missing,
-            Some(token) if token.is_alive(now) && self.rejected => TokenState::Refused,
+            Some(token) if token.is_alive(now) && self.invalid => TokenState::Refused,
             Some(token) if token.is_alive(now) && token.is_due(now) => TokenState::Due,
             Some(token) if token.is_alive(now) => TokenState::Fresh,
             Some(_) if self.last_resort(shared, now).is_some() => TokenState::Extended,

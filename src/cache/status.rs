@@ -41,6 +41,8 @@ pub struct Status {
     pub(super) last_error: Option<TokenError>,
     pub(super) retry_in: Option<Duration>,
     pub(super) flight: Option<u64>,
+    pub(super) flight_age: Option<Duration>,
+    pub(super) slow_after: Duration,
     pub(super) waiters: usize,
 }
 
@@ -54,8 +56,8 @@ pub enum TokenState {
     Fresh,
     /// Requests take the token, and it is to be replaced.
     Due,
-    /// The API has said that the token is invalid. Requests wait for its replacement, which is under way, and take the
-    /// token if that does not come soon.
+    /// The API has said that the token is invalid, and no other one has come since. Requests wait for its replacement
+    /// while that is under way for the first time, and take the token if that does not come soon or fails.
     Refused,
     /// The token has expired, and counts on while the token endpoint fails: see
     /// [`RefreshPolicy::extended_lifetime`](crate::RefreshPolicy::extended_lifetime).
@@ -67,16 +69,23 @@ pub enum TokenState {
 }
 
 impl Status {
-    /// Returns whether a request would get a token by all that is known: there is one that may be sent, or the last
-    /// token request has not failed.
+    /// Returns whether a request would get a token that is good for something, by all that is known: there is one that may
+    /// be sent, or the last token request has not failed, and the one under way takes no longer than
+    /// [`RefreshPolicy::attempt_timeout`](crate::RefreshPolicy::attempt_timeout). A token that the API has called invalid
+    /// counts until the request for another one fails.
     ///
     /// A cache that was not used yet is healthy, and one that was shut down is not. What to make of a cache that goes
     /// on with an old token during an outage is for [`consecutive_failures`](Self::consecutive_failures).
     pub fn is_healthy(&self) -> bool {
         match self.state {
             TokenState::ShutDown => false,
-            _ => self.has_token() || self.failures == 0,
+            TokenState::Refused => self.failures == 0,
+            _ => self.has_token() || (self.failures == 0 && !self.is_slow()),
         }
+    }
+
+    fn is_slow(&self) -> bool {
+        self.flight_age.is_some_and(|age| age > self.slow_after)
     }
 
     /// Returns whether there is a token that may be sent.
@@ -131,7 +140,7 @@ impl Status {
         self.failures
     }
 
-    /// Returns how long ago the first one of this key's token requests failed that have failed in a row.
+    /// Returns how long ago the first one of this key's token requests began that have failed in a row.
     pub fn failing_for(&self) -> Option<Duration> {
         self.failing_for
     }
@@ -149,6 +158,11 @@ impl Status {
     /// Returns the number of the flight under way, as events have it.
     pub fn flight(&self) -> Option<u64> {
         self.flight
+    }
+
+    /// Returns how long ago that flight's first attempt began: zero if it is to come.
+    pub fn flight_age(&self) -> Option<Duration> {
+        self.flight_age
     }
 
     /// Returns how many callers wait for that flight.

@@ -122,6 +122,21 @@ impl Teller {
         });
     }
 
+    /// Tells that requests wait for a flight that takes long.
+    pub(super) fn waiting(&self, flight: &Flight) {
+        let age = flight.span().age(Now::read().monotonic);
+        telemetry::requests_waiting(flight.number(), self.subject(), flight.waiters(), age);
+    }
+
+    /// Tells that the refresh token was of no use, and that the flight has gone on without.
+    pub(super) fn refresh_token_failed(&self, flight: &Flight, error: &TokenError) {
+        telemetry::refresh_token_failed(flight.number(), self.subject(), error);
+    }
+
+    pub(super) fn lifetime_assumed(&self, flight: &Flight, lifetime: Duration) {
+        telemetry::lifetime_assumed(flight.number(), self.subject(), lifetime);
+    }
+
     pub(super) fn attempt_failed(&self, flight: &Flight, attempt: u32, error: &TokenError) {
         let flight = flight.number();
         telemetry::attempt_failed(flight, attempt, error);
@@ -164,7 +179,7 @@ impl Teller {
             }
             (End::Failed(error), Some(failing)) => {
                 let took = self.ended(flight, telemetry::FAILED, Some(error), landing);
-                telemetry::flight_failed(number, self.subject(), error, failing);
+                telemetry::flight_failed(number, self.subject(), error, took, failing);
                 self.closed(failing);
                 self.news.bus.send(|| TokenEvent::FlightFailed {
                     request: self.request.clone(),

@@ -445,7 +445,7 @@ impl TokenSource for ClientCredentials {
                         ..response
                     },
                     Err(error) => {
-                        telemetry::refresh_token_failed(&error);
+                        let _ = fetch.refresh_error.set(error);
                         self.grant(&asked, endpoints).await?
                     }
                 }

@@ -18,7 +18,12 @@ mod shared;
 mod transport;
 mod turn;
 
-use std::{fmt, future::Future, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    future::Future,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use secrecy::{ExposeSecret, SecretString};
 
@@ -132,6 +137,8 @@ pub struct Fetch {
     /// Present after a 401 with the error `insufficient_claims`, as Microsoft's continuous access evaluation
     /// answers.
     pub claims: Option<String>,
+    /// Where a source puts the reason for which the refresh token was of no use, before it goes on without.
+    pub(crate) refresh_error: Arc<OnceLock<TokenError>>,
 }
 
 impl Fetch {
@@ -144,6 +151,7 @@ impl Fetch {
             refresh_token: None,
             request: TokenRequest::new(),
             claims: None,
+            refresh_error: Arc::default(),
         }
     }
 }

@@ -90,6 +90,12 @@ impl Meters {
         self.waiters(0);
         self.gates(0);
         self.keys(0);
+        // Without a zero to begin with, a rate misses the first one.
+        counter!(REPLAYS, "cache" => self.0.cache).increment(0);
+        for decision in Decided::ALL {
+            counter!(REFUSALS, "cache" => self.0.cache, "decision" => decision.label())
+                .increment(0);
+        }
     }
 
     /// What requests count themselves with.
@@ -97,23 +103,11 @@ impl Meters {
         Requests(self.0.handles.load_full())
     }
 
-    /// A source has answered a call for a token: `refreshing` with a refresh token at hand, if the source is one that
-    /// goes on with another grant after that.
-    pub(crate) fn attempt_ended(
-        &self,
-        grant: &'static str,
-        refreshing: bool,
-        error: Option<&TokenError>,
-    ) {
-        let cache = self.0.cache;
-        let count = |grant, outcome| {
-            counter!(TOKEN_REQUESTS, "cache" => cache, "grant" => grant, "outcome" => outcome)
-                .increment(1);
-        };
-        if refreshing && grant != super::REFRESH_TOKEN {
-            count(super::REFRESH_TOKEN, "failed");
-        }
-        count(grant, error.map_or("granted", outcome));
+    /// A request by this grant was answered.
+    pub(crate) fn attempt_ended(&self, grant: &'static str, error: Option<&TokenError>) {
+        let outcome = error.map_or("granted", outcome);
+        counter!(TOKEN_REQUESTS, "cache" => self.0.cache, "grant" => grant, "outcome" => outcome)
+            .increment(1);
     }
 
     pub(crate) fn flight_ended(&self, outcome: &'static str, took: Duration) {

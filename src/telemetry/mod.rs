@@ -128,6 +128,11 @@ impl FlightSpan {
                 span.record("otel.status_code", "ERROR");
             }
         }
+        self.age(now)
+    }
+
+    /// How long ago its first attempt was made; zero if that is to come.
+    pub(crate) fn age(&self, now: Instant) -> Duration {
         let starts = *lock(&self.starts);
         starts.map_or(Duration::ZERO, |starts| {
             now.saturating_duration_since(starts)
@@ -237,22 +242,28 @@ pub(crate) fn attempt_failed(flight: u64, attempt: u32, error: &TokenError) {
 /// A refresh token brought no access token, and the attempt goes on with the client's own credentials.
 ///
 /// `INFO`, since it is how every session ends.
-pub(crate) fn refresh_token_failed(error: &TokenError) {
+pub(crate) fn refresh_token_failed(flight: u64, of: Subject<'_>, error: &TokenError) {
     event!(
         name: "refresh_token_failed",
         target: TARGET,
         Level::INFO,
+        cache = of.cache,
+        flight,
+        key = key(of.request),
         %error,
-        "the refresh token brought no access token, asking with client credentials",
+        "the refresh token brought no access token, client credentials were next",
     );
 }
 
 /// The server named no lifetime that can be read, and this one is assumed.
-pub(crate) fn lifetime_assumed(lifetime: Duration) {
+pub(crate) fn lifetime_assumed(flight: u64, of: Subject<'_>, lifetime: Duration) {
     event!(
         name: "lifetime_assumed",
         target: TARGET,
         Level::WARN,
+        cache = of.cache,
+        flight,
+        key = key(of.request),
         ?lifetime,
         "the token response has no usable expires_in",
     );
@@ -295,6 +306,8 @@ pub(crate) struct Failing {
     pub(crate) failures: u32,
     /// For how long requests go on with a token that is there, if there is one.
     pub(crate) usable_for: Option<Duration>,
+    /// Whether the API has called that token invalid.
+    pub(crate) invalid: bool,
     /// For how long no other one is sent.
     pub(crate) retry_in: Duration,
     /// Whether other keys wait as well.
@@ -302,41 +315,60 @@ pub(crate) struct Failing {
 }
 
 /// A token request failed.
-pub(crate) fn flight_failed(flight: u64, of: Subject<'_>, error: &TokenError, failing: &Failing) {
+pub(crate) fn flight_failed(
+    flight: u64,
+    of: Subject<'_>,
+    error: &TokenError,
+    took: Duration,
+    failing: &Failing,
+) {
     let Failing {
         failures,
         usable_for,
+        invalid,
         retry_in,
         ..
     } = *failing;
-    let (cache, key, retry_in) = (of.cache, key(of.request), round(retry_in));
-    match usable_for.map(round) {
-        Some(usable_for) => event!(
-            name: "flight_failed",
-            target: TARGET,
-            Level::WARN,
-            cache,
-            flight,
-            key,
-            %error,
-            failures,
-            ?retry_in,
-            ?usable_for,
-            "token request failed, requests go on with the token they have",
-        ),
-        None => event!(
-            name: "flight_failed",
-            target: TARGET,
-            Level::WARN,
-            cache,
-            flight,
-            key,
-            %error,
-            failures,
-            ?retry_in,
-            "token request failed, and requests with it for want of a token",
-        ),
+    macro_rules! tell {
+        ($message:literal) => {
+            event!(
+                name: "flight_failed",
+                target: TARGET,
+                Level::WARN,
+                cache = of.cache,
+                flight,
+                key = key(of.request),
+                %error,
+                failures,
+                took = ?round(took),
+                retry_in = ?round(retry_in),
+                usable_for = usable_for.map(|usable_for| field::debug(round(usable_for))),
+                $message,
+            )
+        };
     }
+    match usable_for {
+        Some(_) if invalid => {
+            tell!("token request failed, and the API refuses the token that there is")
+        }
+        Some(_) => tell!("token request failed, requests go on with the token they have"),
+        None => tell!("token request failed, and requests fail for want of a token"),
+    }
+}
+
+/// Requests wait for this token request, which has taken so long and goes on.
+pub(crate) fn requests_waiting(flight: u64, of: Subject<'_>, waiters: usize, age: Duration) {
+    event!(
+        name: "requests_waiting",
+        target: TARGET,
+        Level::WARN,
+        cache = of.cache,
+        flight,
+        key = key(of.request),
+        waiters,
+        age = ?round(age),
+        "requests wait for a token request that takes long",
+    );
 }
 
 /// A token request ended with its runtime, or is overdue on one that nobody drives.
@@ -473,6 +505,9 @@ pub(crate) enum Decided {
 }
 
 impl Decided {
+    #[cfg(feature = "metrics")]
+    pub(crate) const ALL: [Self; 4] = [Self::Started, Self::Joined, Self::Replay, Self::Passed];
+
     pub(crate) const fn label(self) -> &'static str {
         match self {
             Self::Started => "started",

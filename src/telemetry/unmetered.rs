@@ -19,7 +19,7 @@ impl Meters {
         Requests
     }
 
-    pub(crate) const fn attempt_ended(&self, _: &'static str, _: bool, _: Option<&TokenError>) {}
+    pub(crate) const fn attempt_ended(&self, _: &'static str, _: Option<&TokenError>) {}
 
     pub(crate) const fn flight_ended(&self, _: &'static str, _: Duration) {}
 

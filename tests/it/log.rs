@@ -33,8 +33,8 @@ use tracing_subscriber::{
 };
 
 use crate::support::{
-    Answer, Api, AuthServer, INVALID_TOKEN, all, enable_tracing, get, millis, poll_once, secs,
-    seed, settle, unauthorized, without_a_hang,
+    Answer, Api, AuthServer, INVALID_TOKEN, all, caller, enable_tracing, get, millis, poll_once,
+    secs, seed, settle, unauthorized, without_a_hang,
 };
 
 type Fields = BTreeMap<String, String>;
@@ -269,7 +269,10 @@ async fn the_log_of_an_outage_tells_what_happened_in_order() {
         recovered.field("failures").unwrap(),
         failed.len().to_string()
     );
-    let outage = recovered.at - failed[0].at;
+    let started = log.named("flight_started");
+    let first = failed[0].field("flight");
+    let first = started.iter().find(|line| line.field("flight") == first);
+    let outage = recovered.at - first.unwrap().at;
     let outage = Duration::from_millis(outage.as_millis() as u64);
     assert_eq!(recovered.field("outage").unwrap(), format!("{outage:?}"));
 
@@ -366,6 +369,37 @@ async fn a_flight_has_a_span_of_its_own_to_which_waiting_requests_are_linked() {
         assert_eq!(line.field("outcome"), Some("token"));
     }
     assert_eq!(waited.len(), 3);
+}
+
+/// A server that hangs is not told by a failure for half a minute, and users have noticed it by then.
+#[tokio::test(start_paused = true)]
+async fn the_log_tells_once_that_requests_wait_for_a_slow_token_request() {
+    let (log, _guard) = Log::collect();
+    let server = AuthServer::new();
+    let cache = TokenCache::new(server.clone());
+    for (latency, told) in [(millis(900), 0), (millis(1_100), 1), (millis(9_000), 2)] {
+        server.set_latency(latency);
+        server.set(Answer::Grant(secs(1)));
+        let callers: Vec<_> = (0..3).map(|_| caller(&cache)).collect();
+        all(callers).await;
+        let lines = log.named("requests_waiting");
+        assert_eq!(lines.len(), told);
+        if let Some(line) = lines.last() {
+            assert_eq!(line.level, Level::WARN);
+            assert_eq!(line.field("waiters"), Some("3"));
+            assert_eq!(line.field("age"), Some("1s"));
+        }
+        time::sleep(secs(2)).await;
+    }
+    // Nobody waits for the refresh of a token that is there.
+    server.set_latency(millis(1));
+    server.set(Answer::Grant(secs(300)));
+    cache.get().await.unwrap();
+    time::sleep(secs(200)).await;
+    server.set_latency(secs(5));
+    cache.get().await.unwrap();
+    time::sleep(secs(9)).await;
+    assert_eq!(log.named("requests_waiting").len(), 2);
 }
 
 /// What becomes of a flight stands in its span, however it ends.

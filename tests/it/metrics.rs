@@ -229,7 +229,8 @@ async fn token_requests_are_counted_by_the_grant_that_was_used() {
     };
     assert_eq!(counted("client_credentials", "granted"), 2);
     assert_eq!(counted("refresh_token", "granted"), 1);
-    assert_eq!(counted("refresh_token", "failed"), 1);
+    // The server has said no to it.
+    assert_eq!(counted("refresh_token", "rejected"), 1);
 }
 
 /// By a recorder whose gauges stay as they were set.

@@ -99,6 +99,48 @@ async fn a_status_tells_of_a_refused_token_while_its_replacement_is_under_way() 
     assert_eq!(cache.status().state(), TokenState::Fresh);
 }
 
+/// It is sent all the same, since there is no other one, and the API does not take it.
+#[tokio::test(start_paused = true)]
+async fn a_status_is_not_healthy_with_a_refused_token_that_cannot_be_replaced() {
+    let server = AuthServer::new();
+    let cache = TokenCache::new(server.clone());
+    let token = cache.get().await.unwrap();
+    server.set(Answer::Fail(TokenError::transient("down")));
+    cache.invalidate(&token);
+    time::sleep(secs(1)).await;
+    let status = cache.status();
+    assert_eq!(status.state(), TokenState::Refused);
+    assert!(status.has_token() && !status.is_healthy());
+    assert!(cache.get().await.is_ok());
+
+    server.set(Answer::Grant(secs(300)));
+    time::sleep(secs(10)).await;
+    cache.invalidate(&token);
+    settle().await;
+    let status = cache.status();
+    assert_eq!(status.state(), TokenState::Fresh);
+    assert!(status.is_healthy());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_status_is_not_healthy_without_a_token_when_one_does_not_come() {
+    let server = AuthServer::new();
+    server.set(Answer::Hang);
+    let cache = TokenCache::new(server.clone());
+    let waits = caller(&cache);
+    for (wait, age, healthy) in [
+        (millis(1), millis(1), true),
+        (secs(10), millis(10_001), false),
+    ] {
+        time::sleep(wait).await;
+        let status = cache.status();
+        assert_eq!(status.flight_age(), Some(age));
+        assert_eq!(status.is_healthy(), healthy);
+    }
+    waits.await.unwrap().unwrap_err();
+    assert_eq!(cache.status().flight_age(), None);
+}
+
 #[tokio::test(start_paused = true)]
 async fn each_key_has_a_status_and_asking_makes_none() {
     let cache = TokenCache::with_policy(AuthServer::new(), RefreshPolicy::new().max_keys(9));
