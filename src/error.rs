@@ -1,6 +1,11 @@
 //! What can go wrong: [`TokenError`] while a token is fetched, [`ConfigError`] while the crate is set up.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    io::{self, ErrorKind},
+    sync::Arc,
+    time::Duration,
+};
 
 use http::StatusCode;
 
@@ -267,7 +272,44 @@ impl fmt::Display for TokenError {
             (Some(status), Some(code)) => write!(f, " ({code}, status {})", status.as_u16()),
             (Some(status), None) => write!(f, " (status {})", status.as_u16()),
             (None, Some(code)) => write!(f, " ({code})"),
-            (None, None) => Ok(()),
+            (None, None) => match self.breakage() {
+                Some(breakage) => write!(f, " ({breakage})"),
+                None => Ok(()),
+            },
+        }
+    }
+}
+
+impl TokenError {
+    /// How the connection to the token endpoint failed, by a word that is known to hold no secret: what a client writes
+    /// into its errors is not.
+    fn breakage(&self) -> Option<&'static str> {
+        if self.0.kind != Kind::Transport {
+            return None;
+        }
+        let error = self.0.source.as_deref()? as &(dyn std::error::Error + 'static);
+        std::iter::successors(Some(error), |error| error.source())
+            .filter_map(|error| error.downcast_ref())
+            .find_map(breakage)
+    }
+}
+
+fn breakage(error: &io::Error) -> Option<&'static str> {
+    match error.kind() {
+        ErrorKind::ConnectionRefused => Some("connection refused"),
+        ErrorKind::ConnectionReset => Some("connection reset"),
+        ErrorKind::ConnectionAborted => Some("connection aborted"),
+        ErrorKind::HostUnreachable => Some("host unreachable"),
+        ErrorKind::NetworkUnreachable => Some("network unreachable"),
+        ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe => Some("connection closed"),
+        _ => {
+            // One I/O error in another is not among its sources.
+            let inner = error.get_ref()?;
+            #[cfg(feature = "rustls")]
+            if inner.is::<rustls::Error>() {
+                return Some("no TLS connection");
+            }
+            breakage(inner.downcast_ref()?)
         }
     }
 }

@@ -486,7 +486,10 @@ async fn a_token_failure_is_an_unknown_status_with_the_error_for_its_source() {
         .await
         .unwrap_err();
     assert_eq!(status.code(), Code::Unknown);
-    assert_eq!(status.message(), "the token endpoint could not be reached");
+    assert_eq!(
+        status.message(),
+        "the token endpoint could not be reached (connection refused)"
+    );
     let error = status
         .source()
         .unwrap()

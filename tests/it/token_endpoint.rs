@@ -4,7 +4,11 @@
 use std::time::{Duration, Instant, SystemTime};
 
 use http::StatusCode;
-use tokio::{net::TcpStream, task::JoinHandle};
+use tokio::{
+    io::AsyncWriteExt,
+    net::{TcpListener, TcpStream},
+    task::JoinHandle,
+};
 use tower_bearer::{
     AccessToken, ClientCredentials, Fetch, RefreshPolicy, TokenCache, TokenError, TokenResponse,
     TokenSource,
@@ -231,4 +235,35 @@ async fn a_root_certificate_is_trusted_once_it_is_added() {
     assert!(error.is_transport(), "{error:?}");
     assert!(!everything(&error).contains("CANARY"));
     assert_eq!(server.requests().len(), 1);
+}
+
+/// An operator who has the log alone learns which wire to look at.
+#[tokio::test]
+async fn a_connection_that_fails_is_told_by_a_word() {
+    async fn failure(url: String) -> String {
+        let source = ClientCredentials::builder(url, "client-id").client_secret(SECRET);
+        let policy = RefreshPolicy::new().attempts(1);
+        let cache = TokenCache::with_policy(source.build().unwrap(), policy);
+        cache.get().await.unwrap_err().to_string()
+    }
+
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    // A server that does not speak TLS.
+    let plain = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
+    });
+    let text = failure(format!("https://{address}/token")).await;
+    assert_eq!(
+        text,
+        "the token endpoint could not be reached (no TLS connection)"
+    );
+    plain.await.unwrap();
+    // Nobody listens there any more.
+    let text = failure(format!("http://{address}/token")).await;
+    assert_eq!(
+        text,
+        "the token endpoint could not be reached (connection refused)"
+    );
 }
