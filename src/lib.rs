@@ -231,7 +231,7 @@
 //!
 //! # What one sees
 //!
-//! A [`TokenError`] speaks for its own level; what is behind it, such as a failed connection, is in its
+//! A [`TokenError`] speaks for its own level; what is behind it, such as a certificate that nobody vouches for, is in its
 //! [`source`](std::error::Error::source). Neither it nor anything below shows a token or a secret.
 //!
 //! ## Events and spans
