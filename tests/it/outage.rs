@@ -198,7 +198,7 @@ async fn a_refused_client_is_remembered_ever_longer_and_then_healed() {
     }
     let ranges = [
         2_500..=5_500,
-        5_000..=10_000,
+        5_000..=11_000,
         10_000..=22_000,
         20_000..=44_000,
         30_000..=66_000,
