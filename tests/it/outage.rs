@@ -331,7 +331,8 @@ async fn a_cold_start_into_a_short_outage_is_over_soon_and_costs_little() {
         server.set(Answer::Grant(secs(300)));
         let recovered = Instant::now();
         while crowd.tally().served == 0 {
-            assert!(recovered.elapsed() <= millis(2_300));
+            // The gate after a fourth failure, which a machine that stalls gets to: gates heed the wall clock as well.
+            assert!(recovered.elapsed() <= millis(4_050));
             crowd.storm(100, millis(10), millis(10)).await;
         }
         settle().await;
