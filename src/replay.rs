@@ -58,7 +58,8 @@ pub struct Never;
 /// [`CollectBodyLayer`](crate::CollectBodyLayer) above.
 ///
 /// Every request pays for the copy, whether it is needed or not: its headers, URI and extensions are cloned,
-/// its body and the inner service too, and held until the answer is there.
+/// its body and the inner service too, and held until the answer is there. One that has to wait for a token is
+/// cloned again when it leaves; one that carries none holds no copy.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CloneBody;
 

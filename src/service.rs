@@ -100,9 +100,9 @@ where
 
     #[inline]
     fn call(&mut self, mut request: Req) -> Self::Future {
-        // Before anything else, so that it is made where it stays.
-        let copy = self.replay.copy(&request);
-        match self.sign(&mut request, copy.is_some()) {
+        // Before anything else, so that it is made where it stays; in vain, if the request waits or carries no token.
+        let mut copy = self.replay.copy(&request);
+        match self.sign(&mut request, &mut copy) {
             // The one place from which requests leave at once, so that the inner service's code can be part of it.
             Ok(sent) => ResponseFuture::sending(self.inner.call(request), sent, copy),
             Err(obstacle) => self.call_later(request, obstacle),
@@ -119,15 +119,20 @@ enum Obstacle {
 }
 
 impl<S, R> BearerAuth<S, R> {
-    /// Attaches a token, if the request is to carry one, and returns what is to be known of it then, to send it `again`
-    /// if that may be.
+    /// Attaches a token, if the request is to carry one, and returns what is to be known of it then. A request that
+    /// goes without one has no use for its `copy`.
     #[inline]
-    fn sign<Req>(&mut self, request: &mut Req, again: bool) -> Result<Sent<S, R, Req>, Obstacle>
+    fn sign<Req>(
+        &mut self,
+        request: &mut Req,
+        copy: &mut Option<R::Kept<Req>>,
+    ) -> Result<Sent<S, R, Req>, Obstacle>
     where
         S: Clone,
         R: Replay<Req>,
         Req: HttpRequest,
     {
+        let again = copy.is_some();
         // What most requests come to, past all that is to be asked of the others.
         let usual = (self.takes_usual && request.is_usual()) || self.takes(request);
         let ready = if usual { self.door.last() } else { None };
@@ -135,11 +140,14 @@ impl<S, R> BearerAuth<S, R> {
             Some(ready) => ready.pass(again),
             None => match self.pass(request, again)? {
                 Some(pass) => pass,
-                None => return Ok(Sent::bare()),
+                None => {
+                    *copy = None;
+                    return Ok(Sent::bare());
+                }
             },
         };
         let again = match pass.ready {
-            // Told once more, which the compiler makes use of.
+            // It is there only if `again`, which the compiler does not see by itself.
             Some(ready) if again => R::keep(|| (self.inner.clone(), ready)),
             _ => None,
         };

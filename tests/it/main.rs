@@ -13,6 +13,7 @@ mod bodies;
 mod cancellation;
 mod client_auth;
 mod collect;
+mod copies;
 mod events;
 mod guide;
 #[cfg(feature = "rustls")]
