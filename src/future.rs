@@ -44,7 +44,7 @@ pin_project! {
     {
         #[pin]
         state: State<S, R, Req>,
-        // Of a request that the inner service has; beside the state and each by itself, so that they are moved once.
+        // Of a request that the inner service has; beside the state and each by itself, to be moved less often.
         sent: Sent<S, R, Req>,
         copy: Option<R::Kept<Req>>,
     }

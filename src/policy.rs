@@ -211,7 +211,7 @@ impl RefreshPolicy {
         rng: &mut Rng,
     ) -> GateTimes {
         let half_to_whole = 0.5 + 0.5 * rng.f64();
-        // Those whom the server tells the same moment are not to come all at once.
+        // On top of what the server says: those whom it tells the same moment are not to come all at once.
         let up_to_a_tenth = 1.0 + 0.1 * rng.f64();
         let backoff = doubled(BACKOFF, failures, BACKOFF_CAP).mul_f64(half_to_whole);
         let terminal = match terminal {
