@@ -110,6 +110,13 @@ where
     }
 }
 
+/// Drops the copy of a request that is not sent again; out of line, since most are kept.
+#[cold]
+#[inline(never)]
+fn discard<T>(copy: &mut Option<T>) {
+    *copy = None;
+}
+
 /// Why a request does not leave at once.
 enum Obstacle {
     /// There is no token for it.
@@ -141,7 +148,7 @@ impl<S, R> BearerAuth<S, R> {
             None => match self.pass(request, again)? {
                 Some(pass) => pass,
                 None => {
-                    *copy = None;
+                    discard(copy);
                     return Ok(Sent::bare());
                 }
             },
