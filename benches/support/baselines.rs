@@ -1,10 +1,12 @@
 //! What the layer is held against: token caches as users write them by hand, and the least that a layer does.
 //!
-//! The caches are tower services of the shape that async code gives them. They are written with care: the header value is made once per token, the lock is looked through again after
-//! a wait, and the token request is made by one caller at a time. They differ in the lock alone.
+//! The caches are tower services of the shape that async code gives them. They are written with care: the header
+//! value is made once per token, the lock is looked through again after a wait, and the token request is made by one
+//! caller at a time. They differ in the lock alone.
 
 use std::{
     future::Future,
+    marker::PhantomData,
     mem,
     pin::Pin,
     sync::Arc,
@@ -207,31 +209,65 @@ where
 /// What any layer does that looks at answers and has errors of its own: a static header with a future around the inner
 /// service's, and no token to look after.
 ///
-/// If it `COPIES`, the request is cloned and the clone held until the answer is there, as for a second sending.
+/// `K` says what it keeps of a request until the answer is there: [`Nothing`], or a [`Copied`] one for a second sending.
 #[derive(Clone)]
-pub struct Least<S, const COPIES: bool> {
+pub struct Least<S, K> {
     inner: S,
     header: HeaderValue,
+    keep: PhantomData<K>,
 }
 
-impl<S, const COPIES: bool> Least<S, COPIES> {
+pub trait Keep<Req> {
+    type Kept;
+
+    fn keep(request: &Req) -> Self::Kept;
+}
+
+#[derive(Clone)]
+pub struct Nothing;
+
+#[derive(Clone)]
+pub struct Copied;
+
+impl<Req> Keep<Req> for Nothing {
+    // No room for a request either, which would be moved with the future.
+    type Kept = ();
+
+    #[inline]
+    fn keep(_: &Req) {}
+}
+
+impl<Req: Clone> Keep<Req> for Copied {
+    type Kept = Option<Req>;
+
+    #[inline]
+    fn keep(request: &Req) -> Option<Req> {
+        Some(request.clone())
+    }
+}
+
+impl<S, K> Least<S, K> {
     pub fn new(inner: S, token: &str) -> Self {
         let header = HeaderValue::try_from(format!("Bearer {token}"));
         let mut header = header.expect("a token can be sent");
         header.set_sensitive(true);
-        Self { inner, header }
+        Self {
+            inner,
+            header,
+            keep: PhantomData,
+        }
     }
 }
 
-impl<S, B, ResBody, const COPIES: bool> Service<Request<B>> for Least<S, COPIES>
+impl<S, B, ResBody, K> Service<Request<B>> for Least<S, K>
 where
     S: Service<Request<B>, Response = Response<ResBody>>,
     S::Error: Into<BoxError>,
-    B: Clone,
+    K: Keep<Request<B>, Kept: Default>,
 {
     type Response = Response<ResBody>;
     type Error = BoxError;
-    type Future = LeastFuture<S::Future, Request<B>>;
+    type Future = LeastFuture<S::Future, K::Kept>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
         self.inner.poll_ready(cx).map_err(Into::into)
@@ -239,46 +275,50 @@ where
 
     #[inline]
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        let copy = COPIES.then(|| request.clone());
+        let kept = K::keep(&request);
         let header = self.header.clone();
         request.headers_mut().insert(AUTHORIZATION, header);
         LeastFuture {
             response: self.inner.call(request),
-            copy,
+            kept,
         }
     }
 }
 
 pin_project! {
-    pub struct LeastFuture<F, Req> {
+    pub struct LeastFuture<F, Kept> {
         #[pin]
         response: F,
-        copy: Option<Req>,
+        kept: Kept,
     }
 }
 
-impl<F, Req, ResBody, E> Future for LeastFuture<F, Req>
+impl<F, Kept, ResBody, E> Future for LeastFuture<F, Kept>
 where
     F: Future<Output = Result<Response<ResBody>, E>>,
     E: Into<BoxError>,
+    Kept: Default,
 {
     type Output = Result<Response<ResBody>, BoxError>;
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let result = ready!(this.response.poll(cx));
-        match &result {
-            Ok(answer) if answer.status() == StatusCode::UNAUTHORIZED => refused(this.copy),
-            _ => {}
+        match ready!(this.response.poll(cx)) {
+            Ok(answer) => {
+                if answer.status() == StatusCode::UNAUTHORIZED {
+                    refused(this.kept);
+                }
+                Poll::Ready(Ok(answer))
+            }
+            Err(error) => Poll::Ready(Err(error.into())),
         }
-        Poll::Ready(result.map_err(Into::into))
     }
 }
 
 /// Where a layer would do what it is there for.
 #[cold]
 #[inline(never)]
-fn refused<Req>(copy: &mut Option<Req>) {
-    drop(copy.take());
+fn refused<Kept: Default>(kept: &mut Kept) {
+    drop(mem::take(kept));
 }

@@ -10,7 +10,7 @@ use tower_http::auth::AddAuthorizationLayer;
 
 use super::{
     Body,
-    baselines::{ArcSwapCache, ByHand, Least, MutexCache, RwLockCache},
+    baselines::{ArcSwapCache, ByHand, Copied, Least, MutexCache, Nothing, RwLockCache},
     cached, inner, request,
 };
 
@@ -36,8 +36,12 @@ pub fn subjects(measure: &mut impl Measure) -> Runtime {
 
     measure.measure("bare", bare, request);
     measure.measure(FLOOR, fixed.clone(), request);
-    measure.measure("least layer", Least::<_, false>::new(bare, &token), request);
-    let copying = Least::<_, true>::new(bare, &token);
+    measure.measure(
+        "least layer",
+        Least::<_, Nothing>::new(bare, &token),
+        request,
+    );
+    let copying = Least::<_, Copied>::new(bare, &token);
     measure.measure("least layer, copying", copying, request);
     let by_hand = runtime.block_on(ByHand::<_, MutexCache>::with_token(bare));
     measure.measure("mutex by hand", by_hand, request);
