@@ -203,6 +203,11 @@
 //! # }
 //! ```
 //!
+//! It takes requests that are `Clone`; the one for a `reqwest::Request`, which is not, is in the
+//! [guide to clients](guide::clients#reqwest). And it retries nothing but token failures: a send that the timeout below
+//! ends comes back as `Elapsed`, as does a request that the one above ends. The example `with_retry_and_timeout` has a
+//! policy that tries again after the first of the two.
+//!
 //! # Tokens for different things
 //!
 //! A request can say what its token is for, by a [`TokenRequest`] among its extensions: scopes, resources,
