@@ -28,7 +28,9 @@ use hyper_util::{
 };
 use tokio::{net::TcpListener, time};
 use tower::ServiceBuilder;
-use tower_bearer::{BearerAuthLayer, BoxError, ClientCredentials, EmptyBody, TokenError};
+use tower_bearer::{
+    BearerAuthLayer, BoxError, ClientCredentials, EmptyBody, TokenCache, TokenError,
+};
 
 use self::support::Realm;
 
@@ -73,12 +75,15 @@ fn gateway(token_url: String, api: Uri) -> Result<Router, BoxError> {
     let source = ClientCredentials::builder(token_url, support::CLIENT_ID)
         .client_secret(support::CLIENT_SECRET)
         .build()?;
+    let cache = TokenCache::new(source);
+    let tokens = cache.clone();
+    let explain = move |error| explain(error, cache.status().retry_in());
     let stack = ServiceBuilder::new()
         .layer(HandleErrorLayer::new(explain))
         .map_response(conceal)
         .map_request(move |request| retarget(request, &api))
         // What has no body is sent again after a refusal; a body goes through as it comes, and once.
-        .layer(BearerAuthLayer::new(source).replay(EmptyBody))
+        .layer(BearerAuthLayer::new(tokens).replay(EmptyBody))
         .service(Client::builder(TokioExecutor::new()).build_http::<Body>());
     Ok(Router::new().fallback_service(stack))
 }
@@ -103,16 +108,12 @@ fn conceal(response: http::Response<Incoming>) -> Response {
     }
 }
 
-/// Why there is no answer of the API.
-async fn explain(error: BoxError) -> Response {
+/// Why there is no answer of the API, and when the next token request may be made: the cache paces them, and waits
+/// for as long as the token endpoint has asked for, if it has.
+async fn explain(error: BoxError, retry_in: Option<Duration>) -> Response {
     match error.downcast_ref::<TokenError>() {
         Some(error) if error.is_transient() => {
-            // After a word from the server the cache waits up to a tenth longer, without one for some seconds
-            // at most.
-            let pause = error
-                .retry_after()
-                .map_or(1.0, |pause| pause.as_secs_f64() * 1.1);
-            let seconds = pause.ceil() as u64;
+            let seconds = retry_in.map_or(1, |pause| pause.as_secs() + 1);
             let headers = [(RETRY_AFTER, seconds.to_string())];
             (StatusCode::SERVICE_UNAVAILABLE, headers).into_response()
         }

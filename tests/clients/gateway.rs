@@ -80,6 +80,8 @@ fn bearer(headers: &HeaderMap) -> String {
 /// A gateway whose only handler is the stack.
 fn gateway(layer: BearerAuthLayer<EmptyBody>, upstream: SocketAddr) -> Router {
     let upstream: Authority = upstream.to_string().parse().unwrap();
+    let cache = layer.cache().clone();
+    let explain = move |error| explain(error, cache.status().retry_in());
     let stack = ServiceBuilder::new()
         .layer(HandleErrorLayer::new(explain))
         .map_response(conceal)
@@ -108,19 +110,16 @@ fn conceal(response: http::Response<Incoming>) -> Response {
 }
 
 /// Tells a user what became of the gateway's token, which is none of the user's doing.
-async fn explain(error: BoxError) -> Response {
+async fn explain(error: BoxError, retry_in: Option<Duration>) -> Response {
     let Some(error) = error.downcast_ref::<TokenError>() else {
         return StatusCode::BAD_GATEWAY.into_response();
     };
     if !error.is_transient() {
         return StatusCode::BAD_GATEWAY.into_response();
     }
-    let mut response = StatusCode::SERVICE_UNAVAILABLE.into_response();
-    if let Some(pause) = error.retry_after() {
-        let seconds = pause.mul_f64(1.1).as_secs_f64().ceil() as u64;
-        response.headers_mut().insert(RETRY_AFTER, seconds.into());
-    }
-    response
+    let seconds = retry_in.map_or(1, |pause| pause.as_secs() + 1);
+    let headers = [(RETRY_AFTER, seconds.to_string())];
+    (StatusCode::SERVICE_UNAVAILABLE, headers).into_response()
 }
 
 async fn serve(app: Router) -> SocketAddr {
@@ -250,7 +249,25 @@ async fn users_are_told_when_to_come_back_while_there_is_no_token() {
     let world = World::start(&auth).await;
     let response = world.get().await;
     assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
-    assert_eq!(response.headers()[RETRY_AFTER], "22");
+    // Asked for 20 s, the cache waits for up to 22 s.
+    let pause: u64 = response.headers()[RETRY_AFTER]
+        .to_str()
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert!((20..=22).contains(&pause), "{pause}");
+
+    let auth = AuthServer::new();
+    auth.set(Answer::Fail(TokenError::transient("down")));
+    let world = World::start(&auth).await;
+    let response = world.get().await;
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+    let pause = response.headers()[RETRY_AFTER]
+        .to_str()
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert!(world.cache.status().retry_in().unwrap() <= Duration::from_secs(pause));
 
     let auth = AuthServer::new();
     auth.set(Answer::Fail(TokenError::terminal("unknown client")));
