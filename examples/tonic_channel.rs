@@ -74,7 +74,7 @@ async fn main() -> Result<(), BoxError> {
 
     // Without a token no call is sent, and its status tells whether another try is worth it.
     realm.lock().down = true;
-    let mut early = self::client(TokenCache::new(source()?), api);
+    let mut early = self::client(TokenCache::new(source()?), api.clone());
     let status = early
         .say("hello".to_owned())
         .await
@@ -95,8 +95,37 @@ async fn main() -> Result<(), BoxError> {
 
     // Those who have one go on.
     client.say("hello".to_owned()).await?;
+    realm.lock().down = false;
+
+    // A refused call comes back to its caller, who reports the token before it is made again.
+    let tokens = TokenCache::new(source()?);
+    let mut client = self::client(tokens.clone(), api);
+    client.say("hello".to_owned()).await?;
+    realm.lock().revoke();
+    let granted = realm.lock().granted();
+    twice(&tokens, async || client.say("hello".to_owned()).await).await?;
+    assert_eq!(realm.lock().granted(), granted + 1);
+    println!("revoked between calls    the call is refused, and made again with another token");
     assert_eq!(realm.lock().anonymous, 0);
     Ok(())
+}
+
+/// Makes a call again that was refused. Unreported, it might leave with the same token, as long as the other one is
+/// not there.
+async fn twice<T>(
+    tokens: &TokenCache,
+    mut call: impl AsyncFnMut() -> Result<T, Status>,
+) -> Result<T, Status> {
+    let used = tokens.peek();
+    match call().await {
+        Err(status) if status.code() == Code::Unauthenticated => {
+            if let Some(used) = used {
+                tokens.invalidate(&used);
+            }
+            call().await
+        }
+        result => result,
+    }
 }
 
 /// The client, which is all that an application needs.

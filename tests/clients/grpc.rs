@@ -321,6 +321,26 @@ async fn a_call_whose_messages_are_collected_first_is_sent_again() {
     assert_eq!(auth.requests(), 2);
 }
 
+/// The request of one that is answered by a stream is one message, which ends.
+#[tokio::test]
+async fn a_call_that_is_answered_by_a_stream_is_sent_again_as_well() {
+    let api = Api::start().await;
+    api.refuse("token-1");
+    let auth = AuthServer::new();
+    let channel = ServiceBuilder::new()
+        .layer(CollectBodyLayer::new(1 << 16))
+        .layer(BearerAuthLayer::new(auth.clone()).replay(CloneBody))
+        .map_request(|request: http::Request<CollectedBody<Body>>| request.map(Body::new))
+        .service(api.channel());
+    let mut client = EchoClient::new(channel);
+
+    let letters = client.spell(text("two")).await.unwrap().into_inner();
+    let letters: Vec<_> = letters.collect::<Result<_, _>>().await.unwrap();
+    assert_eq!(letters, ["t", "w", "o"]);
+    assert_eq!(api.seen(), ["token-1", "token-2"]);
+    assert_eq!(auth.requests(), 2);
+}
+
 /// The layer reads no bodies, and trailers are part of one.
 #[tokio::test]
 async fn a_refusal_at_the_end_of_a_stream_is_the_callers_to_report() {
