@@ -12,6 +12,7 @@
 //! ```
 
 use std::{
+    error::Error,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -160,7 +161,9 @@ async fn main() -> Result<(), BoxError> {
         assert!(cache.get().await.is_err());
         time::sleep(Duration::from_millis(10)).await;
     }
-    println!("busy             {} ({error})", vendor.tell());
+    // An error speaks for its own level: what the source has said is behind it.
+    let reason = error.source().ok_or("an error without a reason")?;
+    println!("busy             {} ({reason})", vendor.tell());
     assert_eq!(vendor.lock().asked.len(), 1);
     vendor.lock().mood = Mood::Well;
     time::sleep(Duration::from_millis(400)).await;
@@ -171,11 +174,12 @@ async fn main() -> Result<(), BoxError> {
     vendor.clear();
     vendor.lock().mood = Mood::Locked;
     let cache = TokenCache::new(login);
+    let error = cache.get().await.err().ok_or("locked, and yet a ticket")?;
     for _ in 0..100 {
-        let error = cache.get().await.err().ok_or("locked, and yet a ticket")?;
-        assert!(!error.is_transient());
+        assert!(!error.is_transient() && cache.get().await.is_err());
     }
-    println!("locked           {}", vendor.tell());
+    let reason = error.source().ok_or("an error without a reason")?;
+    println!("locked           {} ({reason})", vendor.tell());
     assert_eq!(vendor.lock().asked.len(), 1);
     Ok(())
 }
