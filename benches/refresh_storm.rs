@@ -332,7 +332,7 @@ fn report(found: &mut [Found], rounds: u32) {
                 points: ours,
             },
             Line {
-                name: "tasks that sleep",
+                name: "sleeping tasks, from their alarm",
                 points: theirs,
             },
         ],

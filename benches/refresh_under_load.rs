@@ -362,9 +362,12 @@ fn draw(runs: &[Run]) {
         &plot_path("refresh_under_load"),
         "Latency from when a request was due, across refreshes",
         Axis {
-            name: "one request in so many takes longer",
+            name: "how many requests take longer than this",
             base: 10.0,
-            label: &|one_in| format!("{one_in:.0}"),
+            label: &|one_in| match one_in.round() > 1.0 {
+                true => format!("1 in {one_in:.0}"),
+                false => "all".to_owned(),
+            },
         },
         Axis {
             name: "microseconds",

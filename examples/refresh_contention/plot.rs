@@ -192,10 +192,10 @@ impl Picture<'_> {
         self.root.draw(&Rectangle::new(place, WHITE.filled()))?;
         let mut x = RIGHT;
         for (name, colour) in colours.iter().rev() {
-            self.note(name, (x, y), 13, *colour, HPos::Right)?;
             let left = x - entry_width(name) + 20;
             let sample = [(left, y - 5), (left + 10, y + 5)];
             self.root.draw(&Rectangle::new(sample, colour.filled()))?;
+            self.note(name, (left + 16, y), 13, *colour, HPos::Left)?;
             x -= entry_width(name);
         }
         Ok(())
