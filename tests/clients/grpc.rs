@@ -26,7 +26,7 @@ use tonic::{
     service::interceptor::InterceptedService,
     transport::{Channel, Endpoint, Server},
 };
-use tower::{BoxError, ServiceBuilder, service_fn};
+use tower::{BoxError, ServiceBuilder, service_fn, util::BoxCloneSyncService};
 use tower_bearer::{
     BearerAuth, BearerAuthLayer, CloneBody, CollectBodyLayer, CollectedBody, EmptyBody, Never,
     TokenCache, TokenError, TokenRequest, WithoutToken,
@@ -77,6 +77,19 @@ impl Api {
 
     fn channel(&self) -> Channel {
         self.endpoint().connect_lazy()
+    }
+
+    /// A client whose calls are sent again, since their messages are collected first.
+    fn collecting_client(
+        &self,
+        auth: &AuthServer,
+    ) -> EchoClient<BoxCloneSyncService<http::Request<Body>, http::Response<Body>, BoxError>> {
+        let channel = ServiceBuilder::new()
+            .layer(CollectBodyLayer::new(1 << 16))
+            .layer(BearerAuthLayer::new(auth.clone()).replay(CloneBody))
+            .map_request(|request: http::Request<CollectedBody<Body>>| request.map(Body::new))
+            .service(self.channel());
+        EchoClient::new(BoxCloneSyncService::new(channel))
     }
 
     /// A client whose calls are sent once, and the cache of its tokens.
@@ -306,12 +319,7 @@ async fn a_call_whose_messages_are_collected_first_is_sent_again() {
     let api = Api::start().await;
     api.refuse("token-1");
     let auth = AuthServer::new();
-    let channel = ServiceBuilder::new()
-        .layer(CollectBodyLayer::new(1 << 16))
-        .layer(BearerAuthLayer::new(auth.clone()).replay(CloneBody))
-        .map_request(|request: http::Request<CollectedBody<Body>>| request.map(Body::new))
-        .service(api.channel());
-    let mut client = EchoClient::new(channel);
+    let mut client = api.collecting_client(&auth);
 
     assert_eq!(
         client.say(text("hello")).await.unwrap().into_inner(),
@@ -327,12 +335,7 @@ async fn a_call_that_is_answered_by_a_stream_is_sent_again_as_well() {
     let api = Api::start().await;
     api.refuse("token-1");
     let auth = AuthServer::new();
-    let channel = ServiceBuilder::new()
-        .layer(CollectBodyLayer::new(1 << 16))
-        .layer(BearerAuthLayer::new(auth.clone()).replay(CloneBody))
-        .map_request(|request: http::Request<CollectedBody<Body>>| request.map(Body::new))
-        .service(api.channel());
-    let mut client = EchoClient::new(channel);
+    let mut client = api.collecting_client(&auth);
 
     let letters = client.spell(text("two")).await.unwrap().into_inner();
     let letters: Vec<_> = letters.collect::<Result<_, _>>().await.unwrap();
