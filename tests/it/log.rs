@@ -12,13 +12,17 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::{BodyExt, Full};
 use tokio::{
     runtime::Builder,
     time::{self, Instant},
 };
-use tower::{Layer as _, Service, ServiceExt};
+use tower::{Layer as _, Service, ServiceExt, service_fn};
 use tower_bearer::{
-    BearerAuthLayer, CloneBody, RefreshPolicy, TokenCache, TokenError, TokenRequest,
+    BearerAuthLayer, BoxError, ClientCredentials, CloneBody, RefreshPolicy, TokenCache, TokenError,
+    TokenRequest,
 };
 use tracing::{
     Event, Id, Instrument, Level, Metadata, Subscriber,
@@ -195,7 +199,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Log {
 /// A request every five seconds, each in a span of its own.
 async fn traffic<S>(client: &S, duration: Duration)
 where
-    S: Service<http::Request<String>, Response: Send, Error: Send, Future: Send> + Clone,
+    S: Service<Request<String>, Response: Send, Error: Send, Future: Send> + Clone,
 {
     let end = Instant::now() + duration;
     while Instant::now() < end {
@@ -400,6 +404,58 @@ async fn the_log_tells_once_that_requests_wait_for_a_slow_token_request() {
     cache.get().await.unwrap();
     time::sleep(secs(9)).await;
     assert_eq!(log.named("requests_waiting").len(), 2);
+}
+
+/// What is told of one answer names the cache and the flight too: there may be many, and their spans filtered out.
+#[tokio::test(start_paused = true)]
+async fn what_is_told_of_an_answer_says_of_which_token_request() {
+    let (log, _guard) = Log::collect();
+    let endpoint = service_fn(|request: Request<Full<Bytes>>| async {
+        let body = request.into_body().collect().await?.to_bytes();
+        let (status, body) = match body.starts_with(b"grant_type=refresh_token") {
+            true => (400, r#"{"error":"invalid_grant"}"#),
+            false => (
+                200,
+                r#"{"access_token":"a","token_type":"Bearer","refresh_token":"r"}"#,
+            ),
+        };
+        let response = Response::builder().status(status);
+        Ok::<_, BoxError>(response.body(Full::<Bytes>::from(body))?)
+    });
+    let source = ClientCredentials::builder("https://as.example/token", "client-id")
+        .client_secret("secret")
+        .build_with(endpoint)
+        .unwrap();
+    let cache = TokenCache::with_policy(source, RefreshPolicy::new().name("billing"));
+    let key = TokenRequest::new().scope("read");
+    for _ in 0..2 {
+        cache.get_for(&key).await.unwrap();
+        time::sleep(secs(295)).await;
+    }
+    let flights: Vec<_> = log.spans("token_flight");
+    let numbers: Vec<_> = flights
+        .iter()
+        .map(|(_, span)| Some(span.fields["flight"].as_str()))
+        .collect();
+    let [first, second] = numbers[..] else {
+        panic!("there are two flights: {numbers:?}");
+    };
+    for (name, flights) in [
+        ("lifetime_assumed", &[first, second][..]),
+        ("refresh_token_failed", &[second]),
+    ] {
+        let lines = log.named(name);
+        assert!(
+            lines
+                .iter()
+                .map(|line| line.field("flight"))
+                .eq(flights.iter().copied())
+        );
+        for line in lines {
+            assert_eq!(line.field("cache"), Some("billing"));
+            assert_eq!(line.field("key"), Some("scope=read"));
+        }
+    }
 }
 
 /// What becomes of a flight stands in its span, however it ends.

@@ -233,6 +233,23 @@ async fn token_requests_are_counted_by_the_grant_that_was_used() {
     assert_eq!(counted("refresh_token", "rejected"), 1);
 }
 
+/// What is counted for the first time is no increase to a scraper that has seen no zero.
+#[tokio::test(start_paused = true)]
+async fn what_alerts_ask_for_begins_at_zero() {
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    let _cache = TokenCache::new(AuthServer::new());
+    let text = recorder.handle().render();
+    let decisions = ["started", "joined", "replay", "passed"];
+    let refusals = decisions.map(|decision| {
+        format!(r#"tower_bearer_token_refusals_total{{cache="default",decision="{decision}"}} 0"#)
+    });
+    let replays = r#"tower_bearer_replays_total{cache="default"} 0"#.to_owned();
+    for line in refusals.into_iter().chain([replays]) {
+        assert!(text.lines().any(|it| it == line), "no {line} in {text}");
+    }
+}
+
 /// By a recorder whose gauges stay as they were set.
 #[tokio::test(start_paused = true)]
 async fn waits_keys_and_gates_are_gauged() {

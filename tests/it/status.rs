@@ -122,6 +122,33 @@ async fn a_status_is_not_healthy_with_a_refused_token_that_cannot_be_replaced() 
     assert!(status.is_healthy());
 }
 
+/// A refusal joins a refresh that is under way, and the token is the less to be relied on.
+#[tokio::test(start_paused = true)]
+async fn a_status_is_not_healthy_with_a_token_that_was_refused_during_a_refresh_that_fails() {
+    let server = AuthServer::new();
+    let cache = TokenCache::new(server.clone());
+    let token = cache.get().await.unwrap();
+    time::sleep(secs(230)).await;
+    server.set(Answer::Fail(TokenError::transient("down")));
+    server.hold();
+    cache.get().await.unwrap();
+    settle().await;
+    cache.invalidate(&token);
+    server.release();
+    time::sleep(secs(5)).await;
+    let status = cache.status();
+    assert_eq!(status.state(), TokenState::Refused);
+    assert!(status.has_token() && !status.is_healthy());
+    assert_eq!(
+        server
+            .seen()
+            .iter()
+            .filter(|seen| seen.attempt == 1)
+            .count(),
+        2
+    );
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_status_is_not_healthy_without_a_token_when_one_does_not_come() {
     let server = AuthServer::new();
