@@ -68,7 +68,7 @@ impl Ready {
 
     #[inline]
     fn is_watched(&self) -> bool {
-        self.watched.is(self.mark.token.number)
+        self.watched.is(self.mark.token)
     }
 }
 

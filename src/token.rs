@@ -2,10 +2,7 @@
 
 use std::{
     fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -15,6 +12,7 @@ use secrecy::ExposeSecret;
 use zeroize::Zeroizing;
 
 use crate::{
+    cache::KeyId,
     policy::{FLOOR, Schedule},
     source::{TokenRequest, TokenResponse},
     time::{Coarse, Deadline, Now},
@@ -27,13 +25,30 @@ use crate::{
 #[derive(Clone)]
 pub struct AccessToken(pub(crate) Arc<Inner>);
 
-/// Tells a token from every other one of this process, and says where it is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct TokenId {
-    /// The number of the cache's entry.
-    pub(crate) entry: u64,
-    /// The token's own; never 0.
-    pub(crate) number: u64,
+/// Tells a token from every other one of this process, and says where it is kept; later tokens of an entry are
+/// greater.
+///
+/// One word for both, since every request in flight carries it: 40 bits for the entry, and 24 for the flight that
+/// brought the token, which start over after half a year of a flight per second.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct TokenId(u64);
+
+impl TokenId {
+    const FLIGHT_BITS: u32 = 24;
+
+    pub(crate) fn new(entry: KeyId, flight: u64) -> Self {
+        Self((entry << Self::FLIGHT_BITS) | (flight & ((1 << Self::FLIGHT_BITS) - 1)))
+    }
+
+    pub(crate) fn entry(self) -> KeyId {
+        self.0 >> Self::FLIGHT_BITS
+    }
+
+    /// The whole number; never 0, since no entry's is.
+    #[inline]
+    pub(crate) fn get(self) -> u64 {
+        self.0
+    }
 }
 
 pub(crate) struct Inner {
@@ -54,24 +69,20 @@ pub(crate) struct Inner {
 }
 
 impl AccessToken {
-    /// Makes the token that was asked for at `sent`, by `request` for this `entry`, and arrived at `now`.
+    /// Makes the token that was asked for at `sent`, by `request`, and arrived at `now`.
     pub(crate) fn new(
         response: TokenResponse,
-        entry: u64,
+        id: TokenId,
         request: TokenRequest,
         schedule: Schedule,
         sent: Now,
         now: Now,
     ) -> Self {
-        static NUMBERS: AtomicU64 = AtomicU64::new(1);
         let expiry = sent.after(schedule.expires_after);
         let due = sent.after(schedule.refresh_after);
         let until = due.earliest(expiry).wall().map_or(Coarse::MAX, Coarse::of);
         Self(Arc::new(Inner {
-            id: TokenId {
-                entry,
-                number: NUMBERS.fetch_add(1, Ordering::Relaxed),
-            },
+            id,
             header: header_value(response.access_token.expose_secret()),
             request,
             scope: response.scope.map(String::into_boxed_str),
@@ -87,14 +98,14 @@ impl AccessToken {
 
     /// Makes a token that never expires, nor is ever due.
     #[cfg(feature = "test-util")]
-    pub(crate) fn fixed(response: TokenResponse, entry: u64, request: TokenRequest) -> Self {
+    pub(crate) fn fixed(response: TokenResponse, id: TokenId, request: TokenRequest) -> Self {
         let never = Schedule {
             refresh_after: Duration::ZERO,
             expires_after: Duration::ZERO,
             extended_after: None,
         };
         let now = Now::read();
-        let mut token = Self::new(response, entry, request, never, now, now);
+        let mut token = Self::new(response, id, request, never, now, now);
         let inner = Arc::get_mut(&mut token.0).expect("nobody else has it yet");
         (inner.due, inner.expiry, inner.stillborn) = (Deadline::never(), Deadline::never(), None);
         inner.until = Coarse::MAX;
@@ -170,11 +181,6 @@ impl AccessToken {
         self.0.id
     }
 
-    #[inline]
-    pub(crate) fn number(&self) -> u64 {
-        self.0.id.number
-    }
-
     /// Makes another header value of the same text, whose clones share their count with no clone of the first.
     pub(crate) fn copy_header(&self) -> HeaderValue {
         header_value(self.expose_secret())
@@ -227,8 +233,8 @@ impl AccessToken {
 }
 
 impl Inner {
-    pub(crate) fn number(&self) -> u64 {
-        self.id.number
+    pub(crate) fn id(&self) -> TokenId {
+        self.id
     }
 
     /// Whether a request may take the token that somebody watches the monotonic clock for.
@@ -274,3 +280,22 @@ fn header_value(text: &str) -> HeaderValue {
 }
 
 const SCHEME: &str = "Bearer ";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_tells_entries_apart_and_the_tokens_of_one_by_their_order() {
+        let entry = (1 << 40) - 1;
+        let [first, second] = [1, 2].map(|flight| TokenId::new(entry, flight));
+        assert!(first < second);
+        assert_eq!((first.entry(), second.entry()), (entry, entry));
+        assert_ne!(first, TokenId::new(entry - 1, 1));
+        // A count that has gone too far does not become another entry's.
+        let (last, next) = ((1 << 24) - 1, 1 << 24);
+        assert_eq!(TokenId::new(1, last).entry(), 1);
+        assert_eq!(TokenId::new(1, next), TokenId::new(1, 0));
+        assert_ne!(TokenId::new(1, next).get(), 0);
+    }
+}

@@ -32,7 +32,7 @@ use crate::{
     sync::Mutex,
     telemetry::{self, Decided, Wait},
     time::{Deadline, Now},
-    token::{self, AccessToken},
+    token::{self, AccessToken, TokenId},
 };
 
 /// The source of a key's tokens, the state, and the token for the hot path.
@@ -116,7 +116,7 @@ impl Entry {
         watching: CancellationToken,
         news: Arc<News>,
     ) -> Arc<Self> {
-        static IDS: AtomicU64 = AtomicU64::new(0);
+        static IDS: AtomicU64 = AtomicU64::new(1);
         let id: KeyId = IDS.fetch_add(1, Ordering::Relaxed);
         let entry = Arc::new(Self {
             endpoint,
@@ -208,7 +208,7 @@ impl Entry {
     pub(super) fn fresh(&self) -> Option<AccessToken> {
         let token = self.hot.load();
         let token = token.as_ref()?;
-        let is_watched = self.plain && self.watched().is(token.number());
+        let is_watched = self.plain && self.watched().is(token.id());
         let is_fresh = match is_watched {
             true => token.is_coarsely_fresh(),
             false => token.is_fresh(self.endpoint.not_before(), Now::read()),
@@ -313,20 +313,20 @@ impl Entry {
         self.endpoint.watched()
     }
 
-    /// Promises to watch the clock for the token, if there is one that is fresh, and returns its number.
-    pub(super) fn begin_watch(&self) -> Option<u64> {
+    /// Promises to watch the clock for the token, if there is one that is fresh, and returns which it is.
+    pub(super) fn begin_watch(&self) -> Option<TokenId> {
         let state = self.state.lock();
         let token = state.unquestioned()?;
         if token.fresh_until().has_come(Now::read()) {
             return None;
         }
-        self.watched().begin(token.number());
+        self.watched().begin(token.id());
         // Only now, or a rise in between would be missed.
         if self.is_void(token) {
-            self.watched().end(token.number());
+            self.watched().end(token.id());
             return None;
         }
-        Some(token.number())
+        Some(token.id())
     }
 
     /// Whether nothing is lost if this entry is forgotten.
@@ -336,11 +336,11 @@ impl Entry {
         state.is_idle(&shared, now)
     }
 
-    /// Hears that the API refused the token of this number, from a request that is not to be sent again.
+    /// Hears that the API refused this token, from a request that is not to be sent again.
     ///
     /// Only the token that the entry holds can be refused, or one before it that had the same text.
-    pub(super) fn heard(self: &Arc<Self>, number: u64, complaint: Complaint) {
-        let current = self.state.lock().token_numbered(number);
+    pub(super) fn heard(self: &Arc<Self>, token: TokenId, complaint: Complaint) {
+        let current = self.state.lock().token_of(token);
         if let Some(token) = current {
             self.refused(&token, complaint);
         }
@@ -723,9 +723,9 @@ mod tests {
             let response = response.expires_in(Duration::from_secs(300));
             entry.land(&flight, Outcome::Granted(response, now));
             endpoint.set_not_before(not_before);
-            let number = entry.begin_watch();
-            assert_eq!(number.is_some(), watched);
-            assert_eq!(entry.watched().is(0), !watched);
+            let id = entry.hot.load().as_ref().unwrap().id();
+            assert_eq!(entry.begin_watch(), watched.then_some(id));
+            assert_eq!(entry.watched().is(id), watched);
         }
     }
 }

@@ -24,7 +24,7 @@ use crate::{
     time::{Deadline, Now},
 };
 
-/// Tells the keys of all caches of this process apart.
+/// Tells the keys of all caches of this process apart; never 0.
 pub(crate) type KeyId = u64;
 
 /// How many flights failed in a row and when the next may start.

@@ -26,8 +26,8 @@ pub(super) fn add(id: KeyId, entry: Weak<Entry>) {
 /// Hears that the API refused a token, from a request that is not to be sent again.
 pub(crate) fn refused(token: TokenId, complaint: Complaint) {
     // With nobody left who holds the entry, nobody is left to get another token from it.
-    if let Some(entry) = find(token.entry) {
-        entry.heard(token.number, complaint);
+    if let Some(entry) = find(token.entry()) {
+        entry.heard(token, complaint);
     }
 }
 
@@ -55,9 +55,9 @@ mod tests {
         let mut ids = Vec::new();
         for key in 0..100 {
             let request = TokenRequest::new().scope(key.to_string());
-            ids.push(cache.get_for(&request).await.unwrap().id().entry);
+            ids.push(cache.get_for(&request).await.unwrap().id().entry());
         }
-        ids.push(cache.get().await.unwrap().id().entry);
+        ids.push(cache.get().await.unwrap().id().entry());
         assert!(ids.iter().all(|id| find(*id).is_some()));
         drop(cache);
         // The tasks of the last flights let go of them.

@@ -30,7 +30,7 @@ use crate::{
     source::{RefreshToken, Revocation, TokenRequest, TokenResponse},
     telemetry::Failing,
     time::{Deadline, Now},
-    token::AccessToken,
+    token::{AccessToken, TokenId},
 };
 
 /// What is known about one key's token.
@@ -41,8 +41,8 @@ pub(crate) struct State<F> {
     request: TokenRequest,
     rng: Rng,
     token: Option<AccessToken>,
-    /// The number of the first token that had the text of this one: servers hand out one token twice.
-    alike_since: u64,
+    /// The first token that had the text of this one: servers hand out one token twice.
+    alike_since: Option<TokenId>,
     /// The API has said that the token is invalid, and the flight on record is to replace it.
     rejected: bool,
     /// The same, and no flight has replaced it: to be told, and of no other consequence.
@@ -158,7 +158,7 @@ impl<F: Clone + PartialEq> State<F> {
             request,
             rng,
             token: None,
-            alike_since: 0,
+            alike_since: None,
             rejected: false,
             invalid: false,
             exempted: false,
@@ -177,11 +177,9 @@ impl<F: Clone + PartialEq> State<F> {
     /// Takes a token that stays for ever.
     #[cfg(feature = "test-util")]
     pub(crate) fn settle(&mut self, response: TokenResponse) {
-        self.token = Some(AccessToken::fixed(
-            response,
-            self.gate.key(),
-            self.request.clone(),
-        ));
+        let id = TokenId::new(self.gate.key(), self.flights);
+        self.token = Some(AccessToken::fixed(response, id, self.request.clone()));
+        self.alike_since = Some(id);
     }
 
     /// What a caller who wants a token at `now` does.
@@ -310,17 +308,11 @@ impl<F: Clone + PartialEq> State<F> {
             let expiry = token.expires_in.map(|after| sent.after(after));
             (token, expiry)
         });
-        let token = AccessToken::new(
-            response,
-            self.gate.key(),
-            self.request.clone(),
-            schedule,
-            sent,
-            now,
-        );
+        let id = TokenId::new(self.gate.key(), self.flights);
+        let token = AccessToken::new(response, id, self.request.clone(), schedule, sent, now);
         let last = self.token.replace(token.clone());
         if !last.is_some_and(|last| last.same_text(&token)) {
-            self.alike_since = token.number();
+            self.alike_since = Some(id);
         }
         self.exempted = false;
         self.floor = Some(sent.after(policy::FLOOR));
@@ -395,11 +387,11 @@ impl<F: Clone + PartialEq> State<F> {
         self.token.as_ref().filter(|_| !self.rejected)
     }
 
-    /// The token that is held, if it has the text of the one with this number.
-    pub(crate) fn token_numbered(&self, number: u64) -> Option<AccessToken> {
-        let token = self.token.as_ref();
-        let is_alike = |token: &&AccessToken| (self.alike_since..=token.number()).contains(&number);
-        token.filter(is_alike).cloned()
+    /// The token that is held, if it has the text of this one.
+    pub(crate) fn token_of(&self, id: TokenId) -> Option<AccessToken> {
+        let token = self.token.as_ref()?;
+        let is_alike = id <= token.id() && self.alike_since.is_some_and(|first| first <= id);
+        is_alike.then(|| token.clone())
     }
 
     /// What callers get who cannot wait for a flight: the key's own error and the shared one.
@@ -864,7 +856,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_stands_for_the_text_that_was_sent() {
+    fn an_id_stands_for_the_text_that_was_sent() {
         let (mut case, old, new) = Case::with_token();
         let mut again = Vec::new();
         for _ in 0..2 {
@@ -872,13 +864,13 @@ mod tests {
             again.push(case.grant("new", 1_000));
         }
         for token in [&new, &again[0], &again[1]] {
-            let held = case.state.token_numbered(token.number()).unwrap();
-            assert_eq!(held.number(), again[1].number());
+            let held = case.state.token_of(token.id()).unwrap();
+            assert_eq!(held.id(), again[1].id());
         }
-        assert!(case.state.token_numbered(old.number()).is_none());
+        assert!(case.state.token_of(old.id()).is_none());
         case.pass(750.0);
         case.grant("newest", 1_000);
-        assert!(case.state.token_numbered(again[1].number()).is_none());
+        assert!(case.state.token_of(again[1].id()).is_none());
     }
 
     /// Law 8: without a token to replay with, a late 401 costs nothing either.

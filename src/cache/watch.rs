@@ -19,7 +19,7 @@ use std::{
 use tokio::time;
 
 use super::entry::Entry;
-use crate::{policy, time::Now};
+use crate::{policy, time::Now, token::TokenId};
 
 /// Watches the token until it is due, dead, replaced or refused, and then starts the flight that follows if the
 /// cache is to be kept warm.
@@ -64,27 +64,27 @@ pub(super) async fn keep(entry: Arc<Entry>) {
     }
 }
 
-/// The number of the token that may be attached without a further look, or 0: somebody watches the clock for it, and
+/// The id of the token that may be attached without a further look, or 0: somebody watches the clock for it, and
 /// it is neither replaced, nor refused, nor void.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Watched(Arc<AtomicU64>);
 
 impl Watched {
     #[inline]
-    pub(crate) fn is(&self, token: u64) -> bool {
+    pub(crate) fn is(&self, token: TokenId) -> bool {
         // All else that is known of the token is in the token.
-        self.0.load(Ordering::Relaxed) == token
+        self.0.load(Ordering::Relaxed) == token.get()
     }
 
-    pub(super) fn begin(&self, token: u64) {
-        self.0.store(token, Ordering::SeqCst);
+    pub(super) fn begin(&self, token: TokenId) {
+        self.0.store(token.get(), Ordering::SeqCst);
     }
 
     /// Ends the watch over `token`, if no other one is watched by now.
-    pub(super) fn end(&self, token: u64) {
+    pub(super) fn end(&self, token: TokenId) {
         let _ = self
             .0
-            .compare_exchange(token, 0, Ordering::SeqCst, Ordering::SeqCst);
+            .compare_exchange(token.get(), 0, Ordering::SeqCst, Ordering::SeqCst);
     }
 
     pub(super) fn clear(&self) {
@@ -95,7 +95,7 @@ impl Watched {
 /// The watch over one token, which ends with its task: a runtime that shuts down drops it.
 struct Watch {
     watched: Watched,
-    token: u64,
+    token: TokenId,
 }
 
 impl Watch {
