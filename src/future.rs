@@ -316,11 +316,11 @@ where
         let complaint = match challenge::judge(answer.status(), answer.headers()) {
             Verdict::InvalidToken => Complaint::Invalid,
             Verdict::MissingClaims(claims) => Complaint::Claims(claims),
-            Verdict::Unexplained if mark.heeds_unexplained => Complaint::Unexplained,
+            Verdict::Unexplained if mark.heeds_unexplained() => Complaint::Unexplained,
             Verdict::Unexplained | Verdict::NotOurs => return Judged::Answer(answer),
         };
         let (Some(copy), Some(again)) = (copy, self.again) else {
-            cache::refused(mark.token, complaint);
+            cache::refused(mark.token(), complaint);
             return Judged::Answer(answer);
         };
         let (request, (service, ready)) = (R::release(copy), R::release(again));

@@ -1,13 +1,17 @@
 //! [`Ready`]: a token as services attach it, without a lock and with no more than a coarse look at the wall clock;
 //! and [`Door`], by which each service gets to one.
 
-use std::sync::{
-    Arc, OnceLock,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    mem,
+    num::NonZeroU64,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
-use arc_swap::{ArcSwapOption, Guard};
 use http::HeaderValue;
+use try_lock::TryLock;
 
 use crate::{
     cache::Watched,
@@ -23,6 +27,7 @@ pub(crate) struct Ready {
     pub(crate) token: AccessToken,
     /// The token's header value, or a copy of it with a reference count of its own.
     header: HeaderValue,
+    id: TokenId,
     mark: Mark,
     /// Where to see whether the token still stands.
     watched: Watched,
@@ -41,6 +46,7 @@ impl Ready {
     fn with_header(header: HeaderValue, token: AccessToken, settings: Arc<Settings>) -> Arc<Self> {
         Arc::new(Self {
             header,
+            id: token.id(),
             mark: Mark::new(&token, &settings),
             watched: settings.cache.watched().clone(),
             until: token.coarsely_until(),
@@ -68,26 +74,30 @@ impl Ready {
 
     #[inline]
     fn is_watched(&self) -> bool {
-        self.watched.is(self.mark.token)
+        self.watched.is(self.id)
     }
 }
 
 /// What a request in flight knows of its token, to say if it is refused.
 ///
-/// A number and no more: to count references would cost every request what the rare one makes use of that is
-/// refused.
+/// A word and no more: to count references would cost every request what the rare one makes use of that is refused,
+/// and a future that is larger is moved more slowly.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Mark {
-    pub(crate) token: TokenId,
-    pub(crate) heeds_unexplained: bool,
-}
+pub(crate) struct Mark(NonZeroU64);
 
 impl Mark {
     pub(crate) fn new(token: &AccessToken, settings: &Settings) -> Self {
-        Self {
-            token: token.id(),
-            heeds_unexplained: settings.heed_unexplained,
-        }
+        let word = (token.id().get() << 1) | u64::from(settings.heed_unexplained);
+        Self(NonZeroU64::new(word).expect("no token's number is 0"))
+    }
+
+    pub(crate) fn token(self) -> TokenId {
+        TokenId::from(self.0.get() >> 1)
+    }
+
+    /// Whether a refusal counts that does not say what is wrong.
+    pub(crate) fn heeds_unexplained(self) -> bool {
+        self.0.get() & 1 == 1
     }
 }
 
@@ -102,43 +112,50 @@ pub(crate) struct Pass {
 /// Where the clones of a service find the token.
 struct Front {
     settings: Arc<Settings>,
-    ready: ArcSwapOption<Ready>,
+    /// What was found last. Nobody waits for this lock: whoever finds it taken does without.
+    last: TryLock<Option<Arc<Ready>>>,
 }
 
 impl Front {
     fn new(settings: Arc<Settings>) -> Arc<Self> {
         Arc::new(Self {
             settings,
-            ready: ArcSwapOption::empty(),
+            last: TryLock::new(None),
         })
     }
 
     /// What was found last, unless it is known to be of no use by now.
     #[inline]
     fn known(&self) -> Option<Arc<Ready>> {
-        let ready = self.ready.load();
-        let is_watched = ready.as_ref().is_some_and(|ready| ready.is_watched());
-        if is_watched {
-            Guard::into_inner(ready)
-        } else {
-            None
-        }
+        let last = self.last.try_lock()?;
+        let ready = last.as_ref()?;
+        ready.is_watched().then(|| Arc::clone(ready))
     }
 
     /// What was found last if it is fresh, or what the cache has.
     fn find(&self) -> Option<Arc<Ready>> {
-        let last = self.ready.load_full();
+        let Some(last) = self.last.try_lock().map(|last| last.clone()) else {
+            let token = self.settings.cache.attach(None)?;
+            return Some(Ready::new(token, Arc::clone(&self.settings)));
+        };
         if last.as_ref().is_some_and(|ready| ready.is_fresh()) {
             return last;
         }
         let token = self.settings.cache.attach(None)?;
-        if let Some(last) = last.filter(|last| last.mark.token == token.id()) {
+        if let Some(last) = last.filter(|last| last.id == token.id()) {
             return Some(last);
         }
         let header = token.copy_header();
         let ready = Ready::with_header(header, token, Arc::clone(&self.settings));
-        self.ready.store(Some(Arc::clone(&ready)));
+        self.keep(Arc::clone(&ready));
         Some(ready)
+    }
+
+    fn keep(&self, ready: Arc<Ready>) {
+        let replaced = self.last.try_lock();
+        let replaced = replaced.and_then(|mut last| mem::replace(&mut *last, Some(ready)));
+        // After the lock: with the last handle on a cache goes code that is not ours.
+        drop(replaced);
     }
 }
 
@@ -319,6 +336,40 @@ mod tests {
         let [first, second, third] = [0; 3].map(|_| text(&mut cloned.clone()));
         assert_ne!(first, second);
         assert_eq!(second, third);
+    }
+
+    /// Nobody waits for another clone that is being made.
+    #[tokio::test]
+    async fn a_service_whose_token_is_in_use_elsewhere_finds_one_all_the_same() {
+        let settings = settings();
+        settings.cache.get().await.unwrap();
+        tokio::task::yield_now().await;
+        let mut door = Door::new((*settings).clone());
+        assert!(door.pass(None, false).is_some());
+        let Way::Front(front) = &door.way else {
+            unreachable!("it was called once");
+        };
+        let last = front.last.try_lock().unwrap();
+        assert!(last.is_some());
+        for _ in 0..3 {
+            let mut clone = door.clone();
+            assert!(clone.pass(None, false).is_some());
+        }
+        drop(last);
+        assert!(matches!(door.clone().way, Way::Ready(_)));
+    }
+
+    #[tokio::test]
+    async fn a_mark_says_which_token_it_was_and_what_counts() {
+        let mut settings = (*settings()).clone();
+        let token = settings.cache.get().await.unwrap();
+        for heeds in [true, false] {
+            settings.heed_unexplained = heeds;
+            let mark = Mark::new(&token, &settings);
+            assert_eq!(mark.token(), token.id());
+            assert_eq!(mark.heeds_unexplained(), heeds);
+        }
+        assert_eq!(size_of::<Option<Mark>>(), 8);
     }
 
     /// A runtime that is parked, and a machine that slept, stop the watch: the wall clock does not.

@@ -28,7 +28,7 @@ pub struct AccessToken(pub(crate) Arc<Inner>);
 /// Tells a token from every other one of this process, and says where it is kept; later tokens of an entry are
 /// greater.
 ///
-/// One word for both, since every request in flight carries it: 40 bits for the entry, and 24 for the flight that
+/// One number of 63 bits, since every request in flight carries it: 39 for the entry, and 24 for the flight that
 /// brought the token, which start over after half a year of a flight per second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct TokenId(u64);
@@ -48,6 +48,12 @@ impl TokenId {
     #[inline]
     pub(crate) fn get(self) -> u64 {
         self.0
+    }
+}
+
+impl From<u64> for TokenId {
+    fn from(number: u64) -> Self {
+        Self(number)
     }
 }
 
@@ -287,7 +293,7 @@ mod tests {
 
     #[test]
     fn an_id_tells_entries_apart_and_the_tokens_of_one_by_their_order() {
-        let entry = (1 << 40) - 1;
+        let entry = (1 << 39) - 1;
         let [first, second] = [1, 2].map(|flight| TokenId::new(entry, flight));
         assert!(first < second);
         assert_eq!((first.entry(), second.entry()), (entry, entry));
