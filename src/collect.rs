@@ -18,7 +18,7 @@ use tower_service::Service;
 
 use crate::{
     error::BoxError,
-    replay::{CloneBody, Replay, with_body},
+    replay::{CloneBody, Copied, Replay},
 };
 
 /// Reads the bodies of requests up to a limit, so that [`CloneBody`] can send streaming ones again.
@@ -379,11 +379,16 @@ impl<B: Body> Body for CollectedBody<B> {
 
 /// Sends a request again if its body was read to its end within the limit.
 impl<B> Replay<Request<CollectedBody<B>>> for CloneBody {
+    type Copy = Copied<CollectedBody<B>>;
     type Kept<T> = T;
 
-    fn copy(&self, request: &Request<CollectedBody<B>>) -> Option<Request<CollectedBody<B>>> {
+    fn copy(&self, request: &Request<CollectedBody<B>>) -> Option<Self::Copy> {
         let body = request.body().try_clone()?;
-        Some(with_body(request, body))
+        Some(Copied::new(request, body))
+    }
+
+    fn restore(copy: Self::Copy) -> Request<CollectedBody<B>> {
+        copy.restore()
     }
 
     fn keep<T>(make: impl FnOnce() -> T) -> Option<Self::Kept<T>> {

@@ -2,7 +2,6 @@
 //! and [`Door`], by which each service gets to one.
 
 use std::{
-    mem,
     num::NonZeroU64,
     sync::{
         Arc, OnceLock,
@@ -153,7 +152,7 @@ impl Front {
 
     fn keep(&self, ready: Arc<Ready>) {
         let replaced = self.last.try_lock();
-        let replaced = replaced.and_then(|mut last| mem::replace(&mut *last, Some(ready)));
+        let replaced = replaced.and_then(|mut last| last.replace(ready));
         // After the lock: with the last handle on a cache goes code that is not ours.
         drop(replaced);
     }

@@ -59,11 +59,17 @@ impl HttpResponse for Response {
 
 /// Sends a request again if its body is there as bytes, which its copies share; one that streams is sent once.
 impl Replay<Request> for CloneBody {
+    type Copy = Request;
     type Kept<T> = T;
 
     #[inline]
-    fn copy(&self, request: &Request) -> Option<Self::Kept<Request>> {
+    fn copy(&self, request: &Request) -> Option<Self::Copy> {
         request.try_clone()
+    }
+
+    #[inline]
+    fn restore(copy: Self::Copy) -> Request {
+        copy
     }
 
     #[inline]
@@ -79,14 +85,20 @@ impl Replay<Request> for CloneBody {
 
 /// Sends a request again if it has no body, or one of no bytes.
 impl Replay<Request> for EmptyBody {
+    type Copy = Request;
     type Kept<T> = T;
 
     #[inline]
-    fn copy(&self, request: &Request) -> Option<Self::Kept<Request>> {
+    fn copy(&self, request: &Request) -> Option<Self::Copy> {
         match request.body().map(Body::as_bytes) {
             None | Some(Some([])) => request.try_clone(),
             Some(_) => None,
         }
+    }
+
+    #[inline]
+    fn restore(copy: Self::Copy) -> Request {
+        copy
     }
 
     #[inline]
@@ -147,7 +159,7 @@ mod tests {
     fn a_copy_is_made_of_what_can_be_sent_again() {
         fn copies<R: Replay<Request>>(replay: R, body: Option<Body>) -> bool {
             let request = request("https://api.example.com/", body);
-            let copy = replay.copy(&request).map(R::release);
+            let copy = replay.copy(&request).map(R::restore);
             if let Some(copy) = &copy {
                 assert_eq!(
                     (copy.method(), copy.url()),

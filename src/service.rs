@@ -132,7 +132,7 @@ impl<S, R> BearerAuth<S, R> {
     fn sign<Req>(
         &mut self,
         request: &mut Req,
-        copy: &mut Option<R::Kept<Req>>,
+        copy: &mut Option<R::Copy>,
     ) -> Result<Sent<S, R, Req>, Obstacle>
     where
         S: Clone,
