@@ -29,12 +29,12 @@ const CASES: [(&str, &str, Option<f64>); 10] = [
     (KEPT, KEPT, None),
     ("least layer, kept", KEPT, None),
     ("least layer, copying, kept", KEPT, None),
-    ("bearer, kept", KEPT, Some(1.23)),
-    ("bearer with origins, kept", KEPT, Some(1.37)),
-    ("bearer with replay, kept", KEPT, Some(1.72)),
+    ("bearer, kept", KEPT, Some(1.21)),
+    ("bearer with origins, kept", KEPT, Some(1.35)),
+    ("bearer with replay, kept", KEPT, Some(1.52)),
     (CLONED, CLONED, None),
     ("least layer, cloned", CLONED, None),
-    ("bearer, cloned", CLONED, Some(1.33)),
+    ("bearer, cloned", CLONED, Some(1.23)),
 ];
 
 const KEPT: &str = "static header, kept";

@@ -1,4 +1,4 @@
-//! [`Ready`]: a token as services attach it, without a lock and with no more than a coarse look at the wall clock;
+//! [`Ready`]: a token as services attach it, with no wait for a lock and no more than a coarse look at the wall clock;
 //! and [`Door`], by which each service gets to one.
 
 use std::{
