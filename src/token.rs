@@ -25,23 +25,30 @@ use crate::{
 #[derive(Clone)]
 pub struct AccessToken(pub(crate) Arc<Inner>);
 
-/// Tells a token from every other one of this process, and says where it is kept; later tokens of an entry are
-/// greater.
+/// Tells a token from every other one of this process that may be in use, and says where it is kept.
 ///
 /// One number of 63 bits, since every request in flight carries it: 39 for the entry, and 24 for the flight that
 /// brought the token, which start over after half a year of a flight per second.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TokenId(u64);
 
 impl TokenId {
     const FLIGHT_BITS: u32 = 24;
+    const FLIGHT: u64 = (1 << Self::FLIGHT_BITS) - 1;
 
     pub(crate) fn new(entry: KeyId, flight: u64) -> Self {
-        Self((entry << Self::FLIGHT_BITS) | (flight & ((1 << Self::FLIGHT_BITS) - 1)))
+        Self((entry << Self::FLIGHT_BITS) | (flight & Self::FLIGHT))
     }
 
     pub(crate) fn entry(self) -> KeyId {
         self.0 >> Self::FLIGHT_BITS
+    }
+
+    /// Whether it is one of the tokens of an entry from `first` to `last`, both included.
+    pub(crate) fn is_between(self, first: Self, last: Self) -> bool {
+        // The flights may have started over in between.
+        let back = |id: Self| last.0.wrapping_sub(id.0) & Self::FLIGHT;
+        self.entry() == last.entry() && back(self) <= back(first)
     }
 
     /// The whole number; never 0, since no entry's is.
@@ -294,14 +301,15 @@ mod tests {
     #[test]
     fn an_id_tells_entries_apart_and_the_tokens_of_one_by_their_order() {
         let entry = (1 << 39) - 1;
-        let [first, second] = [1, 2].map(|flight| TokenId::new(entry, flight));
-        assert!(first < second);
-        assert_eq!((first.entry(), second.entry()), (entry, entry));
-        assert_ne!(first, TokenId::new(entry - 1, 1));
+        let last = (1 << 24) - 1;
         // A count that has gone too far does not become another entry's.
-        let (last, next) = ((1 << 24) - 1, 1 << 24);
-        assert_eq!(TokenId::new(1, last).entry(), 1);
-        assert_eq!(TokenId::new(1, next), TokenId::new(1, 0));
-        assert_ne!(TokenId::new(1, next).get(), 0);
+        let ids = [last - 1, last, last + 1, last + 2].map(|flight| TokenId::new(entry, flight));
+        for (nth, id) in ids.into_iter().enumerate() {
+            assert_eq!(id.entry(), entry);
+            assert_eq!(id.is_between(ids[1], ids[2]), (1..=2).contains(&nth));
+            assert!(id.is_between(ids[0], ids[3]));
+            assert!(!TokenId::new(entry - 1, 1).is_between(id, ids[3]));
+        }
+        assert_ne!(TokenId::new(1, last + 1).get(), 0);
     }
 }

@@ -390,7 +390,8 @@ impl<F: Clone + PartialEq> State<F> {
     /// The token that is held, if it has the text of this one.
     pub(crate) fn token_of(&self, id: TokenId) -> Option<AccessToken> {
         let token = self.token.as_ref()?;
-        let is_alike = id <= token.id() && self.alike_since.is_some_and(|first| first <= id);
+        let is_alike = |first| id.is_between(first, token.id());
+        let is_alike = self.alike_since.is_some_and(is_alike);
         is_alike.then(|| token.clone())
     }
 
@@ -871,6 +872,29 @@ mod tests {
         case.pass(750.0);
         case.grant("newest", 1_000);
         assert!(case.state.token_of(again[1].id()).is_none());
+    }
+
+    /// The count of flights in an id starts over, and no 401 is lost for that.
+    #[test]
+    fn an_id_stands_for_its_text_past_the_last_number() {
+        let mut case = Case::new();
+        case.state.flights = (1 << 24) - 4;
+        let old = case.grant("old", 1_000);
+        let mut alike = Vec::new();
+        for _ in 0..4 {
+            case.pass(750.0);
+            alike.push(case.grant("newer", 1_000));
+            for token in &alike {
+                assert!(case.state.token_of(token.id()).is_some());
+            }
+        }
+        assert!(case.state.token_of(old.id()).is_none());
+        case.pass(750.0);
+        let newest = case.grant("newest", 1_000);
+        for token in &alike {
+            assert!(case.state.token_of(token.id()).is_none());
+        }
+        assert!(case.state.token_of(newest.id()).is_some());
     }
 
     /// Law 8: without a token to replay with, a late 401 costs nothing either.
