@@ -141,7 +141,8 @@ impl Front {
             return last;
         }
         let token = self.settings.cache.attach(None)?;
-        if let Some(last) = last.filter(|last| last.id == token.id()) {
+        // Not by the id: what was kept for long enough may have that of another token.
+        if let Some(last) = last.filter(|last| Arc::ptr_eq(&last.token.0, &token.0)) {
             return Some(last);
         }
         let header = token.copy_header();
@@ -290,7 +291,9 @@ mod tests {
     use crate::{
         cache::TokenCache,
         origin::Origins,
+        policy::Schedule,
         source::{TokenResponse, source_fn},
+        time::Now,
     };
 
     fn settings() -> Arc<Settings> {
@@ -356,6 +359,28 @@ mod tests {
         }
         drop(last);
         assert!(matches!(door.clone().way, Way::Ready(_)));
+    }
+
+    /// Ids start over after so many flights: one that a service has kept for that long is another token's by then.
+    #[tokio::test]
+    async fn a_token_that_was_kept_is_not_taken_for_one_of_the_same_id() {
+        let settings = settings();
+        let token = settings.cache.get().await.unwrap();
+        tokio::task::yield_now().await;
+        let mut now = Now::read();
+        // A coarse reading is behind by some milliseconds.
+        now.wall -= Duration::from_secs(1);
+        let schedule = Schedule {
+            refresh_after: Duration::ZERO,
+            expires_after: Duration::ZERO,
+            extended_after: None,
+        };
+        let old = TokenResponse::new("old").unwrap();
+        let old = AccessToken::new(old, token.id(), TokenRequest::new(), schedule, now, now);
+        let front = Front::new(Arc::clone(&settings));
+        front.keep(Ready::new(old, settings));
+        let found = front.find().unwrap();
+        assert_eq!(found.token.expose_secret(), token.expose_secret());
     }
 
     #[tokio::test]
