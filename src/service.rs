@@ -105,7 +105,11 @@ where
         match self.sign(&mut request, &mut copy) {
             // The one place from which requests leave at once, so that the inner service's code can be part of it.
             Ok(sent) => ResponseFuture::sending(self.inner.call(request), sent, copy),
-            Err(obstacle) => self.call_later(request, obstacle),
+            Err(obstacle) => {
+                // Its drop is foreign code: if that panicked once the future is there, the future would never be dropped.
+                discard(&mut copy);
+                self.call_later(request, obstacle)
+            }
         }
     }
 }

@@ -16,7 +16,9 @@ use std::{
 use fastrand::Rng;
 use http::{HeaderValue, Request, Response, header::AUTHORIZATION};
 use tower::{Layer, Service, service_fn};
-use tower_bearer::{BearerAuth, BearerAuthLayer, CloneBody, WithoutToken};
+use tower_bearer::{
+    BearerAuth, BearerAuthLayer, CloneBody, TokenResponse, WithoutToken, source_fn,
+};
 
 use crate::support::{
     Api, AuthServer, INVALID_TOKEN, bearer, echo, poll_once, settle, unauthorized,
@@ -151,6 +153,42 @@ async fn a_body_that_panics_when_it_is_cloned_costs_its_request_alone() {
     assert_eq!(response.body(), "token-2");
     assert_eq!(api.tokens(), ["token-1", "token-2"]);
     assert_eq!(census.alive(), 0);
+}
+
+/// Neither the request that waits nor, with it, the cache is left behind.
+#[tokio::test(start_paused = true)]
+async fn a_copy_that_panics_when_it_is_dropped_leaks_nothing() {
+    enum Body {
+        Original,
+        Copy,
+    }
+
+    impl Clone for Body {
+        fn clone(&self) -> Self {
+            Self::Copy
+        }
+    }
+
+    impl Drop for Body {
+        fn drop(&mut self) {
+            assert!(matches!(self, Self::Original), "the copy panics");
+        }
+    }
+
+    let used = Arc::new(());
+    let kept = Arc::downgrade(&used);
+    let source = source_fn(move |_| {
+        let _ = &used;
+        async { TokenResponse::new("token") }
+    });
+    let api = Api::echoing();
+    let mut client = BearerAuthLayer::new(source)
+        .replay(CloneBody)
+        .layer(api.clone());
+    assert!(panics(|| client.call(post(Body::Original))));
+    drop(client);
+    assert!(kept.upgrade().is_none());
+    assert!(api.arrivals().is_empty());
 }
 
 /// So are services, at either sending.
