@@ -387,12 +387,14 @@ impl Entry {
             Outcome::Failed(error) => Some(error.clone()),
             Outcome::Granted(..) | Outcome::Lost => None,
         };
+        // And a source is foreign code itself.
+        let grant = self.source().grant();
         let mut state = self.state.lock();
         let mut shared = self.endpoint.gate.lock();
         let _remembered = state.remembered(&shared);
         let mut landing = Landing {
             now,
-            grant: self.source().grant(),
+            grant,
             before: state.trouble(),
             failing: None,
         };
