@@ -257,6 +257,29 @@ impl Door {
         Some(ready.pass(keep))
     }
 
+    /// A service that finds its token by `front`.
+    #[inline]
+    fn by(front: &Arc<Front>) -> Self {
+        Self::to(match front.known() {
+            Some(ready) => Way::Ready(ready),
+            None => Way::Front(Arc::clone(front)),
+        })
+    }
+
+    /// Makes a clone while there is nothing for clones yet.
+    fn clone_first(&self) -> Self {
+        if self.cloned.load(Ordering::Relaxed) {
+            return Self::by(self.own());
+        }
+        self.cloned.store(true, Ordering::Relaxed);
+        match &self.way {
+            Way::Ready(ready) if ready.is_watched() => Self::to(Way::Ready(Arc::clone(ready))),
+            // A clone may be the next to be cloned, and so on: each would have to make itself a copy of the next token.
+            Way::Ready(_) => Self::by(self.own()),
+            Way::Front(front) => Self::by(front),
+        }
+    }
+
     fn own(&self) -> &Arc<Front> {
         self.own
             .get_or_init(|| Front::new(Arc::clone(self.settings())))
@@ -264,28 +287,23 @@ impl Door {
 }
 
 impl Clone for Door {
+    #[inline]
     fn clone(&self) -> Self {
-        let front = match (self.own.get(), &self.way) {
-            (Some(own), _) => own,
-            (None, _) if self.cloned.load(Ordering::Relaxed) => self.own(),
-            (None, way) => {
-                self.cloned.store(true, Ordering::Relaxed);
-                match way {
-                    Way::Ready(ready) => return Self::to(Way::Ready(Arc::clone(ready))),
-                    Way::Front(front) => front,
-                }
-            }
-        };
-        Self::to(match front.known() {
-            Some(ready) => Way::Ready(ready),
-            None => Way::Front(Arc::clone(front)),
-        })
+        match self.own.get() {
+            Some(own) => Self::by(own),
+            None => self.clone_first(),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, SystemTime};
+    use std::{
+        mem,
+        time::{Duration, SystemTime},
+    };
+
+    use tokio::runtime::Builder;
 
     use super::*;
     use crate::{
@@ -308,14 +326,18 @@ mod tests {
         })
     }
 
+    fn header(door: &mut Door) -> HeaderValue {
+        door.pass(None, false).unwrap().header
+    }
+
+    /// Where the text is that the service attaches: the same place is the same count of references.
+    fn text(door: &mut Door) -> *const u8 {
+        header(door).as_bytes().as_ptr()
+    }
+
     /// What is used more than once counts references where nobody else does.
     #[tokio::test]
     async fn a_service_that_is_called_again_or_cloned_again_has_a_copy_of_its_own() {
-        fn text(door: &mut Door) -> *const u8 {
-            let pass = door.pass(None, false).unwrap();
-            pass.header.as_bytes().as_ptr()
-        }
-
         let settings = settings();
         settings.cache.get().await.unwrap();
         // Somebody watches the token from here on.
@@ -338,6 +360,43 @@ mod tests {
         let [first, second, third] = [0; 3].map(|_| text(&mut cloned.clone()));
         assert_ne!(first, second);
         assert_eq!(second, third);
+    }
+
+    /// As in a middleware that calls the service which was polled ready, and keeps a clone in its place.
+    #[tokio::test]
+    async fn a_service_that_gives_way_to_its_clone_passes_on_each_token() {
+        let settings = settings();
+        let mut kept = Door::new((*settings).clone());
+        for _ in 0..2 {
+            let token = settings.cache.get().await.unwrap();
+            tokio::task::yield_now().await;
+            // Held on to, so that each one has a place of its own.
+            let headers = [0; 6].map(|_| {
+                let clone = kept.clone();
+                header(&mut mem::replace(&mut kept, clone))
+            });
+            let [.., third, _, _, last] = headers.each_ref().map(|h| h.as_bytes().as_ptr());
+            assert_eq!(third, last);
+            settings.cache.invalidate(&token);
+        }
+    }
+
+    /// A token that has to be looked at each time is no reason to make a copy each time.
+    #[test]
+    fn clones_share_a_token_that_nobody_watches() {
+        let settings = settings();
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(settings.cache.get()).unwrap();
+        let door = Door::new((*settings).clone());
+        let mut headers = vec![header(&mut door.clone()), header(&mut door.clone())];
+        assert!(matches!(door.clone().way, Way::Ready(_)));
+        // With the runtime goes the watch.
+        drop(runtime);
+        assert!(matches!(door.clone().way, Way::Front(_)));
+        headers.extend([0; 3].map(|_| header(&mut door.clone())));
+        let places: Vec<_> = headers.iter().map(|h| h.as_bytes().as_ptr()).collect();
+        assert_ne!(places[0], places[1]);
+        assert_eq!(places[1..], [places[1]; 4]);
     }
 
     /// Nobody waits for another clone that is being made.
