@@ -310,6 +310,12 @@ mod tests {
             assert!(id.is_between(ids[0], ids[3]));
             assert!(!TokenId::new(entry - 1, 1).is_between(id, ids[3]));
         }
+        for flight in [last, last + 1, u64::MAX] {
+            assert_eq!(TokenId::new(2, flight).entry(), 2);
+        }
+        assert_eq!(TokenId::new(2, last + 1), TokenId::new(2, 0));
         assert_ne!(TokenId::new(1, last + 1).get(), 0);
+        // Who keeps it has a bit to spare.
+        assert_eq!(TokenId::new(entry, last).get(), u64::MAX >> 1);
     }
 }

@@ -869,6 +869,9 @@ mod tests {
             assert_eq!(held.id(), again[1].id());
         }
         assert!(case.state.token_of(old.id()).is_none());
+        // One of before the flights' numbers started over.
+        let oldest = TokenId::new(1, u64::MAX);
+        assert!(case.state.token_of(oldest).is_none());
         case.pass(750.0);
         case.grant("newest", 1_000);
         assert!(case.state.token_of(again[1].id()).is_none());

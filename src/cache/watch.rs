@@ -114,3 +114,20 @@ impl Drop for Watch {
 
 /// The monotonic clock, and with it this timer, stops while a machine sleeps: look at the wall clock too.
 const STEP: Duration = Duration::from_secs(30);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_watch_ends_no_later_one() {
+        let watched = Watched::default();
+        let [old, new] = [1, 2].map(|flight| TokenId::new(1, flight));
+        watched.begin(old);
+        watched.begin(new);
+        watched.end(old);
+        assert!(watched.is(new) && !watched.is(old));
+        watched.end(new);
+        assert!(!watched.is(new));
+    }
+}
