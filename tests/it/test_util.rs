@@ -7,7 +7,7 @@ use tokio::time;
 use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_bearer::{
     BearerAuthLayer, CloneBody, Fetch, RefreshPolicy, RefreshToken, SharedSource, TokenCache,
-    TokenError, TokenRequest, TokenResponse, TokenSource,
+    TokenError, TokenRequest, TokenResponse, TokenSource, TokenState,
     test_util::{Answer, ScriptedSource, bearer, errors, unauthorized},
 };
 
@@ -185,6 +185,23 @@ async fn a_fixed_token_outlives_time_and_refusals() {
         time::sleep(secs(6)).await;
     }
     cache.shutdown_and_revoke().await.unwrap();
+}
+
+/// Whether or not its request is to be sent again, a refusal is heard: of what comes of it, there is the status.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_of_a_fixed_token_is_heard() {
+    for replays in [false, true] {
+        let cache = TokenCache::fixed("fixed");
+        let refusing = api(|_| refuse(r#"Bearer error="invalid_token""#));
+        let layer = BearerAuthLayer::new(cache.clone());
+        let answer = match replays {
+            true => layer.replay(CloneBody).layer(refusing).oneshot(get()).await,
+            false => layer.layer(refusing).oneshot(get()).await,
+        };
+        assert_eq!(answer.unwrap().status(), StatusCode::UNAUTHORIZED);
+        settle().await;
+        assert_eq!(cache.status().state(), TokenState::Refused, "{replays}");
+    }
 }
 
 #[test]
