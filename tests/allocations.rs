@@ -9,13 +9,16 @@ use std::{
     convert::Infallible,
     future::{Ready, ready},
     hint::black_box,
+    mem,
     sync::LazyLock,
     time::Duration,
 };
 
 use http::{Request, Response};
 use tower::{Layer, Service, service_fn};
-use tower_bearer::{BearerAuthLayer, TokenCache, TokenRequest, TokenResponse, source_fn};
+use tower_bearer::{
+    BearerAuthLayer, TokenCache, TokenEvent, TokenRequest, TokenResponse, source_fn,
+};
 use tower_http::auth::AddAuthorizationLayer;
 
 #[global_allocator]
@@ -77,6 +80,28 @@ where
     least
 }
 
+/// What a thousand requests allocate of which each one's service leaves a clone in its place, as a middleware does that
+/// calls the very service which was polled ready; the least of three times.
+async fn gives_way<S>(service: &mut S) -> u64
+where
+    S: Service<Request<()>, Response = Response<()>> + Clone,
+    S::Error: std::fmt::Debug,
+{
+    let mut least = u64::MAX;
+    for _ in 0..3 {
+        let mut before = 0;
+        for number in 0..1_003 {
+            if number == 3 {
+                before = dhat::HeapStats::get().total_blocks;
+            }
+            let clone = service.clone();
+            once(&mut mem::replace(service, clone), Request::new(())).await;
+        }
+        least = least.min(dhat::HeapStats::get().total_blocks - before);
+    }
+    least
+}
+
 async fn once<S>(service: &mut S, request: Request<()>)
 where
     S: Service<Request<()>, Response = Response<()>>,
@@ -101,9 +126,18 @@ async fn a_request_that_finds_a_token_allocates_no_more_than_a_static_header() {
     cache.get().await.unwrap();
     cache.get_for(&KEY).await.unwrap();
     // The origin of a relative URI is the service's own.
-    let ours = BearerAuthLayer::new(cache).layer(service_fn(answer));
+    let ours = BearerAuthLayer::new(cache.clone()).layer(service_fn(answer));
     let fixed = AddAuthorizationLayer::bearer("token").layer(service_fn(answer));
+    let mut giving_way = (ours.clone(), fixed.clone());
     let (ours, fixed) = (blocks(ours).await, blocks(fixed).await);
     assert!(fixed.kept > 0, "the allocator does not count");
     assert_eq!(ours, fixed);
+
+    assert_eq!(gives_way(&mut giving_way.0).await, fixed.kept);
+    assert_eq!(gives_way(&mut giving_way.1).await, fixed.kept);
+    // And with the next token too.
+    let (first, mut events) = (cache.peek().unwrap(), cache.events());
+    cache.invalidate(&first);
+    while !matches!(events.next().await, Some(TokenEvent::TokenReceived { .. })) {}
+    assert_eq!(gives_way(&mut giving_way.0).await, fixed.kept);
 }
