@@ -18,7 +18,7 @@ use tower_service::Service;
 
 use crate::{
     error::BoxError,
-    replay::{CloneBody, Copied, Replay},
+    replay::{CloneBody, Replay, RequestCopy},
 };
 
 /// Reads the bodies of requests up to a limit, so that [`CloneBody`] can send streaming ones again.
@@ -379,15 +379,15 @@ impl<B: Body> Body for CollectedBody<B> {
 
 /// Sends a request again if its body was read to its end within the limit.
 impl<B> Replay<Request<CollectedBody<B>>> for CloneBody {
-    type Copy = Copied<CollectedBody<B>>;
+    type Copied = RequestCopy<CollectedBody<B>>;
     type Kept<T> = T;
 
-    fn copy(&self, request: &Request<CollectedBody<B>>) -> Option<Self::Copy> {
+    fn copy(&self, request: &Request<CollectedBody<B>>) -> Option<Self::Copied> {
         let body = request.body().try_clone()?;
-        Some(Copied::new(request, body))
+        Some(RequestCopy::new(request, body))
     }
 
-    fn restore(copy: Self::Copy) -> Request<CollectedBody<B>> {
+    fn restore(copy: Self::Copied) -> Request<CollectedBody<B>> {
         copy.restore()
     }
 

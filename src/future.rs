@@ -46,7 +46,7 @@ pin_project! {
         state: State<S, R, Req>,
         // Of a request that the inner service has; beside the state and each by itself, to be moved less often.
         sent: Sent<S, R, Req>,
-        copy: Option<R::Copy>,
+        copy: Option<R::Copied>,
     }
 }
 
@@ -78,7 +78,7 @@ where
     pub(crate) fn sending(
         response: S::Future,
         sent: Sent<S, R, Req>,
-        copy: Option<R::Copy>,
+        copy: Option<R::Copied>,
     ) -> Self {
         Self {
             state: State::Sending { response },
@@ -306,7 +306,7 @@ where
     }
 
     /// Tells the cache if `answer` is a refusal of the token, and whether the request is to go once more.
-    fn judge(self, answer: S::Response, copy: Option<R::Copy>) -> Judged<S, R, Req>
+    fn judge(self, answer: S::Response, copy: Option<R::Copied>) -> Judged<S, R, Req>
     where
         S: Service<Req, Response: HttpResponse>,
     {

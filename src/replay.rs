@@ -25,7 +25,7 @@ pub trait Replay<Req>: sealed::Sealed + Clone {
     ///
     /// Where there never is a second sending, a type without values: an `Option` of it takes no room.
     #[doc(hidden)]
-    type Copy;
+    type Copied;
 
     /// What it stores of a `T` that it needs for the second sending, in the same manner.
     #[doc(hidden)]
@@ -33,11 +33,11 @@ pub trait Replay<Req>: sealed::Sealed + Clone {
 
     /// Copies the request, if it may be sent again.
     #[doc(hidden)]
-    fn copy(&self, request: &Req) -> Option<Self::Copy>;
+    fn copy(&self, request: &Req) -> Option<Self::Copied>;
 
     /// Makes the request of its copy.
     #[doc(hidden)]
-    fn restore(copy: Self::Copy) -> Req;
+    fn restore(copy: Self::Copied) -> Req;
 
     /// Keeps what else a second sending takes.
     #[doc(hidden)]
@@ -82,16 +82,16 @@ pub struct CloneBody;
 pub struct EmptyBody;
 
 impl<Req> Replay<Req> for Never {
-    type Copy = Infallible;
+    type Copied = Infallible;
     type Kept<T> = Infallible;
 
     #[inline]
-    fn copy(&self, _: &Req) -> Option<Self::Copy> {
+    fn copy(&self, _: &Req) -> Option<Self::Copied> {
         None
     }
 
     #[inline]
-    fn restore(copy: Self::Copy) -> Req {
+    fn restore(copy: Self::Copied) -> Req {
         match copy {}
     }
 
@@ -107,16 +107,16 @@ impl<Req> Replay<Req> for Never {
 }
 
 impl<B: Clone> Replay<Request<B>> for CloneBody {
-    type Copy = Copied<B>;
+    type Copied = RequestCopy<B>;
     type Kept<T> = T;
 
     #[inline]
-    fn copy(&self, request: &Request<B>) -> Option<Self::Copy> {
-        Some(Copied::new(request, request.body().clone()))
+    fn copy(&self, request: &Request<B>) -> Option<Self::Copied> {
+        Some(RequestCopy::new(request, request.body().clone()))
     }
 
     #[inline]
-    fn restore(copy: Self::Copy) -> Request<B> {
+    fn restore(copy: Self::Copied) -> Request<B> {
         copy.restore()
     }
 
@@ -132,21 +132,22 @@ impl<B: Clone> Replay<Request<B>> for CloneBody {
 }
 
 impl<B: Body + Default> Replay<Request<B>> for EmptyBody {
-    type Copy = Copied<B>;
+    type Copied = RequestCopy<B>;
     type Kept<T> = T;
 
     #[inline]
-    fn copy(&self, request: &Request<B>) -> Option<Self::Copy> {
+    fn copy(&self, request: &Request<B>) -> Option<Self::Copied> {
         if !request.body().is_end_stream() {
             return None;
         }
         let body = B::default();
         // Nothing obliges a default to be empty.
-        body.is_end_stream().then(|| Copied::new(request, body))
+        body.is_end_stream()
+            .then(|| RequestCopy::new(request, body))
     }
 
     #[inline]
-    fn restore(copy: Self::Copy) -> Request<B> {
+    fn restore(copy: Self::Copied) -> Request<B> {
         copy.restore()
     }
 
@@ -170,7 +171,7 @@ impl<B: Body + Default> Replay<Request<B>> for EmptyBody {
     reason = "nobody has a use for one but the layer's futures"
 )]
 #[derive(Debug)]
-pub struct Copied<B> {
+pub struct RequestCopy<B> {
     method: Method,
     uri: Uri,
     version: Version,
@@ -180,7 +181,7 @@ pub struct Copied<B> {
     body: B,
 }
 
-impl<B> Copied<B> {
+impl<B> RequestCopy<B> {
     #[inline]
     pub(crate) fn new(request: &Request<B>, body: B) -> Self {
         let headers = request.headers();
@@ -325,9 +326,9 @@ mod tests {
 
     #[test]
     fn what_never_keeps_takes_no_room() {
-        type Copy<R> = Option<<R as Replay<Request<String>>>::Copy>;
+        type Copied<R> = Option<<R as Replay<Request<String>>>::Copied>;
         type Kept<R> = Option<<R as Replay<Request<String>>>::Kept<[u64; 32]>>;
-        assert_eq!(size_of::<(Copy<Never>, Kept<Never>)>(), 0);
+        assert_eq!(size_of::<(Copied<Never>, Kept<Never>)>(), 0);
         assert!(size_of::<Kept<CloneBody>>() >= 256);
     }
 

@@ -59,16 +59,16 @@ impl HttpResponse for Response {
 
 /// Sends a request again if its body is there as bytes, which its copies share; one that streams is sent once.
 impl Replay<Request> for CloneBody {
-    type Copy = Request;
+    type Copied = Request;
     type Kept<T> = T;
 
     #[inline]
-    fn copy(&self, request: &Request) -> Option<Self::Copy> {
+    fn copy(&self, request: &Request) -> Option<Self::Copied> {
         request.try_clone()
     }
 
     #[inline]
-    fn restore(copy: Self::Copy) -> Request {
+    fn restore(copy: Self::Copied) -> Request {
         copy
     }
 
@@ -85,11 +85,11 @@ impl Replay<Request> for CloneBody {
 
 /// Sends a request again if it has no body, or one of no bytes.
 impl Replay<Request> for EmptyBody {
-    type Copy = Request;
+    type Copied = Request;
     type Kept<T> = T;
 
     #[inline]
-    fn copy(&self, request: &Request) -> Option<Self::Copy> {
+    fn copy(&self, request: &Request) -> Option<Self::Copied> {
         match request.body().map(Body::as_bytes) {
             None | Some(Some([])) => request.try_clone(),
             Some(_) => None,
@@ -97,7 +97,7 @@ impl Replay<Request> for EmptyBody {
     }
 
     #[inline]
-    fn restore(copy: Self::Copy) -> Request {
+    fn restore(copy: Self::Copied) -> Request {
         copy
     }
 

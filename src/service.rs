@@ -136,7 +136,7 @@ impl<S, R> BearerAuth<S, R> {
     fn sign<Req>(
         &mut self,
         request: &mut Req,
-        copy: &mut Option<R::Copy>,
+        copy: &mut Option<R::Copied>,
     ) -> Result<Sent<S, R, Req>, Obstacle>
     where
         S: Clone,
