@@ -5,7 +5,7 @@ use std::{
     num::NonZeroU64,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -109,6 +109,9 @@ pub(crate) struct Pass {
 }
 
 /// Where the clones of a service find the token.
+///
+/// On cache lines of its own, since each clone writes to it.
+#[repr(align(128))]
 struct Front {
     settings: Arc<Settings>,
     /// What was found last. Nobody waits for this lock: whoever finds it taken does without.
@@ -164,16 +167,34 @@ impl Front {
     }
 }
 
+/// One [`Front`] for each of some threads: a service that is cloned for each request may be cloned by all at once.
+#[derive(Default)]
+struct Fronts([OnceLock<Arc<Front>>; STRIPES]);
+
+const STRIPES: usize = 16;
+
+impl Fronts {
+    /// The one of this thread, and of few others if there are many.
+    #[inline]
+    fn here(&self) -> &OnceLock<Arc<Front>> {
+        static THREADS: AtomicUsize = AtomicUsize::new(0);
+        thread_local! {
+            static STRIPE: usize = THREADS.fetch_add(1, Ordering::Relaxed) % STRIPES;
+        }
+        &self.0[STRIPE.with(|stripe| *stripe)]
+    }
+}
+
 /// A service's way to the token.
 ///
 /// What requests count themselves in and out of, above all the header's text, is on cache lines that are slow if
 /// several threads write them. So whatever is used more than once gets copies of its own: a service that is called
-/// again, and one that is cloned again, for all the clones to come, which may each be for one request.
+/// again, and one that is cloned again, one per thread for all the clones to come, which may each be for one request.
 pub(crate) struct Door {
     way: Way,
     sharing: Sharing,
     /// For the clones of this service, from the second one on.
-    own: OnceLock<Arc<Front>>,
+    own: OnceLock<Box<Fronts>>,
     cloned: AtomicBool,
 }
 
@@ -286,15 +307,15 @@ impl Door {
     }
 
     fn own(&self) -> &Arc<Front> {
-        self.own
-            .get_or_init(|| Front::new(Arc::clone(self.settings())))
+        let front = self.own.get_or_init(Box::default).here();
+        front.get_or_init(|| Front::new(Arc::clone(self.settings())))
     }
 }
 
 impl Clone for Door {
     #[inline]
     fn clone(&self) -> Self {
-        match self.own.get() {
+        match self.own.get().and_then(|own| own.here().get()) {
             Some(own) => Self::by(own),
             None => self.clone_first(),
         }
@@ -304,7 +325,8 @@ impl Clone for Door {
 #[cfg(test)]
 mod tests {
     use std::{
-        mem,
+        collections::HashSet,
+        mem, thread,
         time::{Duration, SystemTime},
     };
 
@@ -402,6 +424,34 @@ mod tests {
         let places: Vec<_> = headers.iter().map(|h| h.as_bytes().as_ptr()).collect();
         assert_ne!(places[0], places[1]);
         assert_eq!(places[1..], [places[1]; 4]);
+    }
+
+    /// A service that all threads clone for each request would otherwise be slower than one thread.
+    #[tokio::test]
+    async fn the_clones_that_threads_make_of_one_service_share_nothing_with_those_of_others() {
+        let settings = settings();
+        settings.cache.get().await.unwrap();
+        tokio::task::yield_now().await;
+        let parent = Door::new((*settings).clone());
+        drop(parent.clone());
+        let texts = || {
+            [0; 3].map(|_| {
+                let pass = parent.clone().pass(None, false).unwrap();
+                pass.header.as_bytes().as_ptr() as usize
+            })
+        };
+        let threads = thread::scope(|scope| {
+            let threads: Vec<_> = (0..STRIPES).map(|_| scope.spawn(texts)).collect();
+            let threads = threads.into_iter().map(|thread| thread.join().unwrap());
+            threads.collect::<Vec<_>>()
+        });
+        let mut copies = HashSet::new();
+        for [first, second, third] in threads {
+            assert_eq!([first, first], [second, third]);
+            copies.insert(first);
+        }
+        // Other tests count threads too, so that two of these may have got the same stripe.
+        assert!(copies.len() > STRIPES / 4, "{}", copies.len());
     }
 
     /// Nobody waits for another clone that is being made.
