@@ -6,7 +6,8 @@
 //! does. A `keyed` request names among its extensions what its token is for.
 //!
 //! Criterion tells the times of one thread, one subject after the other. The ratios are taken in rounds in which
-//! every subject has its turn, on one thread and on two at once, so that what else the machine does falls on all.
+//! every subject has its turn, on one thread and on two at once, so that what else the machine does falls on all. Two
+//! threads have a service each, or clone one for all their requests.
 #![expect(
     missing_docs,
     reason = "the function is made by a macro of criterion's"
@@ -92,7 +93,19 @@ struct Subject {
 #[derive(Clone, Copy)]
 struct Way {
     cloned: bool,
+    /// Whether all threads clone the same service.
+    shared: bool,
     threads: usize,
+}
+
+impl Way {
+    const fn new(cloned: bool, shared: bool, threads: usize) -> Self {
+        Self {
+            cloned,
+            shared,
+            threads,
+        }
+    }
 }
 
 impl Measure for Vec<Subject> {
@@ -100,15 +113,16 @@ impl Measure for Vec<Subject> {
     where
         S: Service<Request<Body>> + Clone + Send + Sync + 'static,
     {
+        let service = Arc::new(service);
         let run = move |way: Way, slice| {
             let start = Arc::new(Barrier::new(way.threads));
             let threads = (0..way.threads).map(|_| {
-                let (service, start) = (service.clone(), Arc::clone(&start));
+                let (service, start) = (Arc::clone(&service), Arc::clone(&start));
                 thread::spawn(move || {
                     // A lock that is taken makes its caller wait.
                     let runtime = runtime::Builder::new_current_thread().build();
                     let runtime = runtime.expect("a runtime can be built");
-                    runtime.block_on(send(service, request, way.cloned, slice, &start))
+                    runtime.block_on(send(&*service, request, way, slice, &start))
                 })
             });
             let threads: Vec<_> = threads.collect();
@@ -127,17 +141,18 @@ impl Measure for Vec<Subject> {
 
 /// Sends requests for about as long as `slice`, and returns how many nanoseconds each one took.
 async fn send<S>(
-    mut service: S,
+    shared: &S,
     request: fn() -> Request<Body>,
-    cloned: bool,
+    way: Way,
     slice: Duration,
     start: &Barrier,
 ) -> f64
 where
     S: Service<Request<Body>> + Clone,
 {
+    let mut own = shared.clone();
     for _ in 0..BATCH {
-        one(&mut service, request()).await;
+        one(&mut own, request()).await;
     }
     start.wait();
     let (mut took, mut sent) = (Duration::ZERO, 0);
@@ -145,9 +160,10 @@ where
         let requests: Vec<_> = (0..BATCH).map(|_| request()).collect();
         let start = Instant::now();
         for request in requests {
-            match cloned {
-                true => one(&mut service.clone(), request).await,
-                false => one(&mut service, request).await,
+            match (way.cloned, way.shared) {
+                (false, _) => one(&mut own, request).await,
+                (true, false) => one(&mut own.clone(), request).await,
+                (true, true) => one(&mut shared.clone(), request).await,
             }
         }
         took += start.elapsed();
@@ -196,6 +212,7 @@ fn report(all: &[Subject]) {
             "× static",
             "kept, 2 ÷ 1 threads",
             "cloned, 2 ÷ 1 threads",
+            "clones of one, 2 ÷ 1 threads",
         ],
     );
     for subject in all {
@@ -209,8 +226,9 @@ fn report(all: &[Subject]) {
             format!("{:.2}", subject.ratio(0, floor)),
             format!("{:.0}", subject.time(1)),
             format!("{:.2}", subject.ratio(1, floor)),
-            format!("{:.2}", subject.scaling(0)),
-            format!("{:.2}", subject.scaling(1)),
+            format!("{:.2}", subject.scaling(0, 2)),
+            format!("{:.2}", subject.scaling(1, 3)),
+            format!("{:.2}", subject.scaling(1, 4)),
         ]);
     }
     let mut report = Report::new("fresh_token");
@@ -229,8 +247,12 @@ fn report(all: &[Subject]) {
         let goal_text = format!("≤ {goal} × floor+ in time");
         report.goal(work, &goal_text, format!("{ratio:.2} ×"), ratio <= goal);
     }
-    for (work, way) in [("on 2 threads, kept", 0), ("on 2 threads, cloned", 1)] {
-        let (ours, least) = (bearer.scaling(way), bare.scaling(way));
+    for (work, one, two) in [
+        ("on 2 threads, kept", 0, 2),
+        ("on 2 threads, cloned", 1, 3),
+        ("on 2 threads, clones of one service", 1, 4),
+    ] {
+        let (ours, least) = (bearer.scaling(one, two), bare.scaling(one, two));
         let measured = format!("{ours:.2}, bare {least:.2}");
         // A ratio of two ratios is not told more exactly than that.
         report.goal(
@@ -277,30 +299,18 @@ impl Subject {
         )
     }
 
-    /// How many times as many requests two threads send as one does; the ways of two threads come after those
-    /// of one.
-    fn scaling(&self, way: usize) -> f64 {
-        let pairs = self.found[way].iter().zip(&self.found[way + 2]);
+    /// How many times as many requests two threads send in the one way as one does in the other.
+    fn scaling(&self, one: usize, two: usize) -> f64 {
+        let pairs = self.found[one].iter().zip(&self.found[two]);
         median(&mut pairs.map(|(one, two)| 2.0 * one / two).collect::<Vec<_>>())
     }
 }
 
 const BATCH: u32 = 64;
-const WAYS: [Way; 4] = [
-    Way {
-        cloned: false,
-        threads: 1,
-    },
-    Way {
-        cloned: true,
-        threads: 1,
-    },
-    Way {
-        cloned: false,
-        threads: 2,
-    },
-    Way {
-        cloned: true,
-        threads: 2,
-    },
+const WAYS: [Way; 5] = [
+    Way::new(false, false, 1),
+    Way::new(true, false, 1),
+    Way::new(false, false, 2),
+    Way::new(true, false, 2),
+    Way::new(true, true, 2),
 ];

@@ -229,7 +229,7 @@ impl TokenCache {
     /// Ends all background work: token requests under way, and the watch over tokens that are
     /// [kept warm](RefreshPolicy::keep_warm).
     ///
-    /// The cache forgets its tokens; what a layer's service has kept of the last one goes when that is dropped. Whoever
+    /// The cache forgets its tokens; what a layer's services have kept of one goes when they are dropped. Whoever
     /// waits for a token or asks from now on gets an error of [`TokenError::is_shut_down`]. This holds for all clones of the cache and cannot be undone.
     pub fn shutdown(&self) {
         self.close();
