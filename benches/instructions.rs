@@ -34,7 +34,7 @@ const CASES: [(&str, &str, Option<f64>); 10] = [
     ("bearer with replay, kept", KEPT, Some(1.52)),
     (CLONED, CLONED, None),
     ("least layer, cloned", CLONED, None),
-    ("bearer, cloned", CLONED, Some(1.23)),
+    ("bearer, cloned", CLONED, Some(1.25)),
 ];
 
 const KEPT: &str = "static header, kept";
