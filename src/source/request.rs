@@ -1,6 +1,10 @@
 //! [`TokenRequest`]: what a token is for, and by that the key under which it is kept.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    hash::{BuildHasher, Hash, Hasher, RandomState},
+    sync::{Arc, LazyLock, OnceLock},
+};
 
 use super::{SharedSource, asked::names};
 
@@ -26,15 +30,30 @@ use super::{SharedSource, asked::names};
 /// );
 /// ```
 ///
-/// Clones are cheap. One that is made once and cloned into each request saves the sorting.
+/// Clones are cheap. One that is made once and cloned into each request saves the sorting and most of the look-up.
 ///
 /// Nothing is checked here. What cannot be asked for, such as a scope with a quote in it, is the error of the
 /// token request, which is then not sent.
-#[derive(Clone, Default, PartialEq, Eq, Hash)]
-pub struct TokenRequest(Arc<Inner>);
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct TokenRequest(Arc<Named>);
+
+/// What is named, and the hash of it once somebody has asked.
+#[derive(Clone, Default)]
+struct Named {
+    names: Names,
+    hash: OnceLock<u64>,
+}
+
+impl PartialEq for Named {
+    fn eq(&self, other: &Self) -> bool {
+        self.names == other.names
+    }
+}
+
+impl Eq for Named {}
 
 #[derive(Clone, Default, PartialEq, Eq, Hash)]
-struct Inner {
+struct Names {
     /// Sorted, each one once.
     scopes: Vec<String>,
     /// Sorted, each one once.
@@ -56,9 +75,9 @@ impl TokenRequest {
     /// The scopes named here take the place of those that the source was built with.
     #[must_use]
     pub fn scope(self, scope: impl AsRef<str>) -> Self {
-        self.map(|inner| {
+        self.map(|names| {
             for scope in scope.as_ref().split(' ') {
-                insert(&mut inner.scopes, scope);
+                insert(&mut names.scopes, scope);
             }
         })
     }
@@ -69,7 +88,7 @@ impl TokenRequest {
     /// The resources named here take the place of those that the source was built with.
     #[must_use]
     pub fn resource(self, uri: impl AsRef<str>) -> Self {
-        self.map(|inner| insert(&mut inner.resources, uri.as_ref()))
+        self.map(|names| insert(&mut names.resources, uri.as_ref()))
     }
 
     /// Adds a parameter to the body of the token request, such as `audience`.
@@ -79,62 +98,75 @@ impl TokenRequest {
     #[must_use]
     pub fn param(self, name: impl Into<String>, value: impl Into<String>) -> Self {
         let name = name.into();
-        self.map(|inner| {
-            let place = inner.params.partition_point(|(other, _)| *other <= name);
-            inner.params.insert(place, (name, value.into()));
+        self.map(|names| {
+            let place = names.params.partition_point(|(other, _)| *other <= name);
+            names.params.insert(place, (name, value.into()));
         })
     }
 
     /// Has the token fetched by this source instead of the cache's own: a tenant's, for example.
     #[must_use]
     pub fn source(self, source: SharedSource) -> Self {
-        self.map(|inner| inner.source = Some(source))
+        self.map(|names| names.source = Some(source))
     }
 
     /// Returns the scopes, sorted and each one once; none for those of the source.
     pub fn scopes(&self) -> impl ExactSizeIterator<Item = &str> {
-        self.0.scopes.iter().map(String::as_str)
+        self.0.names.scopes.iter().map(String::as_str)
     }
 
     /// Returns the resources, sorted and each one once; none for those of the source.
     pub fn resources(&self) -> impl ExactSizeIterator<Item = &str> {
-        self.0.resources.iter().map(String::as_str)
+        self.0.names.resources.iter().map(String::as_str)
     }
 
     /// Returns the further parameters, sorted by their names.
     pub fn params(&self) -> impl ExactSizeIterator<Item = (&str, &str)> {
         self.0
+            .names
             .params
             .iter()
             .map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
     pub(crate) fn own_source(&self) -> Option<&SharedSource> {
-        self.0.source.as_ref()
+        self.0.names.source.as_ref()
     }
 
     /// Whether this asks for what the cache's own source asks for by itself.
     pub(crate) fn is_plain(&self) -> bool {
-        let Inner {
+        let Names {
             scopes,
             resources,
             params,
             source,
-        } = &*self.0;
+        } = &self.0.names;
         scopes.is_empty() && resources.is_empty() && params.is_empty() && source.is_none()
     }
 
-    fn map(mut self, change: impl FnOnce(&mut Inner)) -> Self {
-        change(Arc::make_mut(&mut self.0));
+    fn map(mut self, change: impl FnOnce(&mut Names)) -> Self {
+        let named = Arc::make_mut(&mut self.0);
+        named.hash.take();
+        change(&mut named.names);
         self
+    }
+}
+
+/// By a number that is made once: to hash the names takes longer than all else of a look-up.
+impl Hash for TokenRequest {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        // Random, since names may come from outside: with a hash that is known, many could be made to collide.
+        static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+        let hash = self.0.hash.get_or_init(|| KEYS.hash_one(&self.0.names));
+        state.write_u64(*hash);
     }
 }
 
 impl fmt::Debug for TokenRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TokenRequest")
-            .field("scopes", &self.0.scopes)
-            .field("resources", &self.0.resources)
+            .field("scopes", &self.0.names.scopes)
+            .field("resources", &self.0.names.resources)
             .field("params", &names(self.params()))
             .finish_non_exhaustive()
     }
@@ -195,6 +227,19 @@ mod tests {
         }
         assert!(new().is_plain());
         assert!(!all[1..].iter().any(TokenRequest::is_plain));
+    }
+
+    /// Law 1: a key that is looked for in the wrong place would get a second flight.
+    #[test]
+    fn what_is_the_same_has_the_same_hash_however_it_was_made() {
+        let hasher = RandomState::new();
+        let one = TokenRequest::new().scope("a");
+        let hash = hasher.hash_one(&one);
+        let more = one.clone().scope("b");
+        let other = TokenRequest::new().scope("b a");
+        assert_eq!(hasher.hash_one(&more), hasher.hash_one(&other));
+        assert_ne!(hasher.hash_one(&more), hash);
+        assert_eq!(hasher.hash_one(TokenRequest::new().scope("a")), hash);
     }
 
     /// Law 9: a parameter may be a secret.
