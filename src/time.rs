@@ -56,8 +56,13 @@ impl Deadline {
         }
     }
 
+    /// Whether it has come by the monotonic clock, whatever the other one says.
+    pub(crate) fn is_past(self, now: Instant) -> bool {
+        now >= self.monotonic
+    }
+
     pub(crate) fn has_come(self, now: Now) -> bool {
-        now.monotonic >= self.monotonic || self.wall.is_some_and(|wall| now.wall >= wall)
+        self.is_past(now.monotonic) || self.wall.is_some_and(|wall| now.wall >= wall)
     }
 
     /// How long to sleep from `now`: zero when the moment has come.

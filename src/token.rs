@@ -9,6 +9,7 @@ use std::{
 use bytes::Bytes;
 use http::HeaderValue;
 use secrecy::ExposeSecret;
+use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 use crate::{
@@ -250,7 +251,7 @@ impl Inner {
         self.id
     }
 
-    /// Whether a request may take the token that somebody watches the monotonic clock for.
+    /// Whether a request may take the token, by the wall clock alone.
     #[inline]
     pub(crate) fn is_coarsely_fresh(&self) -> bool {
         Coarse::read() < self.until
@@ -260,11 +261,11 @@ impl Inner {
         !self.expiry.has_come(now)
     }
 
-    /// Whether a request may take the token and think no further.
+    /// Whether a request may take the token and think no further, if the wall clock says so too.
     ///
     /// Unless it came with a lower `not_before` than another one since.
-    pub(crate) fn is_fresh(&self, not_before: u64, now: Now) -> bool {
-        self.is_alive(now) && !self.due.has_come(now) && self.not_before >= not_before
+    pub(crate) fn is_fresh(&self, not_before: u64, now: Instant) -> bool {
+        !self.expiry.is_past(now) && !self.due.is_past(now) && self.not_before >= not_before
     }
 }
 

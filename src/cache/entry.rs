@@ -208,11 +208,9 @@ impl Entry {
     pub(super) fn fresh(&self) -> Option<AccessToken> {
         let token = self.hot.load();
         let token = token.as_ref()?;
-        let is_watched = self.plain && self.watched().is(token.id());
-        let is_fresh = match is_watched {
-            true => token.is_coarsely_fresh(),
-            false => token.is_fresh(self.endpoint.not_before(), Now::read()),
-        };
+        let is_watched = || self.plain && self.watched().is(token.id());
+        let is_fresh = token.is_coarsely_fresh()
+            && (is_watched() || token.is_fresh(self.endpoint.not_before(), Instant::now()));
         is_fresh.then(|| AccessToken(Arc::clone(token)))
     }
 
@@ -702,29 +700,52 @@ mod tests {
         assert_eq!(takes(), Some(false));
     }
 
+    /// An entry with a token of 300 s that was asked for at `sent`.
+    fn with_token(request: TokenRequest, sent: Now) -> Arc<Entry> {
+        let source = source_fn(|_| async { Err(TokenError::transient("not asked")) });
+        let policy = RefreshPolicy::new();
+        let news = News::new(&policy);
+        let entry = Entry::new(
+            request,
+            Arc::new(Endpoint::new(SharedSource::new(source))),
+            Arc::new(policy),
+            CancellationToken::new(),
+            CancellationToken::new(),
+            news,
+        );
+        let shared = &mut SharedGate::default();
+        let (flight, _) = entry.state.lock().begin(shared, Flight::new, sent);
+        let response = TokenResponse::new("token").unwrap();
+        let response = response.expires_in(Duration::from_secs(300));
+        entry.land(&flight, Outcome::Granted(response, sent));
+        entry
+    }
+
+    /// A laptop that slept sends no dead token, and neither does one whose wall clock was set back.
+    #[tokio::test(start_paused = true)]
+    async fn a_token_is_fresh_by_both_clocks() {
+        let hour = Duration::from_secs(3600);
+        // No clock can be counted on to go back to before its start.
+        time::advance(hour).await;
+        let now = Now::read();
+        for request in [TokenRequest::new(), TokenRequest::new().scope("a")] {
+            for (monotonic, wall) in [(0, 0), (1, 0), (0, 1), (1, 1)] {
+                let sent = Now {
+                    monotonic: now.monotonic - hour * monotonic,
+                    wall: now.wall - hour * wall,
+                };
+                let entry = with_token(request.clone(), sent);
+                assert_eq!(entry.fresh().is_some(), monotonic + wall == 0);
+            }
+        }
+    }
+
     /// Another key's answer may void a token after it has come and before it is watched.
     #[tokio::test]
     async fn a_token_that_is_void_by_now_is_not_watched() {
         for (not_before, watched) in [(0, true), (7, false)] {
-            let source = source_fn(|_| async { Err(TokenError::transient("not asked")) });
-            let endpoint = Arc::new(Endpoint::new(SharedSource::new(source)));
-            let policy = RefreshPolicy::new();
-            let news = News::new(&policy);
-            let entry = Entry::new(
-                TokenRequest::new(),
-                Arc::clone(&endpoint),
-                Arc::new(policy),
-                CancellationToken::new(),
-                CancellationToken::new(),
-                news,
-            );
-            let now = Now::read();
-            let shared = &mut SharedGate::default();
-            let (flight, _) = entry.state.lock().begin(shared, Flight::new, now);
-            let response = TokenResponse::new("token").unwrap();
-            let response = response.expires_in(Duration::from_secs(300));
-            entry.land(&flight, Outcome::Granted(response, now));
-            endpoint.set_not_before(not_before);
+            let entry = with_token(TokenRequest::new(), Now::read());
+            entry.endpoint.set_not_before(not_before);
             let id = entry.hot.load().as_ref().unwrap().id();
             assert_eq!(entry.begin_watch(), watched.then_some(id));
             assert_eq!(entry.watched().is(id), watched);

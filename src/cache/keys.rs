@@ -15,6 +15,7 @@ use crate::{
     policy::RefreshPolicy,
     source::TokenRequest,
     time::Now,
+    token::AccessToken,
 };
 
 /// The entries by their keys, as many as the policy allows.
@@ -57,6 +58,12 @@ impl Keys {
             news,
             map: RwLock::default(),
         }
+    }
+
+    /// The token, if there is one that is neither due nor refused.
+    pub(super) fn fresh(&self, request: &TokenRequest) -> Option<AccessToken> {
+        // To hold the map for it costs less than to count one more reference of the entry.
+        self.read().entries.get(request)?.fresh()
     }
 
     pub(super) fn get(&self, request: &TokenRequest) -> Option<Arc<Entry>> {

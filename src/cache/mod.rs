@@ -312,7 +312,10 @@ impl TokenCache {
         match keyed(request) {
             None => self.plain.attach(),
             // The error of a full map is for `acquire` to return.
-            Some(request) => self.keys.get_or_insert(request).ok()?.attach(),
+            Some(request) => {
+                let token = self.keys.fresh(request);
+                token.or_else(|| self.keys.get_or_insert(request).ok()?.attach())
+            }
         }
     }
 
