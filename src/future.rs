@@ -139,19 +139,13 @@ where
         settings: &Arc<Settings>,
         replay: Option<&R>,
     ) -> Self {
-        let header = token.header_value().clone();
-        let mark = Mark::new(&token, settings);
         let copy = replay.and_then(|replay| replay.copy(&request));
-        let again = copy.as_ref().and_then(|_| {
-            R::keep(|| {
-                let ready = Ready::new(token, Arc::clone(settings));
-                (service.clone(), ready)
-            })
+        message::authorize(request.headers_mut(), token.header_value().clone());
+        let sent = Sent::new(Mark::new(&token, settings), &copy, || {
+            let ready = Ready::new(token, Arc::clone(settings));
+            (service.clone(), ready)
         });
-        message::authorize(request.headers_mut(), header);
-        let response = service.call(request);
-        let sent = Sent::new(mark, again);
-        Self::sending(response, sent, copy)
+        Self::sending(service.call(request), sent, copy)
     }
 }
 
@@ -288,11 +282,16 @@ impl<S, R, Req> Sent<S, R, Req>
 where
     R: Replay<Req>,
 {
+    /// Of a request with a token of ours; `again` makes what it takes to send it once more, if there is a copy of it.
     #[inline]
-    pub(crate) fn new(mark: Mark, again: Option<Again<S, R, Req>>) -> Self {
+    pub(crate) fn new(
+        mark: Mark,
+        copy: &Option<R::Copied>,
+        again: impl FnOnce() -> (S, Arc<Ready>),
+    ) -> Self {
         Self {
             mark: Some(mark),
-            again,
+            again: copy.as_ref().and_then(|_| R::keep(again)),
         }
     }
 

@@ -164,9 +164,10 @@ impl<B> HttpResponse for Response<B> {
     }
 }
 
-/// Sets the `Authorization` of a request that had to wait.
+/// Sets the `Authorization` of a request that is not one of many.
 ///
-/// Compiled here, so that the one insertion that is compiled with a user's types is that of requests which leave at once.
+/// Compiled here, so that the one insertion that is compiled with a user's types is that of requests which find their
+/// token with the service.
 pub(crate) fn authorize(headers: &mut HeaderMap, value: HeaderValue) {
     headers.insert(AUTHORIZATION, value);
 }

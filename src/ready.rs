@@ -15,7 +15,6 @@ use try_lock::TryLock;
 use crate::{
     cache::Watched,
     settings::Settings,
-    source::TokenRequest,
     telemetry::Requests,
     time::Coarse,
     token::{AccessToken, TokenId},
@@ -27,7 +26,7 @@ pub(crate) struct Ready {
     /// The token's header value, or a copy of it with a reference count of its own.
     header: HeaderValue,
     id: TokenId,
-    mark: Mark,
+    pub(crate) mark: Mark,
     /// Where to see whether the token still stands.
     watched: Watched,
     /// When the token is due or dead by the wall clock.
@@ -55,14 +54,13 @@ impl Ready {
         })
     }
 
-    /// The token for one request, which is to `keep` what it takes to send it once more.
-    #[inline]
-    pub(crate) fn pass(self: &Arc<Self>, keep: bool) -> Pass {
-        Pass {
-            header: self.header.clone(),
-            mark: self.mark,
-            ready: keep.then(|| Arc::clone(self)),
-        }
+    /// The header value for one request.
+    ///
+    /// Out of line, so that it is written where it is to go: in line it is moved once more, by wider loads than it was
+    /// just written by, and a processor waits for those.
+    #[inline(never)]
+    pub(crate) fn header(&self) -> HeaderValue {
+        self.header.clone()
     }
 
     /// Whether a request may leave with the token as it stands.
@@ -98,14 +96,6 @@ impl Mark {
     pub(crate) fn heeds_unexplained(self) -> bool {
         self.0.get() & 1 == 1
     }
-}
-
-/// A token for one request.
-pub(crate) struct Pass {
-    pub(crate) header: HeaderValue,
-    pub(crate) mark: Mark,
-    /// What a request holds on to that may be sent once more.
-    pub(crate) ready: Option<Arc<Ready>>,
 }
 
 /// Where the clones of a service find the token.
@@ -252,20 +242,10 @@ impl Door {
         }
     }
 
-    /// The token for a request that has no time to wait, and is to `keep` what it takes to send it once more.
-    pub(crate) fn pass(&mut self, request: Option<&TokenRequest>, keep: bool) -> Option<Pass> {
-        if request.is_some() {
-            let settings = self.settings();
-            let token = settings.cache.attach(request)?;
-            settings.cache.meters().requests().looked(&token);
-            return Some(Pass {
-                header: token.header_value().clone(),
-                mark: Mark::new(&token, settings),
-                ready: keep.then(|| Ready::new(token, Arc::clone(settings))),
-            });
-        }
+    /// The token for a request that has no time to wait.
+    pub(crate) fn ready(&mut self) -> Option<Arc<Ready>> {
         if let Some(last) = self.last() {
-            return Some(last.pass(keep));
+            return Some(Arc::clone(last));
         }
         let ready = match (&self.way, self.sharing) {
             (Way::Front(front), Sharing::Uncalled) => {
@@ -280,7 +260,7 @@ impl Door {
             }
         };
         ready.requests.looked(&ready.token);
-        Some(ready.pass(keep))
+        Some(ready)
     }
 
     /// A service that finds its token by `front`.
@@ -337,7 +317,7 @@ mod tests {
         cache::TokenCache,
         origin::Origins,
         policy::Schedule,
-        source::{TokenResponse, source_fn},
+        source::{TokenRequest, TokenResponse, source_fn},
         time::Now,
     };
 
@@ -354,7 +334,7 @@ mod tests {
     }
 
     fn header(door: &mut Door) -> HeaderValue {
-        door.pass(None, false).unwrap().header
+        door.ready().unwrap().header()
     }
 
     /// Where the text is that the service attaches: the same place is the same count of references.
@@ -436,8 +416,8 @@ mod tests {
         drop(parent.clone());
         let texts = || {
             [0; 3].map(|_| {
-                let pass = parent.clone().pass(None, false).unwrap();
-                pass.header.as_bytes().as_ptr() as usize
+                let ready = parent.clone().ready().unwrap();
+                ready.header.as_bytes().as_ptr() as usize
             })
         };
         let threads = thread::scope(|scope| {
@@ -462,7 +442,7 @@ mod tests {
         let shared = token.header_value();
         tokio::task::yield_now().await;
         let mut door = Door::new((*settings).clone());
-        assert!(door.pass(None, false).is_some());
+        assert!(door.ready().is_some());
         let Way::Front(front) = &door.way else {
             unreachable!("it was called once");
         };

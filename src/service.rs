@@ -14,9 +14,9 @@ use crate::{
     cache::TokenCache,
     error::{BoxError, TokenError},
     future::{ResponseFuture, Sent},
-    message::{HttpRequest, HttpResponse},
+    message::{self, HttpRequest, HttpResponse},
     origin::{self, Passage},
-    ready::{Door, Pass},
+    ready::{Door, Mark, Ready},
     replay::Replay,
     settings::Settings,
     source::TokenRequest,
@@ -143,27 +143,15 @@ impl<S, R> BearerAuth<S, R> {
         R: Replay<Req>,
         Req: HttpRequest,
     {
-        let again = copy.is_some();
         // What most requests come to, past all that is to be asked of the others.
         let usual = (self.takes_usual && request.is_usual()) || self.takes(request);
         let ready = if usual { self.door.last() } else { None };
-        let pass = match ready {
-            Some(ready) => ready.pass(again),
-            None => match self.pass(request, again)? {
-                Some(pass) => pass,
-                None => {
-                    discard(copy);
-                    return Ok(Sent::bare());
-                }
-            },
+        let Some(ready) = ready else {
+            return self.sign_closely(request, copy);
         };
-        let again = match pass.ready {
-            // It is there only if `again`, which the compiler does not see by itself.
-            Some(ready) if again => R::keep(|| (self.inner.clone(), ready)),
-            _ => None,
-        };
-        request.headers_mut().insert(AUTHORIZATION, pass.header);
-        Ok(Sent::new(pass.mark, again))
+        let sent = Sent::new(ready.mark, copy, || (self.inner.clone(), Arc::clone(ready)));
+        request.headers_mut().insert(AUTHORIZATION, ready.header());
+        Ok(sent)
     }
 
     /// Whether a request carries the token that is for nothing in particular.
@@ -177,36 +165,67 @@ impl<S, R> BearerAuth<S, R> {
             && request.uri().map(judge) == Some(Passage::Carry)
     }
 
-    /// The token for a request, if it is to carry one, after a look at all that it and the settings say.
+    /// As [`sign`](Self::sign), after a look at all that the request and the settings say.
     #[inline(never)]
-    fn pass<Req>(&mut self, request: &Req, keep: bool) -> Result<Option<Pass>, Obstacle>
+    fn sign_closely<Req>(
+        &mut self,
+        request: &mut Req,
+        copy: &mut Option<R::Copied>,
+    ) -> Result<Sent<S, R, Req>, Obstacle>
     where
+        S: Clone,
+        R: Replay<Req>,
         Req: HttpRequest,
     {
+        if !self.admits(request)? {
+            discard(copy);
+            return Ok(Sent::bare());
+        }
+        let sent = match request.extension() {
+            None => {
+                let ready = self.door.ready().ok_or(Obstacle::NoToken)?;
+                message::authorize(request.headers_mut(), ready.header());
+                Sent::new(ready.mark, copy, || (self.inner.clone(), ready))
+            }
+            key => {
+                let settings = self.door.settings();
+                let token = settings.cache.attach(key).ok_or(Obstacle::NoToken)?;
+                settings.cache.meters().requests().looked(&token);
+                message::authorize(request.headers_mut(), token.header_value().clone());
+                Sent::new(Mark::new(&token, settings), copy, || {
+                    let ready = Ready::new(token, Arc::clone(settings));
+                    (self.inner.clone(), ready)
+                })
+            }
+        };
+        Ok(sent)
+    }
+
+    /// Whether a request is to carry a token of ours.
+    fn admits<Req: HttpRequest>(&self, request: &Req) -> Result<bool, Obstacle> {
         let settings = self.door.settings();
+        let requests = || settings.cache.meters().requests();
         if request.extension::<WithoutToken>().is_some()
             || (settings.keep_existing && request.headers().contains_key(AUTHORIZATION))
         {
-            settings.cache.meters().requests().bare();
-            return Ok(None);
+            requests().bare();
+            return Ok(false);
         }
         // What is no URI cannot be sent: the error is the inner service's.
         let Some(uri) = request.uri() else {
-            return Ok(None);
+            return Ok(false);
         };
         match settings.origins.judge(&uri) {
-            Passage::Carry => {}
+            Passage::Carry => Ok(true),
             Passage::Bare => {
-                settings.cache.meters().requests().bare();
-                return Ok(None);
+                requests().bare();
+                Ok(false)
             }
             Passage::Refuse => {
-                settings.cache.meters().requests().refused();
-                return Err(Obstacle::Refused(origin::refusal(&uri)));
+                requests().refused();
+                Err(Obstacle::Refused(origin::refusal(&uri)))
             }
         }
-        let pass = self.door.pass(request.extension(), keep);
-        pass.map(Some).ok_or(Obstacle::NoToken)
     }
 
     #[cold]
