@@ -12,11 +12,14 @@ use std::{
     process::{Command, ExitCode},
 };
 
+use http::Request;
 use support::{
+    Body,
     baselines::{Copied, Least, Nothing},
-    cached, call, inner,
+    cached, call, inner, loopback_request,
     report::{Report, Table},
     request,
+    subjects::{KEY, keyed_request},
 };
 use tower::{Layer, Service, ServiceBuilder, service_fn};
 use tower_bearer::{BearerAuthLayer, CloneBody};
@@ -24,21 +27,25 @@ use tower_http::auth::AddAuthorizationLayer;
 
 /// What is measured, its baseline, and the most that it may take of that: a twentieth more than it took when the
 /// budget was set, since compilers and allocators differ.
-const CASES: [(&str, &str, Option<f64>); 10] = [
+const CASES: [(&str, &str, Option<f64>); 13] = [
     ("bare, kept", KEPT, None),
     (KEPT, KEPT, None),
     ("least layer, kept", KEPT, None),
     ("least layer, copying, kept", KEPT, None),
     ("bearer, kept", KEPT, Some(1.21)),
     ("bearer with origins, kept", KEPT, Some(1.35)),
+    ("bearer to loopback, kept", KEPT, Some(1.35)),
     ("bearer with replay, kept", KEPT, Some(1.52)),
     (CLONED, CLONED, None),
     ("least layer, cloned", CLONED, None),
     ("bearer, cloned", CLONED, Some(1.25)),
+    (KEYED, KEYED, None),
+    ("bearer, keyed", KEYED, Some(1.52)),
 ];
 
 const KEPT: &str = "static header, kept";
 const CLONED: &str = "static header, cloned";
+const KEYED: &str = "static header, keyed";
 
 fn main() -> ExitCode {
     // Cargo passes flags of its own.
@@ -90,38 +97,46 @@ fn main() -> ExitCode {
 
 /// Sends `count` requests.
 fn run(case: &str, count: u64) {
-    let (cache, token, _runtime) = cached();
+    let (cache, token, runtime) = cached();
+    let key = runtime.block_on(cache.get_for(&KEY));
+    key.expect("the source gives a token");
     let bearer = BearerAuthLayer::new(cache);
     let bare = service_fn(inner);
     let fixed = AddAuthorizationLayer::bearer(&token);
     let pinned = bearer.clone().origins(["https://api.example.com"]);
     match case {
-        "bare, kept" => kept(bare, count),
-        KEPT => kept(fixed.layer(bare), count),
+        "bare, kept" => kept(bare, request, count),
+        KEYED => kept(fixed.layer(bare), keyed_request, count),
+        KEPT => kept(fixed.layer(bare), request, count),
         CLONED => cloned(fixed.layer(bare), count),
-        "least layer, kept" => kept(Least::<_, Nothing>::new(bare, &token), count),
-        "least layer, copying, kept" => kept(Least::<_, Copied>::new(bare, &token), count),
+        "least layer, kept" => kept(Least::<_, Nothing>::new(bare, &token), request, count),
+        "least layer, copying, kept" => kept(Least::<_, Copied>::new(bare, &token), request, count),
         "least layer, cloned" => cloned(Least::<_, Nothing>::new(bare, &token), count),
-        "bearer, kept" => kept(bearer.layer(bare), count),
+        "bearer, kept" => kept(bearer.layer(bare), request, count),
+        "bearer to loopback, kept" => kept(bearer.layer(bare), loopback_request, count),
+        "bearer, keyed" => kept(bearer.layer(bare), keyed_request, count),
         "bearer, cloned" => cloned(bearer.layer(bare), count),
         "bearer with origins, kept" => {
-            kept(pinned.expect("it is an origin").layer(bare), count);
+            kept(pinned.expect("it is an origin").layer(bare), request, count);
         }
         "bearer with replay, kept" => {
             let replay = ServiceBuilder::new().layer(bearer.replay(CloneBody));
-            kept(replay.service(bare), count);
+            kept(replay.service(bare), request, count);
         }
         case => panic!("there is no case {case}"),
     }
 }
 
-fn kept<S: Service<http::Request<support::Body>>>(mut service: S, count: u64) {
+fn kept<S>(mut service: S, request: fn() -> Request<Body>, count: u64)
+where
+    S: Service<Request<Body>>,
+{
     for _ in 0..WARM_UP + count {
         call(&mut service, request());
     }
 }
 
-fn cloned<S: Service<http::Request<support::Body>> + Clone>(service: S, count: u64) {
+fn cloned<S: Service<Request<Body>> + Clone>(service: S, count: u64) {
     for _ in 0..WARM_UP + count {
         call(&mut service.clone(), request());
     }

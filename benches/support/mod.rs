@@ -48,8 +48,18 @@ pub fn inner(request: Request<Body>) -> Ready<Result<Response<()>, Infallible>> 
 /// A request whose URI was parsed before, so that what is measured is the middleware and not the parser.
 pub fn request() -> Request<Body> {
     static URI: LazyLock<Uri> = LazyLock::new(|| Uri::from_static("https://api.example.com/sims"));
+    request_to(&URI)
+}
+
+/// The same to this machine, by plain http.
+pub fn loopback_request() -> Request<Body> {
+    static URI: LazyLock<Uri> = LazyLock::new(|| Uri::from_static("http://127.0.0.1:8080/sims"));
+    request_to(&URI)
+}
+
+fn request_to(uri: &Uri) -> Request<Body> {
     let mut request = Request::new(Body::default());
-    *request.uri_mut() = URI.clone();
+    *request.uri_mut() = uri.clone();
     request
 }
 

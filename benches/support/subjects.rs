@@ -11,7 +11,7 @@ use tower_http::auth::AddAuthorizationLayer;
 use super::{
     Body,
     baselines::{ArcSwapCache, ByHand, Copied, Least, MutexCache, Nothing, RwLockCache},
-    cached, inner, request,
+    cached, inner, loopback_request, request,
 };
 
 /// Something to measure with each of the services.
@@ -52,6 +52,7 @@ pub fn subjects(measure: &mut impl Measure) -> Runtime {
     measure.measure("bearer", bearer.layer(bare), request);
     let pinned = pinned.expect("it is an origin");
     measure.measure("bearer with origins", pinned.layer(bare), request);
+    measure.measure("bearer to loopback", bearer.layer(bare), loopback_request);
     measure.measure("bearer with replay", replayed, request);
     measure.measure(KEYED_FLOOR, fixed, keyed_request);
     measure.measure("keyed bearer", bearer.layer(bare), keyed_request);
@@ -59,13 +60,13 @@ pub fn subjects(measure: &mut impl Measure) -> Runtime {
 }
 
 /// A request that names what its token is for, by a name that was made once.
-fn keyed_request() -> Request<Body> {
+pub fn keyed_request() -> Request<Body> {
     let mut request = request();
     request.extensions_mut().insert(KEY.clone());
     request
 }
 
-static KEY: LazyLock<TokenRequest> = LazyLock::new(|| TokenRequest::new().scope("sims:read"));
+pub static KEY: LazyLock<TokenRequest> = LazyLock::new(|| TokenRequest::new().scope("sims:read"));
 
 /// What is least to be done for a token.
 pub const FLOOR: &str = "static header";
