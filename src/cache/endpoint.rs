@@ -46,6 +46,10 @@ impl Endpoint {
         self.source.get()
     }
 
+    pub(super) fn grant(&self) -> &'static str {
+        self.source.grant()
+    }
+
     pub(super) fn watched(&self) -> &Watched {
         &self.watched
     }

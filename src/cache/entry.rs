@@ -177,7 +177,7 @@ impl Entry {
             self.teller.refresh_token_failed(flight, error);
         }
         let grant = answer.as_ref().ok().and_then(|response| response.grant);
-        let grant = grant.unwrap_or_else(|| self.source().grant());
+        let grant = grant.unwrap_or_else(|| self.endpoint.grant());
         meters.attempt_ended(grant, answer.as_ref().err());
     }
 
@@ -385,14 +385,12 @@ impl Entry {
             Outcome::Failed(error) => Some(error.clone()),
             Outcome::Granted(..) | Outcome::Lost => None,
         };
-        // And a source is foreign code itself.
-        let grant = self.source().grant();
         let mut state = self.state.lock();
         let mut shared = self.endpoint.gate.lock();
         let _remembered = state.remembered(&shared);
         let mut landing = Landing {
             now,
-            grant,
+            grant: self.endpoint.grant(),
             before: state.trouble(),
             failing: None,
         };
@@ -488,7 +486,7 @@ impl Entry {
     fn gone(&self, now: Now) -> Landing {
         Landing {
             now,
-            grant: self.source().grant(),
+            grant: self.endpoint.grant(),
             before: None,
             failing: None,
         }

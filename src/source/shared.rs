@@ -31,22 +31,33 @@ use crate::error::TokenError;
 /// # }
 /// ```
 #[derive(Clone)]
-pub struct SharedSource(Arc<dyn ErasedSource>);
+pub struct SharedSource {
+    source: Arc<dyn ErasedSource>,
+    /// Asked for once, since a source is foreign code, and is not called in the middle of things.
+    grant: &'static str,
+}
 
 impl SharedSource {
     /// Creates a source that is the same as its clones and no other.
     #[must_use]
     pub fn new(source: impl TokenSource) -> Self {
-        Self(Arc::new(source))
+        Self {
+            grant: source.grant(),
+            source: Arc::new(source),
+        }
     }
 
     pub(crate) fn get(&self) -> &dyn ErasedSource {
-        &*self.0
+        &*self.source
+    }
+
+    pub(crate) fn grant(&self) -> &'static str {
+        self.grant
     }
 
     /// Tells this source from every other one that is alive.
     pub(crate) fn address(&self) -> usize {
-        Arc::as_ptr(&self.0).cast::<()>().addr()
+        Arc::as_ptr(&self.source).cast::<()>().addr()
     }
 }
 
@@ -79,8 +90,6 @@ pub(crate) trait ErasedSource: Send + Sync {
     fn revoke(&self, revocation: Revocation) -> BoxFuture<'_, ()>;
 
     fn has_new_credentials(&self) -> bool;
-
-    fn grant(&self) -> &'static str;
 }
 
 impl<T: TokenSource> ErasedSource for T {
@@ -94,9 +103,5 @@ impl<T: TokenSource> ErasedSource for T {
 
     fn has_new_credentials(&self) -> bool {
         TokenSource::has_new_credentials(self)
-    }
-
-    fn grant(&self) -> &'static str {
-        TokenSource::grant(self)
     }
 }
