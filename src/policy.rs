@@ -10,7 +10,7 @@ use crate::{error::TokenError, source::TokenResponse};
 ///
 /// Every window is in proportion to the lifetime that the server grants, so that the defaults fit a token of
 /// a minute as well as one of a day. With them, a token of 300 s is refreshed between 195 s and 225 s after it
-/// was asked for, and is no longer attached after 290 s.
+/// was asked for, a first one between 105 s and 225 s, and is no longer attached after 290 s.
 ///
 /// ```
 /// use std::time::Duration;
@@ -70,8 +70,9 @@ impl RefreshPolicy {
     ///
     /// Never more than a quarter of the lifetime, and up to a tenth of the lifetime earlier by chance, drawn
     /// once per token: with a window of 60 s, a token of 600 s is refreshed after 480 s to 540 s. The first
-    /// token of a cache is refreshed after 0.35 to 0.75 of its lifetime, so that processes that start
-    /// together fall out of step.
+    /// token of a cache, and of each [`TokenRequest`](crate::TokenRequest), is refreshed after 0.35 to 0.75 of its
+    /// lifetime, so that processes that start together fall out of step. What a server says itself, by
+    /// [`TokenResponse::refresh_in`], goes before both.
     #[must_use]
     pub const fn refresh_window(mut self, window: Duration) -> Self {
         self.refresh_window = window;
@@ -86,6 +87,8 @@ impl RefreshPolicy {
     }
 
     /// Sets how long one attempt to fetch a token may take: default 10 s.
+    ///
+    /// With all that belongs to it: credentials, metadata, and a refresh token that is tried first.
     #[must_use]
     pub const fn attempt_timeout(mut self, timeout: Duration) -> Self {
         self.attempt_timeout = timeout;
@@ -95,7 +98,8 @@ impl RefreshPolicy {
     /// Sets how long all attempts to fetch a token together may take: default 30 s.
     ///
     /// Counted from the first attempt, which is delayed by up to 1 s after a success and up to 10 s after a token
-    /// request that was lost with its runtime. No caller waits longer than that and half a second.
+    /// request that was lost with its runtime. A caller waits for a token request no longer than its delay, this time
+    /// and half a second.
     #[must_use]
     pub const fn flight_timeout(mut self, timeout: Duration) -> Self {
         self.flight_timeout = timeout;
@@ -104,8 +108,9 @@ impl RefreshPolicy {
 
     /// Sets how many attempts are made before waiting callers see an error: default 3, at least 1.
     ///
-    /// Only transient errors are tried again, after a pause of up to 200 ms, doubling to up to 5 s. While a token is
-    /// at hand that lives for longer than 4 s nobody waits, and the pause is one of 0.5 s to 1 s, doubling to up to 5 s.
+    /// Only transient errors are tried again, and neither those with a `Retry-After` nor a panic of the source; after a
+    /// pause of up to 200 ms, doubling to up to 5 s. While a token is at hand that lives for longer than 4 s nobody
+    /// waits, and the pause is one of 0.5 s to 1 s, doubling to up to 5 s.
     /// After a failed token request there is one attempt at a time until one succeeds.
     #[must_use]
     pub const fn attempts(mut self, attempts: u32) -> Self {

@@ -114,9 +114,9 @@ impl TokenCache {
     /// A token that is due for refresh is returned at once, while its replacement is fetched in the background.
     /// A token that is dead on arrival is returned to those who waited for it.
     ///
-    /// The wait is bounded: by [`RefreshPolicy::flight_timeout`] and half a second for each of at most two token
-    /// requests, the second of which comes about only when the first was lost with its runtime, and by 10 s
-    /// between the two.
+    /// The wait is bounded: for each of at most two token requests by its delay, [`RefreshPolicy::flight_timeout`] and
+    /// half a second. The delay is at most 1 s after a success, and 10 s after a token request that was lost with its
+    /// runtime; the second one comes about only when the first was lost.
     ///
     /// # Cancel safety
     ///
@@ -184,7 +184,8 @@ impl TokenCache {
         self.plain.status()
     }
 
-    /// Returns how the token for what `request` names is; `None` if nobody has asked for it, or not for long.
+    /// Returns how the token for what `request` names is; `None` if nobody has asked for it, or if it has made room for
+    /// others since.
     ///
     /// Causes no token request.
     pub fn status_for(&self, request: &TokenRequest) -> Option<Status> {
@@ -204,7 +205,7 @@ impl TokenCache {
     /// Returns a stream of what happens from now on, to all tokens of the cache.
     ///
     /// It keeps neither the cache alive nor anybody waiting: a listener that is more than 256 events behind misses
-    /// some, and is told how many. Nothing is made for nobody: without a listener, an event costs a look.
+    /// some, and is told how many. Without a listener, an event costs a look whether there is one.
     ///
     /// ```
     /// use tower_bearer::{TokenCache, TokenEvent, TokenResponse, source_fn};

@@ -145,7 +145,8 @@ impl Status {
         self.failing_for
     }
 
-    /// Returns what the last token request failed with; `None` if it succeeded, or was lost with its runtime.
+    /// Returns what the last token request failed with that had an error, this key's or one that holds it back; `None`
+    /// after a success, and if those that failed since were all lost with their runtime.
     pub fn last_error(&self) -> Option<&TokenError> {
         self.last_error.as_ref()
     }

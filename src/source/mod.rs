@@ -231,7 +231,7 @@ impl TokenResponse {
 
     /// Sets the lifetime, counted from when the request was sent.
     ///
-    /// Without it the cache assumes
+    /// More than a year counts as a year. Without it the cache assumes
     /// [`RefreshPolicy::default_lifetime`](crate::RefreshPolicy::default_lifetime), 300 s.
     #[must_use]
     pub fn expires_in(mut self, lifetime: Duration) -> Self {
@@ -241,7 +241,8 @@ impl TokenResponse {
 
     /// Sets after how long the server wants the token to be refreshed.
     ///
-    /// Kept within half and nine tenths of the lifetime. Without it the cache chooses.
+    /// Kept within half and nine tenths of the lifetime, and then up to a tenth of the lifetime earlier by chance: a
+    /// token of 300 s of which the server says 240 s is refreshed after 210 s to 240 s. Without it the cache chooses.
     #[must_use]
     pub fn refresh_in(mut self, after: Duration) -> Self {
         self.refresh_in = Some(after);
