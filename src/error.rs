@@ -88,15 +88,16 @@ impl TokenError {
     /// Creates an error that another try will not mend, for use in a custom
     /// [`TokenSource`](crate::TokenSource).
     ///
-    /// The cache remembers it for half to whole of 5 s, doubling to 60 s while it recurs, and then tries again:
-    /// secrets get rotated and servers get mended.
+    /// The cache remembers it for half to whole of 5 s, doubling to 60 s while it recurs, and up to a tenth more, and
+    /// then tries again: secrets get rotated and servers get mended.
     pub fn terminal(source: impl Into<BoxError>) -> Self {
         Self::new(Kind::Custom, false).with_source(source)
     }
 
     /// Sets how long the server asked to be left alone, up to 300 s.
     ///
-    /// The cache sends no further token request for that long.
+    /// The token request ends with it, whatever attempts are left, and the cache sends no further one for that long and
+    /// up to a tenth longer by chance, for no key of the source.
     #[must_use]
     pub fn with_retry_after(self, retry_after: Duration) -> Self {
         self.map(|inner| inner.retry_after = Some(retry_after.min(RETRY_AFTER_CAP)))
@@ -133,10 +134,11 @@ impl TokenError {
 
     /// Returns `true` if the same request may succeed later without anybody's doing.
     ///
-    /// True of transport failures, timeouts, the statuses 408, 425, 429 and 5xx, the codes
-    /// `temporarily_unavailable`, `server_error` and `slow_down`, and of any answer that did not come from an OAuth
-    /// server, such as a redirect or a firewall's page; true also of lost token requests and of the limit on
-    /// waiting callers.
+    /// True of transport failures and timeouts; of the statuses 408, 425, 429 and 5xx, and of the codes
+    /// `temporarily_unavailable`, `server_error` and `slow_down`; of any other answer that is neither a token response
+    /// nor an error of RFC 6749 section 5.2, such as a redirect or a firewall's page; of a
+    /// [`Credential`](crate::Credential) that cannot be had; of a source that panicked and a token request that was
+    /// lost; and of the limits on waiting callers and on keys.
     pub fn is_transient(&self) -> bool {
         self.0.transient
     }

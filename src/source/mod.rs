@@ -43,8 +43,8 @@ use crate::{error::TokenError, time::Now, token::AccessToken};
 /// A source only asks: when to ask, how often to try again, for how long to wait and who shares the answer
 /// is the business of the [`TokenCache`](crate::TokenCache) that owns it. The cache drives every fetch in a
 /// task of its own, drops it when an attempt takes longer than
-/// [`RefreshPolicy::attempt_timeout`](crate::RefreshPolicy::attempt_timeout), and never runs two at once
-/// unless one was given up for lost.
+/// [`RefreshPolicy::attempt_timeout`](crate::RefreshPolicy::attempt_timeout), and never runs two at once for the
+/// same [`TokenRequest`] unless one was given up for lost. Those for different ones run at the same time.
 ///
 /// [`source_fn`] makes a source of a closure, and an `Arc` of a source is a source too.
 pub trait TokenSource: Send + Sync + 'static {
@@ -76,7 +76,8 @@ pub trait TokenSource: Send + Sync + 'static {
     /// Returns whether the next token request would prove the client's identity by something else than the last
     /// one that was refused for good: the secret has been changed.
     ///
-    /// Then the cache asks for a token at once, without waiting for its gate to open. It asks here while it remembers a
+    /// Then the cache asks for a token at once, without waiting for its gate to open; if that is refused too, it listens
+    /// again after 1 s, doubling to 60 s until a token request succeeds. It asks here while it remembers a
     /// terminal `invalid_client` or `unauthorized_client`, as often as requests come, so the answer has to be at
     /// hand. `false` by default.
     fn has_new_credentials(&self) -> bool {

@@ -127,9 +127,10 @@ pub fn no_runtime() -> TokenError {
     TokenError::new(Kind::NoRuntime, false)
 }
 
-/// The client's secret or key could not be read or used, so nothing was sent: terminal.
+/// The client's key or certificate is of no use, so nothing was sent: terminal.
 ///
-/// No predicate is true of it.
+/// No predicate is true of it. A credential that cannot be had, such as a file that is not there, is a
+/// [`TokenError::transient`] instead.
 #[must_use]
 pub fn credentials() -> TokenError {
     TokenError::new(Kind::Credentials, false)
