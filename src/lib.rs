@@ -74,6 +74,7 @@
 //!
 //! A request finds a token in the [`TokenCache`] and leaves with it at once. One that finds none starts the
 //! *flight*, a token request in a task of its own, or joins the one in the air; all who wait share its result.
+//! A flight makes up to three attempts by default, each of which asks the token endpoint.
 //! A request that finds a token which is due for refresh leaves with it and starts the flight for the others.
 //!
 //! # When the API refuses a token
@@ -267,8 +268,8 @@
 //!
 //! Each flight has a span `token_flight` at DEBUG, and its events, and what its client logs, are in it. Its fields are
 //! `cache` ([`RefreshPolicy::name`]), `flight` (a number that no other one of the process has), `key` (scopes,
-//! resources and the names of parameters; absent for nothing in particular), `grant`, `forced`, `attempts`, `outcome`
-//! (`granted`, `failed`, `lost`, `shut_down`), `error` and `otel.status_code`. It is the root of a trace of its own:
+//! resources, the names of parameters, and `own source` for one that the request brings along; absent for nothing in
+//! particular), `grant`, `forced`, `attempts`, `outcome` (`granted`, `failed`, `lost`, `shut_down`), `error` and `otel.status_code`. It is the root of a trace of its own:
 //! it serves many requests and may outlive all of them. It follows from the span that was current where it was started,
 //! and the current span of each request that waits follows from it. With `tracing-opentelemetry` both are links, so
 //! that one gets from a slow request to the token request that it has waited for. `waited`, `token_refused` and
@@ -282,13 +283,13 @@
 //!
 //! | metric | type, unit | labels | |
 //! |---|---|---|---|
-//! | `tower_bearer_requests_total` | counter | `token`: `fresh`, `due`, `waited`, `failed`, `refused`, `bare` | requests by the token that they found; `refused` by their URI, `bare` without one of ours |
+//! | `tower_bearer_requests_total` | counter | `token`: `fresh`, `due`, `waited`, `failed`, `refused`, `bare` | requests through a layer, by the token that they found; `refused` for their URI, `bare` without one of ours |
 //! | `tower_bearer_token_requests_total` | counter | `grant`; `outcome`: `granted`, `rejected`, `unavailable`, `transport`, `timeout`, `malformed`, `failed` | attempts; one that goes on from a refresh token to client credentials counts for both |
 //! | `tower_bearer_flight_duration_seconds` | histogram, s | `outcome`: as of the span | all attempts together |
 //! | `tower_bearer_token_remaining_seconds` | histogram, s | | for how long the token of a request may still be sent; of one request in 64 |
-//! | `tower_bearer_token_refusals_total` | counter | `decision`: `started`, `joined`, `replay`, `passed` | tokens that the API refused |
-//! | `tower_bearer_replays_total` | counter | | requests that were sent once more |
-//! | `tower_bearer_waiting_requests` | gauge | | requests that wait for a token |
+//! | `tower_bearer_token_refusals_total` | counter | `decision`: `started`, `joined`, `replay`, `passed` | 401s about a token, each by itself, and calls of [`TokenCache::invalidate`]; without replay, 401s about the current token only |
+//! | `tower_bearer_replays_total` | counter | | requests that were sent once more, with another token |
+//! | `tower_bearer_waiting_requests` | gauge | | requests, and callers of [`TokenCache::get`], that wait for a token |
 //! | `tower_bearer_closed_gates` | gauge | | keys whose last token request failed |
 //! | `tower_bearer_keys` | gauge | | keys, besides the one for nothing in particular |
 //!
@@ -324,8 +325,8 @@
 //! - `rustls` (default): the default client for the token endpoint, hyper over rustls with ring and the system's
 //!   roots. Without it, [`ClientCredentialsBuilder::build_with`] takes any tower HTTP service, and TLS is yours to choose.
 //! - `jwt`: clients that prove who they are by a signed assertion, `private_key_jwt` and `client_secret_jwt`, with
-//!   `jsonwebtoken` 10 over `aws-lc-rs`. A feature since it takes a C compiler. The backend is taken by name; the
-//!   process-wide one is neither read nor set. An application that uses the same `jsonwebtoken` with `rust_crypto` has
+//!   `jsonwebtoken` 10 over `aws-lc-rs`. A feature since that is a second cryptographic library, beside `ring`; both
+//!   take a C compiler. The backend is taken by name; the process-wide one is neither read nor set. An application that uses the same `jsonwebtoken` with `rust_crypto` has
 //!   both backends compiled in then, and has to choose its own by `CryptoProvider::install_default` before it uses it.
 //! - `metrics`: counters, gauges and histograms through the facade of that name, for programs that have a recorder.
 //! - `reqwest`: the layer over a `reqwest::Client` 0.13, with none of its default features; see [`HttpRequest`].
