@@ -233,7 +233,8 @@ impl ClientCredentialsBuilder {
         self
     }
 
-    /// Allows a token URL of plain `http` on any host, off by default.
+    /// Allows plain `http` on any host for the token URL, the revocation URL and the issuer, and for what a discovered
+    /// server says of them: off by default.
     ///
     /// Everybody on the way can then read the client's secret and the tokens. On a loopback host `http` is
     /// always allowed.
@@ -293,13 +294,21 @@ impl ClientCredentialsBuilder {
     ///
     /// # Errors
     ///
-    /// If the token URL, the revocation URL or the issuer cannot be parsed, is neither `https` nor `http` on a
-    /// loopback host (but see [`dangerous_plain_http`](Self::dangerous_plain_http)), or has credentials or a
-    /// fragment; if the client's id is empty; if a scope is empty or has a character that RFC 6749 section 3.3 rules out; if a
-    /// resource is not an absolute URI or has a fragment; if a parameter has no name or one that the request
-    /// sets by itself; if the [`auth_method`](Self::auth_method) lacks what it takes, or none was chosen among a
-    /// secret and a private key; if a key that is known by now cannot be used; if a client certificate was set,
-    /// which the service is to present by itself.
+    /// If one of these is wrong:
+    ///
+    /// - The token URL, the revocation URL or the issuer to discover: it cannot be parsed, is neither `https` nor `http`
+    ///   on a loopback host (but see [`dangerous_plain_http`](Self::dangerous_plain_http)), or has credentials or a
+    ///   fragment; or the issuer has a query, or is set a second time.
+    /// - The client's id: it is empty, or has a colon and is to be sent in
+    ///   [`raw_basic_credentials`](Self::raw_basic_credentials).
+    /// - A scope: it is empty, or has a character that RFC 6749 section 3.3 rules out.
+    /// - A resource: it is not an absolute URI, or has a fragment.
+    /// - A parameter: it has no name, or one that the request sets by itself.
+    /// - The [`auth_method`](Self::auth_method): it lacks what it takes, or is [`AuthMethod::None`] beside a secret or a
+    ///   key; or none was chosen among a secret and a private key.
+    /// - An assertion: it is addressed to an issuer that is not known, or its key is, and cannot be used or not with the
+    ///   algorithm that was set.
+    /// - A client certificate: it is for the service to present by itself.
     pub fn build_with<S, B>(mut self, service: S) -> Result<ClientCredentials, ConfigError>
     where
         S: Service<Request<Full<Bytes>>, Response = Response<B>> + Clone + Send + 'static,
