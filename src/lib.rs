@@ -269,11 +269,11 @@
 //! Each flight has a span `token_flight` at DEBUG, and its events, and what its client logs, are in it. Its fields are
 //! `cache` ([`RefreshPolicy::name`]), `flight` (a number that no other one of the process has), `key` (scopes,
 //! resources, the names of parameters, and `own source` for one that the request brings along; absent for nothing in
-//! particular), `grant`, `forced`, `attempts`, `outcome` (`granted`, `failed`, `lost`, `shut_down`), `error` and `otel.status_code`. It is the root of a trace of its own:
-//! it serves many requests and may outlive all of them. It follows from the span that was current where it was started,
-//! and the current span of each request that waits follows from it. With `tracing-opentelemetry` both are links, so
-//! that one gets from a slow request to the token request that it has waited for. `waited`, `token_refused` and
-//! `replayed` are in the request's own span: make one above the layer, with tower-http's `TraceLayer` or
+//! particular), `grant`, `forced`, `attempts`, `outcome` (`granted`, `failed`, `lost`, `shut_down`), `error` and
+//! `otel.status_code`. It is the root of a trace of its own: it serves many requests and may outlive all of them. It
+//! follows from the span that was current where it was started, and the current span of each request that waits follows
+//! from it. With `tracing-opentelemetry` both are links, so that one gets from a slow request to the token request that
+//! it has waited for. `waited`, `token_refused` and `replayed` are in the request's own span: make one above the layer, with tower-http's `TraceLayer` or
 //! [`Instrument`](https://docs.rs/tracing/latest/tracing/trait.Instrument.html), and let `tower_bearer=debug` through the filter.
 //!
 //! ## Metrics
@@ -326,8 +326,9 @@
 //!   roots. Without it, [`ClientCredentialsBuilder::build_with`] takes any tower HTTP service, and TLS is yours to choose.
 //! - `jwt`: clients that prove who they are by a signed assertion, `private_key_jwt` and `client_secret_jwt`, with
 //!   `jsonwebtoken` 10 over `aws-lc-rs`. A feature since that is a second cryptographic library, beside `ring`; both
-//!   take a C compiler. The backend is taken by name; the process-wide one is neither read nor set. An application that uses the same `jsonwebtoken` with `rust_crypto` has
-//!   both backends compiled in then, and has to choose its own by `CryptoProvider::install_default` before it uses it.
+//!   take a C compiler. The backend is taken by name; the process-wide one is neither read nor set. An application that
+//!   uses the same `jsonwebtoken` with `rust_crypto` has both backends compiled in then, and has to choose its own by
+//!   `CryptoProvider::install_default` before it uses it.
 //! - `metrics`: counters, gauges and histograms through the facade of that name, for programs that have a recorder.
 //! - `reqwest`: the layer over a `reqwest::Client` 0.13, with none of its default features; see [`HttpRequest`].
 //! - `test-util`: a scripted token source, caches of settled tokens and an error of each kind, for the tests of your own

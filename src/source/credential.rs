@@ -30,7 +30,7 @@ use crate::{
 /// `invalid_client`, the credential is asked for again within the same attempt, and if it has changed the
 /// token request is sent once more.
 ///
-/// Text is converted as it is. Nothing of it is ever printed, and it is wiped from memory on drop.
+/// A constant is taken as it is, line breaks included. No text is ever printed, and it is wiped from memory on drop.
 ///
 /// ```
 /// use tower_bearer::{BoxError, Credential};
