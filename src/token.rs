@@ -169,7 +169,7 @@ impl AccessToken {
     /// Returns when the cache stops handing the token out: its expiry less the margin of
     /// [`RefreshPolicy::expiry_margin`](crate::RefreshPolicy::expiry_margin).
     ///
-    /// By the wall clock; `None` if that lies past the clock's range.
+    /// By the wall clock; `None` if that lies past the clock's range. An extended lifetime is not counted.
     pub fn usable_until(&self) -> Option<SystemTime> {
         self.0.expiry.wall()
     }

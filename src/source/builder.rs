@@ -202,6 +202,10 @@ impl ClientCredentialsBuilder {
     /// Adds a parameter to the body of every token request, such as `audience`.
     ///
     /// The same name may be added more than once, for servers that allow it. The value is never printed.
+    ///
+    /// The claims that an API misses in a token, as continuous access evaluation has it, are asked for beside those of a
+    /// parameter `claims`. Entra ID demands some only of clients that say by it that they can:
+    /// `.param("claims", r#"{"access_token":{"xms_cc":{"values":["cp1"]}}}"#)`.
     pub fn param(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.params.push((name.into(), value.into()));
         self
