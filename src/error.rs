@@ -153,7 +153,10 @@ impl TokenError {
         self.0.kind == Kind::Transport
     }
 
-    /// Returns `true` if the token request, or the wait for it, took too long.
+    /// Returns `true` if an attempt, its connection, or all attempts together took too long.
+    ///
+    /// A token request that nobody drives any more, so that its callers give it up, is one of
+    /// [`is_interrupted`](Self::is_interrupted).
     pub fn is_timeout(&self) -> bool {
         self.0.kind == Kind::Timeout
     }

@@ -231,7 +231,8 @@ impl TokenCache {
     /// [kept warm](RefreshPolicy::keep_warm).
     ///
     /// The cache forgets its tokens; what a layer's services have kept of one goes when they are dropped. Whoever
-    /// waits for a token or asks from now on gets an error of [`TokenError::is_shut_down`]. This holds for all clones of the cache and cannot be undone.
+    /// waits for a token or asks from now on gets an error of [`TokenError::is_shut_down`]. This holds for all clones
+    /// of the cache and cannot be undone.
     pub fn shutdown(&self) {
         self.close();
     }

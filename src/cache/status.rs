@@ -106,7 +106,7 @@ impl Status {
         self.state
     }
 
-    /// Returns when the cache stops, or stopped, to hand the token out, by the wall clock; `None` without a token or
+    /// Returns when the cache stops handing the token out, or has stopped, by the wall clock; `None` without a token or
     /// past the clock's range.
     ///
     /// An extended lifetime is not counted.

@@ -59,8 +59,8 @@ pub trait TokenSource: Send + Sync + 'static {
 
     /// Tells the authorization server that these tokens are not needed any more (RFC 7009).
     ///
-    /// The cache asks for it when it is [shut down](crate::TokenCache::shutdown_and_revoke), and for nothing
-    /// else. The default knows no way and says so.
+    /// The cache asks for it when it is [shut down](crate::TokenCache::shutdown_and_revoke), and at no other time. The
+    /// default knows no way and returns a terminal error.
     ///
     /// # Errors
     ///
