@@ -168,10 +168,10 @@ impl TokenCache {
     /// Tells the cache that `token` was refused: what a 401 with the challenge `invalid_token` does.
     ///
     /// Only a token that the cache holds can be refused; one that it has replaced is of no interest. A
-    /// replacement is fetched in the background, at most one per cooldown: 5 s, doubling to 60 s while refusals
-    /// go on. Callers of [`get`](Self::get) wait for it for at most 1 s and use the old token after that. During
-    /// the cooldown, after a failed token request whose retry is not due, and without a tokio runtime,
-    /// nothing happens.
+    /// replacement is fetched in the background, unless one is on its way, and at most one per cooldown: 5 s, doubling
+    /// to 60 s while refusals go on. Callers of [`get`](Self::get) wait for it for at most 1 s and use the old token
+    /// after that. During the cooldown, after a failed token request whose retry is not due, and without a tokio
+    /// runtime, none is asked for, and the token is used as before.
     pub fn invalidate(&self, token: &AccessToken) {
         telemetry::invalidated();
         self.refused(token, Complaint::Invalid);
