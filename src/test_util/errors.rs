@@ -33,7 +33,7 @@ use std::io;
 use http::StatusCode;
 
 use crate::{
-    error::{Kind, TokenError},
+    error::{ConfigError, Kind, TokenError},
     source,
 };
 
@@ -134,7 +134,7 @@ pub fn no_runtime() -> TokenError {
 #[must_use]
 pub fn credentials() -> TokenError {
     TokenError::new(Kind::Credentials, false)
-        .with_source(io::Error::from(io::ErrorKind::PermissionDenied))
+        .with_source(ConfigError::new("the private key cannot be read"))
 }
 
 /// One error of each kind, for a test that none is forgotten. More may follow in later versions.
