@@ -274,7 +274,7 @@ impl TokenCache {
             }
             match tasks.join_next().await {
                 Some(revoked) => {
-                    let panicked = |_| Err(TokenError::new(Kind::Panicked, false));
+                    let panicked = |_| Err(TokenError::new(Kind::Panicked, true));
                     outcome = outcome.and(revoked.unwrap_or_else(panicked));
                 }
                 None => return outcome,

@@ -233,6 +233,26 @@ async fn a_revocation_that_hangs_is_given_up() {
     assert!(took <= secs(11), "{took:?}");
 }
 
+#[tokio::test]
+async fn a_source_that_panics_as_it_revokes_has_interrupted_itself() {
+    struct Panicking;
+
+    impl TokenSource for Panicking {
+        async fn fetch(&self, _: Fetch) -> Result<TokenResponse, TokenError> {
+            TokenResponse::new("token")
+        }
+
+        async fn revoke(&self, _: Revocation) -> Result<(), TokenError> {
+            panic!("as it revokes")
+        }
+    }
+
+    let cache = TokenCache::new(Panicking);
+    cache.get().await.unwrap();
+    let error = cache.shutdown_and_revoke().await.unwrap_err();
+    assert!(error.is_interrupted() && error.is_transient());
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_source_that_cannot_revoke_says_so() {
     let cache = TokenCache::new(AuthServer::new());
