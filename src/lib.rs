@@ -257,7 +257,7 @@
 //! | `recovered` | INFO | `cache`, `flight`, `key`, `failures`, `outage` | the first success after failures, of which the first began an `outage` ago |
 //! | `flight_lost` | WARN | `cache`, `flight`, `key`, `failures` | the runtime has ended, or is parked |
 //! | `gate_closed`, `gate_opened` | DEBUG | `failures`, `opens_in`, `shared`; `cause` | token requests are held back: of the key, or if `shared` of all keys of the source |
-//! | `refresh_token_failed` | INFO | `cache`, `flight`, `key`, `error` | client credentials were next |
+//! | `refresh_token_failed` | DEBUG | `cache`, `flight`, `key`, `error` | a session has ended, client credentials were next |
 //! | `lifetime_assumed` | WARN | `cache`, `flight`, `key`, `lifetime` | the server named none |
 //! | `scope_narrowed` | WARN | `cache`, `missing` | the server granted less than was asked for |
 //! | `token_refused` | INFO, DEBUG | `cache`, `complaint`, `decision`, `flight` | by the API; INFO if that starts a token request, which is bounded |

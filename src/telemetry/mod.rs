@@ -241,12 +241,12 @@ pub(crate) fn attempt_failed(flight: u64, attempt: u32, error: &TokenError) {
 
 /// A refresh token brought no access token, and the attempt goes on with the client's own credentials.
 ///
-/// `INFO`, since it is how every session ends.
+/// `DEBUG`, since it is how every session ends.
 pub(crate) fn refresh_token_failed(flight: u64, of: Subject<'_>, error: &TokenError) {
     event!(
         name: "refresh_token_failed",
         target: TARGET,
-        Level::INFO,
+        Level::DEBUG,
         cache = of.cache,
         flight,
         key = key(of.request),

@@ -456,6 +456,9 @@ async fn what_is_told_of_an_answer_says_of_which_token_request() {
             assert_eq!(line.field("key"), Some("scope=read"));
         }
     }
+    // It is how every session ends, so all is well.
+    let ended = log.named("refresh_token_failed");
+    assert!(ended.iter().all(|line| line.level == Level::DEBUG));
 }
 
 /// What becomes of a flight stands in its span, however it ends.
