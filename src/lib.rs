@@ -287,7 +287,7 @@
 //! | `tower_bearer_token_requests_total` | counter | `grant`; `outcome`: `granted`, `rejected`, `unavailable`, `transport`, `timeout`, `malformed`, `failed` | attempts; one that goes on from a refresh token to client credentials counts for both |
 //! | `tower_bearer_flight_duration_seconds` | histogram, s | `outcome`: as of the span | all attempts together |
 //! | `tower_bearer_token_remaining_seconds` | histogram, s | | for how long the token of a request may still be sent; of one request in 64 |
-//! | `tower_bearer_token_refusals_total` | counter | `decision`: `started`, `joined`, `replay`, `passed` | 401s about a token, each by itself, and calls of [`TokenCache::invalidate`]; without replay, 401s about the current token only |
+//! | `tower_bearer_token_refusals_total` | counter | `decision`: `started`, `joined`, `replay`, `passed` | 401s about a token, each by itself, and calls of [`TokenCache::invalidate`] |
 //! | `tower_bearer_replays_total` | counter | | requests that were sent once more, with another token |
 //! | `tower_bearer_waiting_requests` | gauge | | requests, and callers of [`TokenCache::get`], that wait for a token |
 //! | `tower_bearer_closed_gates` | gauge | | keys whose last token request failed |

@@ -339,8 +339,9 @@ impl Entry {
     /// Only the token that the entry holds can be refused, or one before it that had the same text.
     pub(super) fn heard(self: &Arc<Self>, token: TokenId, complaint: Complaint) {
         let current = self.state.lock().token_of(token);
-        if let Some(token) = current {
-            self.refused(&token, complaint);
+        match current {
+            Some(token) => drop(self.refused(&token, complaint)),
+            None => self.teller.refused(complaint.name(), Decided::Passed, None),
         }
     }
 

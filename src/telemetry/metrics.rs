@@ -274,7 +274,7 @@ fn describe() {
     describe_counter!(
         REFUSALS,
         Unit::Count,
-        "Tokens that the API refused, by what was decided: started, joined, replay or passed."
+        "Refusals of tokens by the API, by what was decided: started, joined, replay or passed."
     );
     describe_counter!(
         REPLAYS,

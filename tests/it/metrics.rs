@@ -456,6 +456,34 @@ async fn refusals_are_counted_by_what_was_decided_and_replays() {
     assert_eq!(refused.counter("replays_total,cache=default"), 3);
 }
 
+/// A refusal of an older token counts too, whether or not its request can be sent again.
+#[tokio::test(start_paused = true)]
+async fn late_refusals_are_counted() {
+    let recorder = DebuggingRecorder::new();
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    let api = Api::refusing("token-1", || unauthorized(INVALID_TOKEN));
+    let layer = BearerAuthLayer::new(AuthServer::new());
+    let once = layer.layer(api.clone());
+    let twice = layer.clone().replay(CloneBody).layer(api.clone());
+    let token = layer.cache().get().await.unwrap();
+    api.hold();
+    let mut tasks = vec![];
+    tasks.extend((0..2).map(|_| tokio::spawn(once.clone().oneshot(get()))));
+    tasks.extend((0..3).map(|_| tokio::spawn(twice.clone().oneshot(get()))));
+    settle().await;
+    layer.cache().invalidate(&token);
+    settle().await;
+    api.release();
+    all(tasks).await;
+    let read = Read::from(&recorder.snapshotter());
+    let decided = ["started", "joined", "passed", "replay"].map(|decision| {
+        read.counter(&format!(
+            "token_refusals_total,cache=default,decision={decision}"
+        ))
+    });
+    assert_eq!(decided, [1, 0, 2, 3]);
+}
+
 /// A recorder that comes late misses what was before, and no more.
 #[tokio::test(start_paused = true)]
 async fn a_recorder_that_is_installed_late_is_found_by_the_next_token_request() {
