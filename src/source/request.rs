@@ -240,6 +240,8 @@ mod tests {
         assert_eq!(hasher.hash_one(&more), hasher.hash_one(&other));
         assert_ne!(hasher.hash_one(&more), hash);
         assert_eq!(hasher.hash_one(TokenRequest::new().scope("a")), hash);
+        // This one is changed where it stands, since nobody shares it.
+        assert_eq!(hasher.hash_one(one.scope("b")), hasher.hash_one(&other));
     }
 
     /// Law 9: a parameter may be a secret.
