@@ -261,10 +261,8 @@ impl Inner {
         !self.expiry.has_come(now)
     }
 
-    /// Whether a request may take the token and think no further, if the wall clock says so too.
-    ///
-    /// Unless it came with a lower `not_before` than another one since.
-    pub(crate) fn is_fresh(&self, not_before: u64, now: Instant) -> bool {
+    /// Whether it may by all else: by the monotonic clock, and by the `not_before` that another token has come with since.
+    pub(crate) fn is_fresh_otherwise(&self, not_before: u64, now: Instant) -> bool {
         !self.expiry.is_past(now) && !self.due.is_past(now) && self.not_before >= not_before
     }
 }

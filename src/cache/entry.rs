@@ -208,9 +208,9 @@ impl Entry {
     pub(super) fn fresh(&self) -> Option<AccessToken> {
         let token = self.hot.load();
         let token = token.as_ref()?;
-        let is_watched = || self.plain && self.watched().is(token.id());
+        let is_watched = self.plain && self.watched().is(token.id());
         let is_fresh = token.is_coarsely_fresh()
-            && (is_watched() || token.is_fresh(self.endpoint.not_before(), Instant::now()));
+            && (is_watched || token.is_fresh_otherwise(self.endpoint.not_before(), Instant::now()));
         is_fresh.then(|| AccessToken(Arc::clone(token)))
     }
 
