@@ -164,10 +164,9 @@ impl<B> HttpResponse for Response<B> {
     }
 }
 
-/// Sets the `Authorization` of a request that is not one of many.
+/// Sets the `Authorization` of a request that does not find its token with the service.
 ///
-/// Compiled here, so that the one insertion that is compiled with a user's types is that of requests which find their
-/// token with the service.
+/// Compiled here, so that the one insertion that is compiled with a user's types is that of the requests which do.
 pub(crate) fn authorize(headers: &mut HeaderMap, value: HeaderValue) {
     headers.insert(AUTHORIZATION, value);
 }

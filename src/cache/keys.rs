@@ -62,7 +62,8 @@ impl Keys {
 
     /// The token, if there is one that is neither due nor refused.
     pub(super) fn fresh(&self, request: &TokenRequest) -> Option<AccessToken> {
-        // To hold the map for it costs less than to count one more reference of the entry.
+        // To hold the map for it costs less than to count one more reference of the entry. No source is dropped under it:
+        // what a token holds of one, its entry holds too.
         self.read().entries.get(request)?.fresh()
     }
 
