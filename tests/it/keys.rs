@@ -11,7 +11,7 @@ use tokio::{
     task::JoinSet,
     time::{self, Instant},
 };
-use tower::{Layer, ServiceExt};
+use tower::{Layer, Service, ServiceExt};
 use tower_bearer::{
     BearerAuthLayer, CloneBody, Fetch, RefreshPolicy, RefreshToken, SharedSource, TokenCache,
     TokenError, TokenRequest, TokenResponse, TokenSource, WithoutToken,
@@ -285,6 +285,31 @@ async fn a_401_is_about_the_token_of_its_key() {
     settle().await;
     assert_eq!(send("b").await.unwrap().body(), "b-2");
     assert_eq!(server.requests(), 5);
+}
+
+/// The same of a request that finds its token at once.
+#[tokio::test(start_paused = true)]
+async fn a_401_is_about_the_token_that_was_there() {
+    let server = ByScope::default();
+    let api = Api::refusing("a-1", || unauthorized(INVALID_TOKEN));
+    let layer = BearerAuthLayer::new(server.clone());
+    let key = for_scope("a");
+    layer.cache().get_for(&key).await.unwrap();
+    let replaying = layer.clone().replay(CloneBody).layer(api.clone());
+    let response = replaying.oneshot(request_for(&key)).await.unwrap();
+    assert_eq!(response.body(), "a-2");
+    assert_eq!(api.tokens(), ["a-1", "a-2"]);
+
+    let api = Api::refusing("a-2", || unauthorized(INVALID_TOKEN));
+    let mut once = layer.layer(api.clone());
+    // Past the cooldown of the first refusal.
+    time::sleep(secs(6)).await;
+    let response = once.call(request_for(&key)).await.unwrap();
+    assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
+    settle().await;
+    let response = once.call(request_for(&key)).await.unwrap();
+    assert_eq!(response.body(), "a-3");
+    assert_eq!(server.requests(), 3);
 }
 
 /// A tenant's own source: its token, its credentials, its failures.

@@ -112,6 +112,15 @@ async fn requests_are_counted_by_the_token_that_they_found() {
             .all(|remaining| (289.0..=290.0).contains(remaining))
     );
 
+    for token in ["waited", "fresh"] {
+        let mut keyed = get();
+        keyed
+            .extensions_mut()
+            .insert(TokenRequest::new().scope("a"));
+        client.call(keyed).await.unwrap();
+        assert_eq!(read().counter(&requests(token)), 1);
+    }
+
     let mut bare = get();
     bare.extensions_mut().insert(WithoutToken);
     client.clone().oneshot(bare).await.unwrap();
