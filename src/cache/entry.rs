@@ -200,8 +200,12 @@ impl Entry {
 
     /// The token for a request that has no time to wait; starts a refresh that is due.
     pub(super) fn attach(self: &Arc<Self>) -> Option<AccessToken> {
-        let token = self.fresh().or_else(|| self.settled());
-        token.or_else(|| self.use_or_refresh())
+        self.fresh().or_else(|| self.attach_closely())
+    }
+
+    /// As [`attach`](Self::attach), if there is none that is fresh.
+    pub(super) fn attach_closely(self: &Arc<Self>) -> Option<AccessToken> {
+        self.settled().or_else(|| self.use_or_refresh())
     }
 
     /// The token, if there is one that is neither due nor refused: without a lock.

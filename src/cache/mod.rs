@@ -316,7 +316,7 @@ impl TokenCache {
             // The error of a full map is for `acquire` to return.
             Some(request) => {
                 let token = self.keys.fresh(request);
-                token.or_else(|| self.keys.get_or_insert(request).ok()?.attach())
+                token.or_else(|| self.keys.get_or_insert(request).ok()?.attach_closely())
             }
         }
     }

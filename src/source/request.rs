@@ -32,6 +32,8 @@ use super::{SharedSource, asked::names};
 ///
 /// Clones are cheap. One that is made once and cloned into each request saves the sorting and most of the look-up.
 ///
+/// Its hash is made once, with keys of this process: it is another one in each process, whatever the hasher.
+///
 /// Nothing is checked here. What cannot be asked for, such as a scope with a quote in it, is the error of the
 /// token request, which is then not sent.
 #[derive(Clone, Default, PartialEq, Eq)]
