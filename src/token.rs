@@ -1,6 +1,7 @@
 //! [`AccessToken`]: the token as requests use it.
 
 use std::{
+    collections::HashSet,
     fmt,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -156,9 +157,14 @@ impl AccessToken {
             .requested_scope
             .as_deref()
             .filter(|_| granted.is_some());
-        let is_granted =
-            move |scope: &str| granted.is_some_and(|all| scopes(all).any(|one| one == scope));
-        scopes(requested.unwrap_or_default()).filter(move |scope| !is_granted(scope))
+        let mut missing: Vec<_> = scopes(requested.unwrap_or_default()).collect();
+        // What the server names may be as long as its answer, and what was asked for is ours: each is read once.
+        let asked_for: HashSet<_> = missing.iter().copied().collect();
+        let granted: HashSet<_> = scopes(granted.unwrap_or_default())
+            .filter(|scope| asked_for.contains(scope))
+            .collect();
+        missing.retain(|scope| !granted.contains(scope));
+        missing.into_iter()
     }
 
     /// Returns what the token was asked for.

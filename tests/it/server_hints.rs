@@ -4,14 +4,14 @@ use std::sync::{Arc, Mutex};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use http::StatusCode;
-use tokio::time;
+use tokio::{runtime::Builder, time};
 use tower::{Layer, ServiceExt};
 use tower_bearer::{
     BearerAuthLayer, CloneBody, Fetch, RefreshPolicy, RefreshToken, TokenCache, TokenError,
     TokenRequest, TokenResponse, TokenSource,
 };
 
-use crate::support::{Api, get, millis, now, secs, settle, unauthorized};
+use crate::support::{Api, get, millis, now, secs, settle, unauthorized, without_a_hang};
 
 /// A source that hands out what it is told to, in order, and keeps what it was asked.
 #[derive(Clone, Default)]
@@ -174,6 +174,26 @@ async fn scopes_that_were_not_granted_are_named() {
         );
         assert_eq!(token.scope(), granted);
     }
+}
+
+/// What a server sends costs the thread that serves others no more than it takes to read it.
+#[test]
+fn scopes_without_end_are_read_once() {
+    let asked: Vec<_> = (0..20_000).map(|n| format!("asked-{n}")).collect();
+    let granted = "other ".repeat(150_000) + &asked[1..].join(" ");
+    let answer = response("token")
+        .requested_scope(asked.join(" "))
+        .scope(granted);
+    let missing = without_a_hang(move || {
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        let cache = TokenCache::new(Script::new([Ok(answer)]));
+        let token = runtime.block_on(cache.get()).unwrap();
+        token
+            .missing_scopes()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    });
+    assert_eq!(missing, ["asked-0"]);
 }
 
 /// Entra ID: the claims that an API misses are asked for, past refresh token and cache.
