@@ -380,7 +380,9 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
         // the gate sees to that.
         let retry =
             error.is_transient() && error.retry_after().is_none() && !error.is_interrupted();
-        if !retry || attempt >= plan.attempts {
+        // The claims are the API's words and not ours: that they cannot be had is no reason to have no token.
+        let without_claims = is_of_request(&error) && plan.claims.take().is_some();
+        if !without_claims && (!retry || attempt >= plan.attempts) {
             return Outcome::Failed(error);
         }
         ending
@@ -390,6 +392,16 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
         time::sleep(policy.pause(attempt, plan.at_leisure, &mut Rng::new())).await;
         attempt += 1;
     }
+}
+
+/// Whether an error is about what was asked for, and not about who asks.
+fn is_of_request(error: &TokenError) -> bool {
+    let is_of_client = error.is_of_credentials()
+        || matches!(
+            error.oauth_error(),
+            Some("invalid_client" | "unauthorized_client")
+        );
+    !error.is_transient() && !is_of_client
 }
 
 #[cfg(test)]

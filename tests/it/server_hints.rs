@@ -8,7 +8,7 @@ use tokio::{runtime::Builder, time};
 use tower::{Layer, ServiceExt};
 use tower_bearer::{
     BearerAuthLayer, CloneBody, Fetch, RefreshPolicy, RefreshToken, TokenCache, TokenError,
-    TokenRequest, TokenResponse, TokenSource,
+    TokenRequest, TokenResponse, TokenSource, source_fn,
 };
 
 use crate::support::{Api, get, millis, now, secs, settle, unauthorized, without_a_hang};
@@ -240,6 +240,63 @@ async fn claims_are_asked_for_once() {
     let asked = script.asked.lock().unwrap();
     let claims: Vec<_> = asked.iter().map(|fetch| fetch.claims.as_deref()).collect();
     assert_eq!(claims, [None, Some("{}"), None]);
+}
+
+/// Law 3: an API that asks for claims that cannot be had takes nobody the token that others accept.
+#[tokio::test(start_paused = true)]
+async fn claims_that_cannot_be_had_keep_nobody_from_a_token() {
+    for attempts in [1, 3] {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let source = source_fn({
+            let seen = Arc::clone(&seen);
+            move |fetch: Fetch| {
+                let mut seen = seen.lock().unwrap();
+                seen.push(fetch.claims.is_some());
+                let number = seen.len();
+                async move {
+                    match fetch.claims {
+                        Some(_) => Err(TokenError::terminal("what claims are these?")
+                            .with_oauth_error("invalid_request")),
+                        None => {
+                            Ok(TokenResponse::new(format!("token-{number}"))?.expires_in(secs(60)))
+                        }
+                    }
+                }
+            }
+        });
+        let cache = TokenCache::with_policy(source, RefreshPolicy::new().attempts(attempts));
+        let service = |api| BearerAuthLayer::new(cache.clone()).layer(api);
+        let strict = service(Api::new(|_| {
+            unauthorized(r#"Bearer error="insufficient_claims", claims="e30=""#)
+        }));
+        let other = service(Api::echoing());
+        for _ in 0..6_000 {
+            let refused = strict.clone().oneshot(get()).await.unwrap();
+            assert_eq!(refused.status(), StatusCode::UNAUTHORIZED);
+            let answer = other.clone().oneshot(get()).await.unwrap();
+            assert_eq!(answer.status(), StatusCode::OK);
+            time::sleep(millis(100)).await;
+        }
+        let seen = seen.lock().unwrap();
+        // Each was asked for once, and the token that came instead was asked for at once.
+        assert!(seen.windows(2).all(|pair| !(pair[0] && pair[1])));
+        let claimed = seen.iter().filter(|&&claimed| claimed).count();
+        assert!((5..=15).contains(&claimed), "{claimed}");
+    }
+}
+
+/// A client that is refused is not sent a second time for it.
+#[tokio::test(start_paused = true)]
+async fn claims_of_a_client_that_is_refused_are_not_renounced() {
+    let refused = TokenError::terminal("refused").with_oauth_error("invalid_client");
+    let script = Script::new([Ok(response("old")), Err(refused), Ok(response("new"))]);
+    let api = Api::refusing("old", || {
+        unauthorized(r#"Bearer error="insufficient_claims", claims="e30=""#)
+    });
+    let service = BearerAuthLayer::new(script.clone()).layer(api);
+    service.clone().oneshot(get()).await.unwrap();
+    time::sleep(secs(1)).await;
+    assert_eq!(script.asked(), 2);
 }
 
 /// A secret that was changed clears a refusal of the old one at once, for all keys.
