@@ -36,7 +36,7 @@ use tokio::{
     runtime::Handle,
     time::{self, Instant, Sleep},
 };
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 
 use super::{entry::Entry, state::Plan, watch};
 use crate::{
@@ -255,7 +255,8 @@ pub(crate) fn launch(runtime: &Handle, entry: Arc<Entry>, flight: Arc<Flight>, p
     let ending = Ending { entry, flight };
     let closing = ending.entry.closing().clone();
     // Within the span of whoever starts the flight, and with its end provided for: a subscriber may panic.
-    let span = ending.entry.depart(&ending.flight, &plan);
+    let departs = || ending.entry.depart(&ending.flight, &plan);
+    let span = panic::catch_unwind(AssertUnwindSafe(departs)).unwrap_or_else(|_| Span::none());
     runtime.spawn(closing.run_until_cancelled_owned(async move {
         let entry = Arc::clone(&ending.entry);
         let flown = async {
@@ -264,7 +265,15 @@ pub(crate) fn launch(runtime: &Handle, entry: Arc<Entry>, flight: Arc<Flight>, p
             entry.land(&ending.flight, outcome);
             drop(ending);
         };
-        flown.instrument(span).await;
+        {
+            // Whoever is told of it, and what is dropped with it, is foreign code: a panic of theirs ends no watch.
+            let mut flown = pin!(flown.instrument(span));
+            poll_fn(|cx| {
+                panic::catch_unwind(AssertUnwindSafe(|| flown.as_mut().poll(cx)))
+                    .unwrap_or(Poll::Ready(()))
+            })
+            .await;
+        }
         if entry.is_plain() {
             let watching = entry.watching().clone();
             watching.run_until_cancelled(watch::keep(entry)).await;

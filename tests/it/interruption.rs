@@ -326,6 +326,96 @@ async fn a_panic_of_the_source_does_not_end_the_watch_of_a_warm_cache() {
     assert!(cache.peek().is_some());
 }
 
+/// A log that panics at each event, or at each span.
+struct PanickingLog {
+    panics: Arc<AtomicBool>,
+    at_spans: bool,
+}
+
+impl PanickingLog {
+    fn hear(&self, is_span: bool) {
+        let panics = self.at_spans == is_span && self.panics.load(Ordering::SeqCst);
+        assert!(!panics, "the log panics");
+    }
+}
+
+impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for PanickingLog {
+    fn on_event(&self, _: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
+        self.hear(false);
+    }
+
+    fn on_new_span(
+        &self,
+        _: &tracing::span::Attributes<'_>,
+        _: &tracing::Id,
+        _: tracing_subscriber::layer::Context<'_, S>,
+    ) {
+        self.hear(true);
+    }
+}
+
+/// Law 7.
+#[tokio::test(start_paused = true)]
+async fn a_panic_of_the_log_does_not_end_the_watch_of_a_warm_cache() {
+    enable_tracing();
+    for at_spans in [false, true] {
+        let panics = Arc::new(AtomicBool::new(false));
+        let log = tracing_subscriber::registry().with(PanickingLog {
+            panics: Arc::clone(&panics),
+            at_spans,
+        });
+        let _guard = tracing::subscriber::set_default(log);
+        let server = AuthServer::new();
+        let cache = TokenCache::with_policy(server, RefreshPolicy::new().keep_warm(true));
+        cache.get().await.unwrap();
+        panics.store(true, Ordering::SeqCst);
+        time::sleep(secs(250)).await;
+        panics.store(false, Ordering::SeqCst);
+        time::sleep(secs(3_600)).await;
+        assert!(cache.peek().is_some(), "at spans: {at_spans}");
+    }
+}
+
+/// Panics when it is dropped, while it is told to.
+#[derive(Debug, thiserror::Error)]
+#[error("it panics when it is dropped")]
+struct Fragile(Arc<AtomicBool>);
+
+impl Drop for Fragile {
+    fn drop(&mut self) {
+        let panics = self.0.load(Ordering::SeqCst) && !std::thread::panicking();
+        assert!(!panics, "it is dropped");
+    }
+}
+
+/// Law 7: what a source makes is foreign code to its end.
+#[tokio::test(start_paused = true)]
+async fn a_panic_on_drop_does_not_end_the_watch_of_a_warm_cache() {
+    for hangs in [false, true] {
+        let panics = Arc::new(AtomicBool::new(false));
+        let source = source_fn({
+            let panics = Arc::clone(&panics);
+            move |_| {
+                let fragile = Fragile(Arc::clone(&panics));
+                async move {
+                    match fragile.0.load(Ordering::SeqCst) {
+                        false => Ok(TokenResponse::new("token")?.expires_in(secs(300))),
+                        true if hangs => std::future::pending().await,
+                        true => Err(TokenError::terminal(fragile)),
+                    }
+                }
+            }
+        });
+        let cache = TokenCache::with_policy(source, RefreshPolicy::new().keep_warm(true));
+        cache.get().await.unwrap();
+        panics.store(true, Ordering::SeqCst);
+        time::sleep(secs(260)).await;
+        panics.store(false, Ordering::SeqCst);
+        time::sleep(secs(3_600)).await;
+        assert!(cache.peek().is_some(), "hangs: {hangs}");
+    }
+}
+
 /// Law 6.
 #[tokio::test(start_paused = true)]
 async fn a_source_that_hangs_is_given_up_at_the_flights_deadline() {
