@@ -480,10 +480,13 @@ impl TokenSource for ClientCredentials {
             let Some(token) = token else { continue };
             let request = Request::Revocation { url, token, hint };
             let asked = &self.inner.asked;
-            let revoked = self
+            let revoking = self
                 .inner
-                .exchange(request, asked, endpoints, Answer::into_revoked)
-                .await;
+                .exchange(request, asked, endpoints, Answer::into_revoked);
+            // A request that hangs leaves some of its caller's time for the other token.
+            let revoked = time::timeout(REVOCATION_LIMIT, revoking)
+                .await
+                .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout, true)));
             outcome = outcome.and(revoked);
         }
         outcome
@@ -521,6 +524,9 @@ impl fmt::Debug for ClientCredentials {
 
 /// For how long newer metadata are looked for when a token is revoked. Its caller sets no time.
 const DISCOVERY_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long the revocation of one token may take: less than half of what a cache leaves by default for both.
+const REVOCATION_LIMIT: Duration = Duration::from_secs(4);
 
 #[cfg(test)]
 mod tests {

@@ -15,7 +15,8 @@ use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
 use tower::util::BoxCloneSyncService;
 use tower_bearer::{
-    AuthMethod, ClientCredentials, ClientCredentialsBuilder, Credential, Fetch, TokenSource,
+    AuthMethod, ClientCredentials, ClientCredentialsBuilder, Credential, Fetch, TokenCache,
+    TokenSource,
 };
 
 const URL: &str = "https://as.example/token";
@@ -169,6 +170,44 @@ async fn a_credential_that_cannot_be_had_sends_nothing() {
     assert!(server.bodies().is_empty());
 }
 
+/// RFC 7009: a server that hangs over the one token is asked about the other one all the same.
+#[tokio::test(start_paused = true)]
+async fn a_revocation_that_hangs_does_not_spare_the_other_token() {
+    let revoked: Arc<Mutex<Vec<String>>> = Arc::default();
+    let service = tower::service_fn({
+        let revoked = Arc::clone(&revoked);
+        move |request: Request<Full<Bytes>>| {
+            let revoked = Arc::clone(&revoked);
+            async move {
+                let is_token_request = request.uri().path() == "/token";
+                let body = request.into_body().collect().await.unwrap().to_bytes();
+                if !is_token_request {
+                    let body = String::from_utf8(body.to_vec()).unwrap();
+                    let hangs = body.contains("token=refresh");
+                    revoked.lock().unwrap().push(body);
+                    if hangs {
+                        std::future::pending::<()>().await;
+                    }
+                }
+                let answer =
+                    r#"{"access_token":"access","token_type":"Bearer","refresh_token":"refresh"}"#;
+                Ok::<_, Infallible>(Response::new(Full::<Bytes>::from(answer)))
+            }
+        }
+    });
+    let source = builder()
+        .revocation_url("https://as.example/revoke")
+        .build_with(service)
+        .unwrap();
+    let cache = TokenCache::new(source);
+    cache.get().await.unwrap();
+    let error = cache.shutdown_and_revoke().await.unwrap_err();
+    assert!(error.is_timeout());
+    let revoked = revoked.lock().unwrap();
+    assert_eq!(revoked.len(), 2);
+    assert!(revoked[1].contains("token=access&"));
+}
+
 /// The default client finds the server by itself, and follows it nowhere else.
 #[cfg(feature = "rustls")]
 #[tokio::test]
@@ -218,7 +257,7 @@ mod jwt {
     use jsonwebtoken::{Algorithm, DecodingKey, Validation};
     use tower_bearer::AssertionAudience;
 
-    use tower_bearer::{TokenCache, TokenRequest};
+    use tower_bearer::TokenRequest;
 
     use super::*;
 
