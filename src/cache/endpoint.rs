@@ -2,7 +2,7 @@
 
 use std::{
     panic::{self, AssertUnwindSafe},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 #[cfg(feature = "test-util")]
@@ -23,6 +23,8 @@ pub(super) struct Endpoint {
     pub(super) gate: Mutex<SharedGate>,
     /// The `not_before` that came with the last token of any key.
     not_before: AtomicU64,
+    /// Whether the source is being asked for new credentials.
+    asking: AtomicBool,
     /// The token of the key for nothing in particular, if it is watched.
     watched: Watched,
     /// What is answered instead, if that is settled.
@@ -36,6 +38,7 @@ impl Endpoint {
             source,
             gate: Mutex::new(SharedGate::default()),
             not_before: AtomicU64::new(0),
+            asking: AtomicBool::new(false),
             watched: Watched::default(),
             #[cfg(feature = "test-util")]
             preset: None,
@@ -76,7 +79,13 @@ impl Endpoint {
         // A source is foreign code, and so is the error that is forgotten: neither has a place under the lock. And
         // whoever asks for a token is not to panic for it.
         let is_renewed = || self.source().has_new_credentials();
-        if held.is_some() && panic::catch_unwind(AssertUnwindSafe(is_renewed)).unwrap_or(false) {
+        // A source that asks its own cache for something meanwhile would be asked again, and so on for ever.
+        if held.is_none() || self.asking.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let is_renewed = panic::catch_unwind(AssertUnwindSafe(is_renewed)).unwrap_or(false);
+        self.asking.store(false, Ordering::SeqCst);
+        if is_renewed {
             let forgotten = self.gate.lock().renew(now);
             if forgotten.is_some() {
                 telemetry::gate_opened("new_credentials");

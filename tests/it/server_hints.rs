@@ -1,6 +1,9 @@
 //! What servers say beside the token: outage lifetimes, void tokens, narrower scopes, missing claims.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{
+    Arc, Mutex, OnceLock,
+    atomic::{AtomicUsize, Ordering},
+};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use http::StatusCode;
@@ -420,6 +423,40 @@ async fn a_source_that_panics_over_its_credentials_has_no_new_ones() {
         let error = cache.get().await.unwrap_err();
         assert_eq!(error.oauth_error(), Some("invalid_client"));
     }
+}
+
+/// Law 7: nor is it asked again for what it asks its own cache meanwhile, which would have no end.
+#[tokio::test(start_paused = true)]
+async fn a_source_that_asks_its_own_cache_over_its_credentials_gets_an_answer() {
+    #[derive(Default)]
+    struct Curious {
+        cache: OnceLock<TokenCache>,
+        asked: AtomicUsize,
+    }
+
+    impl TokenSource for Curious {
+        async fn fetch(&self, _: Fetch) -> Result<TokenResponse, TokenError> {
+            Err(TokenError::terminal("no").with_oauth_error("invalid_client"))
+        }
+
+        fn has_new_credentials(&self) -> bool {
+            // Deeper than any sensible source, and not so deep that the test cannot tell.
+            assert!(self.asked.fetch_add(1, Ordering::SeqCst) < 10);
+            let cache = self.cache.get().expect("it was set");
+            now(cache.get()).is_ok()
+        }
+    }
+
+    let source = Arc::new(Curious::default());
+    let cache = TokenCache::new(Arc::clone(&source));
+    assert!(source.cache.set(cache.clone()).is_ok());
+    for callers in 0..3 {
+        let error = cache.get().await.unwrap_err();
+        assert_eq!(error.oauth_error(), Some("invalid_client"));
+        // Each one looks for a token, and then for one to wait for.
+        assert_eq!(source.asked.load(Ordering::SeqCst), 2 * callers);
+    }
+    cache.shutdown();
 }
 
 /// A token that was declared void while its replacement was fetched is no last resort.
