@@ -182,7 +182,8 @@ pub struct RequestCopy<B> {
 }
 
 impl<B> RequestCopy<B> {
-    #[inline]
+    /// Out of line, so that it is written where it is to stay: in line each part is moved several times on its way.
+    #[inline(never)]
     pub(crate) fn new(request: &Request<B>, body: B) -> Self {
         let headers = request.headers();
         Self {
