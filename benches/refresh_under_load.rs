@@ -39,11 +39,13 @@ fn main() {
             rate: 5_000,
             lasts: Duration::from_secs(4),
             lifetime: Duration::from_secs(3),
+            outages: 1,
         },
         false => Plan {
             rate: 40_000,
             lasts: Duration::from_secs(30),
             lifetime: Duration::from_secs(4),
+            outages: 4,
         },
     };
     let runtime = runtime(1);
@@ -64,7 +66,8 @@ fn main() {
             BearerAuthLayer::new(TokenCache::new(e.source())).layer(bare)
         }),
     ];
-    let outage = plan.outage(&runtime);
+    let outages = (0..plan.outages).map(|_| plan.outage(&runtime));
+    let outage = outages.reduce(Run::and).expect("there is one");
     report(&plan, &runs, &outage);
 }
 
@@ -74,6 +77,8 @@ struct Plan {
     rate: u32,
     lasts: Duration,
     lifetime: Duration,
+    /// One is short, and few requests of it are the slowest in a thousand.
+    outages: usize,
 }
 
 /// What a load came to.
@@ -268,6 +273,20 @@ impl Run {
             outside,
         }
     }
+
+    /// Both together, with the token requests of the one that had most.
+    fn and(mut self, other: Self) -> Self {
+        self.sent.extend(other.sent);
+        self.waited += other.waited;
+        self.token_requests = self.token_requests.max(other.token_requests);
+        for (all, more) in [
+            (&mut self.inside, other.inside),
+            (&mut self.outside, other.outside),
+        ] {
+            all.add(more).expect("both have the same digits");
+        }
+        self
+    }
 }
 
 fn report(plan: &Plan, runs: &[Run], outage: &Run) {
@@ -330,7 +349,10 @@ fn report(plan: &Plan, runs: &[Run], outage: &Run) {
     report.goal(
         &format!("token due but valid, 503 for 2 s, {} requests/s", plan.rate),
         "≤ 4 token requests, 0 failed calls, no call slower than usual",
-        format!("{} token requests, 0 failed; {text}", outage.token_requests),
+        format!(
+            "{} token requests at most, 0 failed; {text}",
+            outage.token_requests
+        ),
         same && outage.token_requests <= 4,
     );
     report.table(table);
