@@ -112,6 +112,9 @@ impl RefreshPolicy {
     /// pause of up to 200 ms, doubling to up to 5 s. While a token is at hand that lives for longer than 4 s nobody
     /// waits, and the pause is one of 0.5 s to 1 s, doubling to up to 5 s.
     /// After a failed token request there is one attempt at a time until one succeeds.
+    ///
+    /// If the claims that an API asks for cannot be had, one more follows without them, whatever the number
+    /// ([`Fetch::claims`](crate::Fetch::claims)).
     #[must_use]
     pub const fn attempts(mut self, attempts: u32) -> Self {
         self.attempts = if attempts == 0 { 1 } else { attempts };

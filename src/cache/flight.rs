@@ -390,7 +390,7 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
         let retry =
             error.is_transient() && error.retry_after().is_none() && !error.is_interrupted();
         // The claims are the API's words and not ours: that they cannot be had is no reason to have no token.
-        let without_claims = is_of_request(&error) && plan.claims.take().is_some();
+        let without_claims = may_be_of_claims(&error) && plan.claims.take().is_some();
         if !without_claims && (!retry || attempt >= plan.attempts) {
             return Outcome::Failed(error);
         }
@@ -403,14 +403,15 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
     }
 }
 
-/// Whether an error is about what was asked for, and not about who asks.
-fn is_of_request(error: &TokenError) -> bool {
+/// Whether an error may be about what was asked for, and is not about who asks.
+fn may_be_of_claims(error: &TokenError) -> bool {
     let is_of_client = error.is_of_credentials()
         || matches!(
             error.oauth_error(),
             Some("invalid_client" | "unauthorized_client")
         );
-    !error.is_transient() && !is_of_client
+    // A server may as well hang on them.
+    error.is_timeout() || (!error.is_transient() && !is_of_client)
 }
 
 #[cfg(test)]

@@ -136,8 +136,8 @@ pub struct Fetch {
     /// request (OpenID Connect Core section 5.5).
     ///
     /// Present after a 401 with the error `insufficient_claims`, as Microsoft's continuous access evaluation
-    /// answers those who have said that they can handle it. After a terminal error that is not about the client, one more
-    /// attempt follows without them.
+    /// answers those who have said that they can handle it. After a timeout, or a terminal error that is not about the
+    /// client, one more attempt follows without them.
     pub claims: Option<String>,
     /// Where a source puts the reason for which the refresh token was of no use, before it goes on without.
     pub(crate) refresh_error: Arc<OnceLock<TokenError>>,
