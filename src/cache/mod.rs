@@ -241,8 +241,8 @@ impl TokenCache {
     /// refresh tokens, which end their sessions, and the access tokens.
     ///
     /// To be called when no request is under way any more, and instead of [`shutdown`](Self::shutdown), which leaves
-    /// nothing to revoke. A token that the server grants at this moment is not known and lives on. Up to 16 keys' tokens are revoked at a time, each within
-    /// [`RefreshPolicy::attempt_timeout`].
+    /// nothing to revoke. A token that the server grants at this moment is not known and lives on. Up to 16 keys' tokens
+    /// are revoked at a time, each within [`RefreshPolicy::attempt_timeout`].
     ///
     /// # Cancel safety
     ///
