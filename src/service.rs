@@ -32,7 +32,8 @@ use crate::{
 /// hand, the service that was polled ready is the one that is called. A request that has to wait for a token
 /// gives its readiness back first, with any permit or place in a queue that it stands for, and makes a clone
 /// of the inner service ready once the token is there: a limit below bounds what is being sent, and whoever
-/// wants to bound what is waiting puts a limit above.
+/// wants to bound what is waiting puts a limit above. A request that may not leave at all gives its
+/// readiness back too.
 ///
 /// # Errors
 ///
@@ -235,13 +236,13 @@ impl<S, R> BearerAuth<S, R> {
         R: Replay<Req>,
         Req: HttpRequest,
     {
-        if let Obstacle::Refused(error) = obstacle {
-            return ResponseFuture::refused(error);
-        }
         // Dropping the ready service gives back what its readiness holds, a permit or a place; the clones hold
         // none.
         let service = self.inner.clone();
         drop(mem::replace(&mut self.inner, service.clone()));
+        if let Obstacle::Refused(error) = obstacle {
+            return ResponseFuture::refused(error);
+        }
         let settings = Arc::clone(self.door.settings());
         ResponseFuture::wait(service, request, self.replay.clone(), settings)
     }

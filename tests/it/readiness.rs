@@ -196,6 +196,25 @@ async fn a_request_that_waits_for_a_token_holds_no_permit() {
     assert_eq!(waiting.await.unwrap().unwrap().body(), "token-1");
 }
 
+/// Law 10: a request that may not leave makes no use of its readiness, and keeps it from nobody.
+#[tokio::test(start_paused = true)]
+async fn a_request_that_is_refused_holds_no_permit() {
+    let server = AuthServer::new();
+    let permits = Arc::new(Semaphore::new(1));
+    let inner = GlobalConcurrencyLimitLayer::with_semaphore(permits.clone()).layer(Api::echoing());
+    let mut client = BearerAuthLayer::new(server.clone()).layer(inner);
+    let plain = Request::get("http://api.example.com/")
+        .body(String::new())
+        .unwrap();
+    let ready = ServiceExt::<Request<String>>::ready(&mut client).await;
+    let refused = ready.unwrap().call(plain);
+    assert_eq!(permits.available_permits(), 1);
+    let error = refused.await.unwrap_err();
+    assert!(token_error(&error).is_insecure_uri());
+    // The service goes on all the same, once it is ready again.
+    assert_eq!(client.oneshot(get()).await.unwrap().body(), "token-1");
+}
+
 /// Law 10: a refusal that is held holds no permit.
 #[tokio::test(start_paused = true)]
 async fn a_request_that_waits_for_another_token_holds_no_permit() {
