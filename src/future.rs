@@ -330,7 +330,11 @@ where
         let refused = token.clone();
         let phase = match remedy {
             Remedy::Nothing => return Judged::Answer(answer),
-            Remedy::Token(token) => Phase::Readying { token },
+            Remedy::Token(token) => {
+                // Its drop is foreign code: if that panicked later, what is returned here would never be dropped.
+                drop(answer);
+                Phase::Readying { token }
+            }
             Remedy::Wait(joined) => Phase::Holding {
                 acquire: joined.wait(),
                 answer: Some(Box::new(answer)),
@@ -439,7 +443,10 @@ where
                         .take()
                         .expect("the refusal is held until the wait ends");
                     match token.filter(|token| this.turn.allows(token)) {
-                        Some(token) => Phase::Readying { token },
+                        Some(token) => {
+                            drop(answer);
+                            Phase::Readying { token }
+                        }
                         None => return Poll::Ready(Ok(Leave::Answer(*answer))),
                     }
                 }

@@ -191,6 +191,49 @@ async fn a_copy_that_panics_when_it_is_dropped_leaks_nothing() {
     assert!(api.arrivals().is_empty());
 }
 
+/// Nor is anything left behind by a refusal, whether another token is there at once or has to be waited for.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_that_panics_when_it_is_dropped_leaks_nothing() {
+    struct Refusal;
+
+    impl Drop for Refusal {
+        fn drop(&mut self) {
+            panic!("the refusal panics");
+        }
+    }
+
+    for is_late in [true, false] {
+        let used = Arc::new(());
+        let kept = Arc::downgrade(&used);
+        let number = AtomicUsize::new(0);
+        let source = source_fn(move |_| {
+            let _ = &used;
+            let number = number.fetch_add(1, Ordering::Relaxed);
+            async move { TokenResponse::new(format!("token-{number}")) }
+        });
+        let api = service_fn(|_: Request<Counted>| async {
+            tokio::task::yield_now().await;
+            Ok::<_, Infallible>(unauthorized(INVALID_TOKEN).map(|_| Refusal))
+        });
+        let mut client = BearerAuthLayer::new(source).replay(CloneBody).layer(api);
+        let token = client.cache().get().await.unwrap();
+        let census = Arc::new(Census::default());
+        let mut sending = Box::pin(client.call(post(census.body())));
+        assert!(poll_once(sending.as_mut()).is_pending());
+        if is_late {
+            client.cache().invalidate(&token);
+        } else {
+            assert!(poll_once(sending.as_mut()).is_pending());
+        }
+        settle().await;
+        assert!(panics(|| poll_once(sending.as_mut())));
+        drop((sending, client));
+        settle().await;
+        assert_eq!(census.alive(), 0, "late: {is_late}");
+        assert!(kept.upgrade().is_none(), "late: {is_late}");
+    }
+}
+
 /// So are services, at either sending.
 #[tokio::test(start_paused = true)]
 async fn a_service_that_panics_costs_its_request_alone() {
