@@ -142,6 +142,8 @@ where
         let (head, body) = request.into_parts();
         let least = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
         let body = if body.is_end_stream() {
+            // Its drop is foreign code: if that panicked once the future is there, the future would never be dropped.
+            drop(body);
             CollectedBody::default()
         } else if least > self.limit {
             CollectedBody::streaming(Bytes::new(), Box::pin(body))

@@ -3,6 +3,7 @@
 use std::{
     convert::Infallible,
     future::{Ready, ready},
+    panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     sync::{Arc, Mutex},
     task::{Context, Poll},
@@ -404,4 +405,47 @@ fn a_body_is_not_shown() {
     let shown = shown.lock().unwrap();
     assert!(shown.contains("Collecting") && shown.contains("CollectedBody"));
     assert!(!shown.contains("secret"), "{shown}");
+}
+
+/// A request whose body panics is not sent, and leaves nothing behind.
+#[test]
+fn an_empty_body_that_panics_when_it_is_dropped_costs_its_request_alone() {
+    struct Empty;
+
+    impl Body for Empty {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            Poll::Ready(None)
+        }
+
+        fn is_end_stream(&self) -> bool {
+            true
+        }
+    }
+
+    impl Drop for Empty {
+        fn drop(&mut self) {
+            panic!("the body panics");
+        }
+    }
+
+    let place = Arc::new(());
+    let taken = place.clone();
+    let api = service_fn(move |_: Request<CollectedBody<Empty>>| {
+        let taken = taken.clone();
+        async move {
+            let _taken = taken;
+            Ok::<_, Infallible>(())
+        }
+    });
+    let mut client = CollectBodyLayer::new(5).layer(api);
+    let call = AssertUnwindSafe(|| drop(client.call(put(Empty))));
+    assert!(catch_unwind(call).is_err());
+    drop(client);
+    assert_eq!(Arc::strong_count(&place), 1);
 }
