@@ -316,7 +316,12 @@ where
             Verdict::InvalidToken => Complaint::Invalid,
             Verdict::MissingClaims(claims) => Complaint::Claims(claims),
             Verdict::Unexplained if mark.heeds_unexplained() => Complaint::Unexplained,
-            Verdict::Unexplained | Verdict::NotOurs => return Judged::Answer(answer),
+            Verdict::Unexplained | Verdict::NotOurs => {
+                // What is left of a request goes before its answer is returned: its drop is foreign code, and if that
+                // panicked later, the answer would never be dropped, and keep its connection.
+                drop((copy, self.again));
+                return Judged::Answer(answer);
+            }
         };
         let (Some(copy), Some(again)) = (copy, self.again) else {
             cache::refused(mark.token(), complaint);
@@ -329,9 +334,12 @@ where
         let remedy = settings.cache.refused(token, complaint);
         let refused = token.clone();
         let phase = match remedy {
-            Remedy::Nothing => return Judged::Answer(answer),
+            Remedy::Nothing => {
+                drop((request, service, ready));
+                return Judged::Answer(answer);
+            }
             Remedy::Token(token) => {
-                // Its drop is foreign code: if that panicked later, what is returned here would never be dropped.
+                // The other way round, for the same reason.
                 drop(answer);
                 Phase::Readying { token }
             }

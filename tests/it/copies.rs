@@ -17,7 +17,7 @@ use fastrand::Rng;
 use http::{HeaderValue, Request, Response, header::AUTHORIZATION};
 use tower::{Layer, Service, service_fn};
 use tower_bearer::{
-    BearerAuth, BearerAuthLayer, CloneBody, TokenResponse, WithoutToken, source_fn,
+    BearerAuth, BearerAuthLayer, CloneBody, TokenError, TokenResponse, WithoutToken, source_fn,
 };
 
 use crate::support::{
@@ -231,6 +231,59 @@ async fn a_refusal_that_panics_when_it_is_dropped_leaks_nothing() {
         settle().await;
         assert_eq!(census.alive(), 0, "late: {is_late}");
         assert!(kept.upgrade().is_none(), "late: {is_late}");
+    }
+}
+
+/// Nor by the copy of a request whose refusal is passed on: neither the answer, and with it its connection, nor the cache.
+#[tokio::test(start_paused = true)]
+async fn a_copy_that_panics_when_its_refusal_is_passed_on_leaks_nothing() {
+    struct Body {
+        is_copy: bool,
+    }
+
+    impl Clone for Body {
+        fn clone(&self) -> Self {
+            Self { is_copy: true }
+        }
+    }
+
+    impl Drop for Body {
+        fn drop(&mut self) {
+            assert!(!self.is_copy, "the copy panics");
+        }
+    }
+
+    // About something else, and about the token while there is no other to be had.
+    for challenge in ["Basic", INVALID_TOKEN] {
+        let used = Arc::new(());
+        let kept = Arc::downgrade(&used);
+        let asked = AtomicUsize::new(0);
+        let source = source_fn(move |_| {
+            let _ = &used;
+            let asked = asked.fetch_add(1, Ordering::Relaxed);
+            async move {
+                match asked {
+                    0 => TokenResponse::new("token"),
+                    _ => Err(TokenError::terminal("no more")),
+                }
+            }
+        });
+        let connection = Arc::new(());
+        let taken = Arc::clone(&connection);
+        let api = service_fn(move |_: Request<Body>| {
+            let answer = unauthorized(challenge).map(|_| Arc::clone(&taken));
+            async move { Ok::<_, Infallible>(answer) }
+        });
+        let mut client = BearerAuthLayer::new(source).replay(CloneBody).layer(api);
+        let token = client.cache().get().await.unwrap();
+        client.cache().invalidate(&token);
+        settle().await;
+        let mut sending = Box::pin(client.call(post(Body { is_copy: false })));
+        assert!(panics(|| poll_once(sending.as_mut())));
+        drop((sending, client));
+        settle().await;
+        assert_eq!(Arc::strong_count(&connection), 1, "{challenge}");
+        assert!(kept.upgrade().is_none(), "{challenge}");
     }
 }
 
