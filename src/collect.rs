@@ -31,6 +31,10 @@ use crate::{
 /// A body that says by its [size hint](Body::size_hint) that it is longer than the limit, or that it is empty, is not
 /// read here at all.
 ///
+/// Nothing is sent before that, however long it takes, which is for a timeout above to bound. A body whose end waits for
+/// the answer, as that of a gRPC call that streams in both directions or of a WebSocket over HTTP/2 (RFC 8441), is never
+/// sent: such requests go round this layer.
+///
 /// # Memory
 ///
 /// Per request, what was read and kept is at most `limit` bytes and the one frame that passed them, in a buffer of
