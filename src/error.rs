@@ -179,6 +179,21 @@ impl TokenError {
         matches!(self.0.kind, Kind::Panicked | Kind::Abandoned)
     }
 
+    /// Whether the server does not know the client by the credentials that it was sent.
+    ///
+    /// Not every server says `invalid_client` then: of a wrong secret Keycloak says `unauthorized_client`, and Auth0
+    /// `access_denied`. Their status tells that apart from what else these codes mean: 401 is about who asks (RFC 6749
+    /// section 5.2).
+    pub(crate) fn is_of_unknown_client(&self) -> bool {
+        match self.oauth_error() {
+            Some("invalid_client") => true,
+            Some("unauthorized_client" | "access_denied") => {
+                self.status() == Some(StatusCode::UNAUTHORIZED)
+            }
+            _ => false,
+        }
+    }
+
     /// Whether the client's credentials cannot be sent as they are, to any server and for any key.
     pub(crate) fn is_of_credentials(&self) -> bool {
         self.0.kind == Kind::Credentials

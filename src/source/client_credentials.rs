@@ -34,8 +34,9 @@ use crate::{
 /// (RFC 6749 section 6), and if it brings nothing, for whatever reason, the client's own credentials are sent
 /// at once. A refresh token is sent at most once, since some servers end the session when they see it again.
 ///
-/// When the server does not know the client (`invalid_client`), the [`Credential`](crate::Credential) is asked for
-/// again within the same attempt, and if it has changed, the request is sent once more with the new one.
+/// When the server does not know the client (`invalid_client`, or as others say it, `unauthorized_client` or
+/// `access_denied` with status 401), the [`Credential`](crate::Credential) is asked for again within the same attempt,
+/// and if it has changed, the request is sent once more with the new one.
 ///
 /// Answers that differ from the standard are understood where that is safe: lifetimes as text or fractions,
 /// other statuses than 200, any `Content-Type`. At most 1 MiB of an answer is read. Redirects are not
@@ -173,7 +174,7 @@ impl Inner {
                 }
                 Err(error) => error,
             };
-            if error.oauth_error() != Some("invalid_client") {
+            if !error.is_of_unknown_client() {
                 // What another one has left behind is no reason to ask again once this was refused for good.
                 if !error.is_transient() {
                     self.refused.clear();
@@ -724,6 +725,32 @@ mod tests {
             source.fetch(Fetch::new()).await.unwrap();
         }
         assert_eq!(secrets(&endpoint), ["old", "old", "new", "new"]);
+        assert!(!source.has_new_credentials());
+    }
+
+    /// Law 7: the same by the words of Keycloak and of Auth0.
+    #[tokio::test]
+    async fn a_secret_is_asked_for_again_whatever_a_401_calls_it() {
+        for answer in [
+            (401, r#"{"error":"unauthorized_client"}"#),
+            (401, r#"{"error":"access_denied"}"#),
+        ] {
+            let endpoint = Endpoint::default();
+            let post = builder("id")
+                .client_secret(giving(&["old", "new"]))
+                .auth_method(AuthMethod::ClientSecretPost);
+            let source = endpoint.source(post, &[(200, TOKEN), answer, (200, TOKEN)]);
+            for _ in 0..2 {
+                source.fetch(Fetch::new()).await.unwrap();
+            }
+            assert_eq!(secrets(&endpoint), ["old", "old", "new"]);
+        }
+        // With another status it is about what the client may do.
+        let endpoint = Endpoint::default();
+        let post = builder("id").client_secret(giving(&["one"]));
+        let answer = (400, r#"{"error":"unauthorized_client"}"#);
+        let source = endpoint.source(post, &[answer]);
+        source.fetch(Fetch::new()).await.unwrap_err();
         assert!(!source.has_new_credentials());
     }
 

@@ -268,7 +268,7 @@ impl Drop for Watch<'_> {
 /// Whether an endpoint may have moved, or wants another proof than it said: not if there is a server that knows its
 /// business and is busy.
 fn speaks_of_endpoint(error: &TokenError) -> bool {
-    let unknown = error.oauth_error() == Some("invalid_client");
+    let unknown = error.is_of_unknown_client();
     let gone = matches!(
         error.status(),
         Some(StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED | StatusCode::GONE)
@@ -657,6 +657,8 @@ mod tests {
             (429, "", false),
             (400, r#"{"error":"invalid_scope"}"#, false),
             (401, r#"{"error":"invalid_client"}"#, true),
+            (401, r#"{"error":"unauthorized_client"}"#, true),
+            (400, r#"{"error":"unauthorized_client"}"#, false),
             (200, "{}", false),
         ] {
             let server = Server::with(OAUTH, &metadata());
