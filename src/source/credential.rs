@@ -81,7 +81,7 @@ type Asking = Pin<Box<dyn Future<Output = Result<String, BoxError>> + Send>>;
 impl Credential {
     /// Creates a credential that is read from a file for every token request: a Kubernetes mount, for example.
     ///
-    /// Line breaks at its end are left out. It is read off the runtime's own threads, up to 1 MiB.
+    /// A byte order mark at its start and line breaks at its end are left out. It is read off the runtime's own threads, up to 1 MiB.
     pub fn file(path: impl Into<PathBuf>) -> Self {
         Self(Arc::new(Origin::File(path.into())))
     }
@@ -297,6 +297,8 @@ fn read_file(path: &Path) -> io::Result<(SecretString, Stamp)> {
     }
     // The error would quote nothing, but hold the bytes.
     let text = std::str::from_utf8(&text).map_err(|_| io::Error::other("it is not UTF-8"))?;
+    // Some editors begin a file with one, and no secret does.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let text = text.trim_end_matches(['\r', '\n']);
     if text.is_empty() {
         // A file that is being written.
@@ -361,7 +363,12 @@ mod tests {
     async fn a_file_is_read_each_time_without_its_last_line_breaks() {
         let file = Temporary::new("read");
         let credential = Credential::file(&file.0);
-        for (written, read) in [("one", "one"), (" two \r\n", " two "), ("a\nb\n\n", "a\nb")] {
+        for (written, read) in [
+            ("one", "one"),
+            (" two \r\n", " two "),
+            ("a\nb\n\n", "a\nb"),
+            ("\u{feff}three\r\n", "three"),
+        ] {
             file.write(written);
             assert_eq!(text(&credential).await, read);
         }

@@ -11,7 +11,7 @@ use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use secrecy::{ExposeSecret, SecretString};
 
-use super::transport::Transport;
+use super::{response::BYTE_ORDER_MARK, transport::Transport};
 use crate::{error::ConfigError, sync::Mutex};
 
 /// What the default client is made of.
@@ -168,6 +168,7 @@ impl Default for Settings {
 /// Unlike the system's roots these were named one by one, so each has to be good.
 fn add_pem(roots: &mut RootCertStore, pem: &[u8]) -> Result<(), ConfigError> {
     let before = roots.len();
+    let pem = pem.strip_prefix(BYTE_ORDER_MARK).unwrap_or(pem);
     for certificate in CertificateDer::pem_slice_iter(pem) {
         // PEM errors quote the text they stumbled over, which may be the key of a bundle.
         let certificate =
@@ -197,6 +198,16 @@ mod tests {
             let result = add_pem(&mut RootCertStore::empty(), pem.as_bytes());
             assert!(result.is_err(), "{pem}");
         }
+    }
+
+    /// A parser passes over a certificate that does not begin its line.
+    #[test]
+    fn a_byte_order_mark_hides_no_root() {
+        let certified = rcgen::generate_simple_self_signed([]).unwrap();
+        let pem = format!("\u{feff}{}", certified.cert.pem());
+        let mut roots = RootCertStore::empty();
+        add_pem(&mut roots, pem.as_bytes()).unwrap();
+        assert_eq!(roots.len(), 1);
     }
 
     #[test]

@@ -327,7 +327,7 @@ fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     (!after.is_zero()).then_some(after)
 }
 
-const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
+pub(super) const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 
 /// Two years, which keeps sums in range; the cache has a lower limit of its own.
 const LONGEST_SECONDS: f64 = 2.0 * 365.0 * 24.0 * 60.0 * 60.0;
