@@ -194,6 +194,13 @@ impl TokenError {
         }
     }
 
+    /// Whether it is about who asks, whatever was asked for.
+    pub(crate) fn is_of_client(&self) -> bool {
+        self.is_of_credentials()
+            || self.is_of_unknown_client()
+            || self.oauth_error() == Some("unauthorized_client")
+    }
+
     /// Whether the client's credentials cannot be sent as they are, to any server and for any key.
     pub(crate) fn is_of_credentials(&self) -> bool {
         self.0.kind == Kind::Credentials

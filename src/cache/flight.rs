@@ -405,13 +405,8 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
 
 /// Whether an error may be about what was asked for, and is not about who asks.
 fn may_be_of_claims(error: &TokenError) -> bool {
-    let is_of_client = error.is_of_credentials()
-        || matches!(
-            error.oauth_error(),
-            Some("invalid_client" | "unauthorized_client")
-        );
     // A server may as well hang on them.
-    error.is_timeout() || (!error.is_transient() && !is_of_client)
+    error.is_timeout() || (!error.is_transient() && !error.is_of_client())
 }
 
 #[cfg(test)]

@@ -356,8 +356,7 @@ impl Fault {
             _ if error.is_transport() || is_busy => Self::Endpoint,
             _ if error.is_interrupted() => Self::Key,
             _ if error.is_transient() => Self::Either,
-            _ if error.is_of_credentials() => Self::Client,
-            Some("invalid_client" | "unauthorized_client") => Self::Client,
+            _ if error.is_of_client() => Self::Client,
             Some(_) => Self::Request,
             None => Self::Key,
         }
@@ -437,6 +436,7 @@ mod tests {
             retry_after,
             rejected("invalid_client"),
             rejected("unauthorized_client"),
+            rejected("access_denied").with_status(StatusCode::UNAUTHORIZED),
             TokenError::new(Kind::Credentials, false),
         ] {
             let mut case = Case::new();
@@ -450,6 +450,7 @@ mod tests {
         for error in [
             rejected("invalid_scope"),
             rejected("invalid_target"),
+            rejected("access_denied").with_status(StatusCode::FORBIDDEN),
             TokenError::terminal("refused"),
             TokenError::new(Kind::Panicked, true),
         ] {
