@@ -304,10 +304,11 @@ impl Entry {
     pub(super) fn progress(&self) -> Progress {
         let state = self.state.lock();
         let shared = self.endpoint.gate.lock();
+        let token = state.unquestioned().filter(|token| !self.is_void(token));
         Progress {
             flights: state.flights(),
-            next_due: state.next_due(&shared),
-            fresh_until: state.unquestioned().map(AccessToken::fresh_until),
+            next_due: state.next_due(&shared, self.endpoint.not_before()),
+            fresh_until: token.map(AccessToken::fresh_until),
         }
     }
 

@@ -1,12 +1,18 @@
 //! When tokens are replaced, for any lifetime that a server may name.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use tokio::{
     runtime::Handle,
     time::{self, Instant},
 };
-use tower_bearer::{RefreshPolicy, TokenCache};
+use tower_bearer::{RefreshPolicy, TokenCache, TokenError, TokenRequest, TokenResponse, source_fn};
 
 use crate::support::{Answer, AuthServer, Crowd, millis, now, secs, seed, settle};
 
@@ -213,7 +219,7 @@ async fn a_warm_cache_outlives_an_outage() {
     let server = AuthServer::new();
     let cache = warm(&server);
     cache.get().await.unwrap();
-    let down = tower_bearer::TokenError::transient("down");
+    let down = TokenError::transient("down");
     server.set(Answer::Fail(down));
     time::sleep(secs(3_600)).await;
     let failed = server.requests() - 1;
@@ -246,4 +252,36 @@ async fn a_warm_cache_with_callers_refreshes_no_more_often() {
     }
     assert!(server.requests() >= requests + 3);
     assert_eq!(Handle::current().metrics().num_alive_tasks(), 1);
+}
+
+/// Keycloak: another key's answer tells that all tokens up to then are void.
+#[tokio::test(start_paused = true)]
+async fn a_warm_token_that_is_void_is_replaced_without_a_request() {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&asked);
+    let source = source_fn(move |fetch| {
+        let count = Arc::clone(&count);
+        async move {
+            let response = TokenResponse::new("token")?.expires_in(secs(3600));
+            if fetch.request.scopes().len() > 0 {
+                return Ok(response.not_before_policy(7));
+            }
+            match count.fetch_add(1, Ordering::SeqCst) {
+                // An outage of one flight.
+                1..=3 => Err(TokenError::transient("away")),
+                _ => Ok(response),
+            }
+        }
+    });
+    let cache = TokenCache::with_policy(source, RefreshPolicy::new().keep_warm(true));
+    cache.get().await.unwrap();
+    time::sleep(secs(2)).await;
+    cache
+        .get_for(&TokenRequest::new().scope("a"))
+        .await
+        .unwrap();
+    assert!(cache.peek().is_none());
+    time::sleep(secs(60)).await;
+    assert!(cache.peek().is_some(), "asked {asked:?}");
+    assert_eq!(asked.load(Ordering::SeqCst), 5);
 }
