@@ -387,8 +387,10 @@ impl Entry {
     pub(super) fn land(&self, flight: &Arc<Flight>, outcome: Outcome) {
         let now = Now::read();
         // A source's error holds anything, so no last handle on one is dropped under the lock.
+        let is_ended = matches!(outcome, Outcome::Lost) && self.closing.is_cancelled();
         let error = match &outcome {
             Outcome::Failed(error) => Some(error.clone()),
+            Outcome::Lost if is_ended => Some(TokenError::new(Kind::ShutDown, false)),
             Outcome::Granted(..) | Outcome::Lost => None,
         };
         let mut state = self.state.lock();
@@ -416,7 +418,9 @@ impl Entry {
             }
             Outcome::Failed(_) | Outcome::Lost => {
                 let shut = state.failed(&mut shared, flight, error.as_ref(), now);
-                landing.failing = shut.map(|_| state.failing(&shared, now));
+                landing.failing = shut
+                    .filter(|_| !is_ended)
+                    .map(|_| state.failing(&shared, now));
                 shut.map(|_| error.clone().map_or(End::Abandoned, End::Failed))
             }
         };

@@ -1,19 +1,24 @@
 //! The end of a cache: no work goes on, and tokens are revoked if asked to.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    future::Future,
+    pin::pin,
+    sync::{Arc, Mutex},
+    task::{Context, Wake, Waker},
+};
 
 use tokio::{
-    runtime::Handle,
+    runtime::{Builder, Handle},
     time::{self, Instant},
 };
 use tower::{Layer, ServiceExt, limit::ConcurrencyLimitLayer};
 use tower_bearer::{
     BearerAuthLayer, Fetch, RefreshPolicy, RefreshToken, Revocation, TokenCache, TokenError,
-    TokenRequest, TokenResponse, TokenSource,
+    TokenEvent, TokenRequest, TokenResponse, TokenSource,
 };
 
 use crate::support::{
-    Answer, Api, AuthServer, caller, get, millis, now, secs, settle, timed, token_error,
+    Answer, Api, AuthServer, caller, get, millis, now, poll_once, secs, settle, timed, token_error,
 };
 
 /// A source that revokes, slowly, and remembers what.
@@ -259,4 +264,42 @@ async fn a_source_that_cannot_revoke_says_so() {
     cache.get().await.unwrap();
     let error = cache.shutdown_and_revoke().await.unwrap_err();
     assert!(!error.is_transient() && !error.is_shut_down());
+}
+
+/// What is lost with a runtime while the cache ends is no outage.
+#[test]
+fn a_flight_that_is_lost_during_a_shutdown_is_no_lost_flight() {
+    /// Ends a runtime when it is woken.
+    struct Ends(Mutex<Option<tokio::runtime::Runtime>>);
+
+    impl Wake for Ends {
+        fn wake(self: Arc<Self>) {
+            drop(self.0.lock().unwrap().take());
+        }
+    }
+
+    let server = AuthServer::new();
+    server.hold();
+    let cache = TokenCache::new(server);
+    let mut events = cache.events();
+    let paused = || Builder::new_current_thread().enable_all().build().unwrap();
+    let (first, second) = (paused(), paused());
+    second.block_on(async {
+        let key = TokenRequest::new().scope("a");
+        assert!(poll_once(pin!(cache.get_for(&key))).is_pending());
+        settle().await;
+    });
+    let waker = Waker::from(Arc::new(Ends(Mutex::new(Some(second)))));
+    let mut waits = pin!(cache.get());
+    first.block_on(async {
+        let polled = waits.as_mut().poll(&mut Context::from_waker(&waker));
+        assert!(polled.is_pending());
+        settle().await;
+    });
+    cache.shutdown();
+    first.block_on(async {
+        while let Some(event) = events.next().await {
+            assert!(!matches!(event, TokenEvent::FlightLost { .. }), "{event:?}");
+        }
+    });
 }
