@@ -429,7 +429,15 @@ impl Entry {
         drop(state);
         if let Some(end) = end {
             flight.end(end.clone());
-            self.teller.landed(flight, &end, &landing);
+            self.tell_landed(flight, &end, &landing);
+        }
+    }
+
+    fn tell_landed(&self, flight: &Flight, end: &End, landing: &Landing) {
+        self.teller.landed(flight, end, landing);
+        // Whoever was woken by the end may have shut the cache down over it, and then nobody opens the gate any more.
+        if self.closing.is_cancelled() {
+            self.teller.opened();
         }
     }
 
@@ -487,7 +495,7 @@ impl Entry {
                 failing,
                 ..self.gone(now)
             };
-            self.teller.landed(&flight, &End::Abandoned, &landing);
+            self.tell_landed(&flight, &End::Abandoned, &landing);
         }
         found
     }

@@ -576,3 +576,29 @@ async fn every_metric_is_described_and_named_as_prometheus_wants_it() {
         );
     }
 }
+
+/// A waiter that hears of the failure first may shut the cache down because of it.
+#[tokio::test(start_paused = true)]
+async fn a_cache_that_is_shut_down_over_a_failure_has_no_closed_gate() {
+    struct Ends(TokenCache);
+
+    impl Wake for Ends {
+        fn wake(self: Arc<Self>) {
+            self.0.shutdown();
+        }
+    }
+
+    let level = Arc::<AtomicU64>::default();
+    let recorder = Single("tower_bearer_closed_gates", level.clone());
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    let server = AuthServer::new();
+    server.set(Answer::Fail(TokenError::terminal("no")));
+    let cache = TokenCache::new(server);
+    let mut waits = pin!(cache.get());
+    let waker = Waker::from(Arc::new(Ends(cache.clone())));
+    let polled = waits.as_mut().poll(&mut Context::from_waker(&waker));
+    assert!(polled.is_pending());
+    settle().await;
+    assert!(cache.get().await.unwrap_err().is_shut_down());
+    assert_eq!(f64::from_bits(level.load(Ordering::SeqCst)), 0.0);
+}
