@@ -463,11 +463,12 @@ impl<F: Clone + PartialEq> State<F> {
         self.flights
     }
 
-    /// When to look whether a refresh is due, if there is anything to refresh, or was until the server declared it void.
+    /// When to look whether a refresh is due, if there is a token, or was one until the server declared it void.
     pub(crate) fn next_due(&self, shared: &SharedGate, not_before: u64) -> Option<Deadline> {
         let token = self.token.as_ref();
         let token = token.filter(|token| token.not_before() >= not_before);
-        let due = token.map_or(self.floor, |token| Some(token.due()))?;
+        let voided = self.floor.filter(|_| self.succeeded.is_some());
+        let due = token.map(AccessToken::due).or(voided)?;
         let opens = self.gate.opens(shared);
         Some(opens.map_or(due, |opens| opens.latest(due)))
     }

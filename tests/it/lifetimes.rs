@@ -254,6 +254,18 @@ async fn a_warm_cache_with_callers_refreshes_no_more_often() {
     assert_eq!(Handle::current().metrics().num_alive_tasks(), 1);
 }
 
+/// It starts with its first token.
+#[tokio::test(start_paused = true)]
+async fn a_cache_that_has_had_no_token_is_not_warm() {
+    let server = AuthServer::new();
+    let cache = warm(&server);
+    server.set(Answer::Fail(TokenError::terminal("not yet")));
+    cache.get().await.unwrap_err();
+    time::sleep(secs(3_600)).await;
+    assert_eq!(server.requests(), 1);
+    assert_eq!(Handle::current().metrics().num_alive_tasks(), 0);
+}
+
 /// Keycloak: another key's answer tells that all tokens up to then are void.
 #[tokio::test(start_paused = true)]
 async fn a_warm_token_that_is_void_is_replaced_without_a_request() {
