@@ -81,7 +81,8 @@ type Asking = Pin<Box<dyn Future<Output = Result<String, BoxError>> + Send>>;
 impl Credential {
     /// Creates a credential that is read from a file for every token request: a Kubernetes mount, for example.
     ///
-    /// A byte order mark at its start and line breaks at its end are left out. It is read off the runtime's own threads, up to 1 MiB.
+    /// A byte order mark at its start and line breaks at its end are left out. It is read off the runtime's own threads,
+    /// up to 1 MiB.
     pub fn file(path: impl Into<PathBuf>) -> Self {
         Self(Arc::new(Origin::File(path.into())))
     }

@@ -78,8 +78,8 @@ pub trait TokenSource: Send + Sync + 'static {
     ///
     /// Then the cache asks for a token at once, without waiting for its gate to open; if that is refused too, it listens
     /// again after 1 s, doubling to 60 s until a token request succeeds. It asks here while it remembers a
-    /// terminal `invalid_client` or `unauthorized_client`, as often as requests come, so the answer has to be at
-    /// hand. `false` by default.
+    /// terminal `invalid_client` or `unauthorized_client`, or `access_denied` with status 401, as often as requests
+    /// come, so the answer has to be at hand. `false` by default.
     fn has_new_credentials(&self) -> bool {
         false
     }
