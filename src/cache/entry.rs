@@ -386,8 +386,9 @@ impl Entry {
     /// Takes what came of `flight` and tells its waiters; forgets it if the flight was given up.
     pub(super) fn land(&self, flight: &Arc<Flight>, outcome: Outcome) {
         let now = Now::read();
-        // A source's error holds anything, so no last handle on one is dropped under the lock.
+        // What is lost while the cache ends is no outage.
         let is_ended = matches!(outcome, Outcome::Lost) && self.closing.is_cancelled();
+        // A source's error holds anything, so no last handle on one is dropped under the lock.
         let error = match &outcome {
             Outcome::Failed(error) => Some(error.clone()),
             Outcome::Lost if is_ended => Some(TokenError::new(Kind::ShutDown, false)),
