@@ -47,7 +47,7 @@ use crate::{
 ///
 /// # Errors
 ///
-/// A credential that cannot be had, such as a file that is not there, fails the attempt with a transient
+/// A credential that cannot be had, such as a file that is not there or is empty, fails the attempt with a transient
 /// [`TokenError`]: the cache tries again with backoff.
 #[derive(Clone)]
 pub struct Credential(Arc<Origin>);
@@ -237,6 +237,10 @@ impl Function {
             return Ok(text);
         }
         let text = (self.ask)().await.map_err(TokenError::transient)?;
+        if text.is_empty() {
+            // Nothing to be kept: the next token request asks again.
+            return Err(TokenError::transient("the function gave an empty text"));
+        }
         let text = Arc::new(SecretString::from(text));
         *self.kept.lock() = Kept {
             text: Some(text.clone()),
@@ -432,6 +436,17 @@ mod tests {
         also_first.refuse();
         assert_eq!(text(&credential).await, "secret-1");
         assert_eq!(asked.load(Ordering::Relaxed), 2);
+    }
+
+    #[tokio::test]
+    async fn an_empty_text_is_not_kept() {
+        let asked = AtomicUsize::new(0);
+        let credential = Credential::from_fn(move || {
+            let first = asked.fetch_add(1, Ordering::Relaxed) == 0;
+            async move { Ok(if first { "" } else { "secret" }.to_owned()) }
+        });
+        assert!(credential.get().await.unwrap_err().is_transient());
+        assert_eq!(text(&credential).await, "secret");
     }
 
     /// Law 5: whoever is dropped while it asks leaves the turn to the next.
