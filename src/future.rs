@@ -13,7 +13,7 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use crate::{
-    cache::{self, Acquire, Complaint, Remedy},
+    cache::{self, Acquire, Complaint, Remedy, TokenCache},
     challenge::{self, Verdict},
     error::{BoxError, TokenError},
     message::{self, HttpRequest, HttpResponse},
@@ -406,6 +406,13 @@ impl<R> Turn<R> {
         }
     }
 
+    /// Counts a request that fails for want of a token; by its second time it is counted already.
+    fn failed(&self, cache: &TokenCache) {
+        if let Self::First { .. } = self {
+            cache.meters().requests().failed();
+        }
+    }
+
     fn replay(&self) -> Option<&R> {
         match self {
             Self::First { replay } => Some(replay),
@@ -440,9 +447,7 @@ where
             let next = match this.phase.as_mut().project() {
                 PhaseProj::Acquiring { acquire } => {
                     let token = ready!(acquire.poll(cx));
-                    let token = token.inspect_err(|_| {
-                        this.settings.cache.meters().requests().failed();
-                    })?;
+                    let token = token.inspect_err(|_| this.turn.failed(&this.settings.cache))?;
                     Phase::Readying { token }
                 }
                 PhaseProj::Holding { acquire, answer } => {
@@ -471,7 +476,8 @@ where
                         *this.rounds = this.rounds.saturating_sub(1);
                         // The next wait is one without readiness again.
                         *this.service = this.service.clone();
-                        let acquire = cache.acquire(Some(token.request()))?;
+                        let acquire = cache.acquire(Some(token.request()));
+                        let acquire = acquire.inspect_err(|_| this.turn.failed(cache))?;
                         Phase::Acquiring { acquire }
                     } else {
                         let request = this

@@ -23,8 +23,8 @@ use metrics_util::{
     MetricKind,
     debugging::{DebugValue, DebuggingRecorder, Snapshotter},
 };
-use tokio::{runtime::Builder, time};
-use tower::{Layer, Service, ServiceExt, service_fn};
+use tokio::{runtime::Builder, sync::Semaphore, time};
+use tower::{Layer, Service, ServiceExt, limit::GlobalConcurrencyLimitLayer, service_fn};
 use tower_bearer::{
     BearerAuth, BearerAuthLayer, BoxError, ClientCredentials, CloneBody, Never, RefreshPolicy,
     TokenCache, TokenError, TokenRequest, WithoutToken,
@@ -32,7 +32,7 @@ use tower_bearer::{
 
 use crate::support::{
     Answer, Api, AuthServer, INVALID_TOKEN, all, caller, get, get_path, millis, now, poll_once,
-    secs, settle, unauthorized,
+    secs, settle, token_error, unauthorized,
 };
 
 /// The metrics that were recorded since they were read the last time, gauges included.
@@ -601,4 +601,42 @@ async fn a_cache_that_is_shut_down_over_a_failure_has_no_closed_gate() {
     settle().await;
     assert!(cache.get().await.unwrap_err().is_shut_down());
     assert_eq!(f64::from_bits(level.load(Ordering::SeqCst)), 0.0);
+}
+
+/// A request that is refused, and to be sent once more when the cache is shut down, was counted when it left.
+#[tokio::test(start_paused = true)]
+async fn a_request_is_counted_once_whenever_the_cache_is_shut_down() {
+    for refused in [false, true] {
+        let recorder = DebuggingRecorder::new();
+        let _guard = metrics::set_default_local_recorder(&recorder);
+        let server = AuthServer::new();
+        let api = Api::refusing("token-1", || unauthorized(INVALID_TOKEN));
+        let permits = Arc::new(Semaphore::new(1));
+        let inner = GlobalConcurrencyLimitLayer::with_semaphore(permits.clone()).layer(api);
+        let client = BearerAuthLayer::new(server.clone())
+            .replay(CloneBody)
+            .layer(inner);
+        let cache = client.cache().clone();
+        if refused {
+            cache.get().await.unwrap();
+            settle().await;
+        }
+        server.hold();
+        let request = tokio::spawn(client.oneshot(get()));
+        settle().await;
+        // It waits for the service when its token is there.
+        let permit = permits.try_acquire().unwrap();
+        server.release();
+        settle().await;
+        cache.shutdown();
+        drop(permit);
+        let error = request.await.unwrap().unwrap_err();
+        assert!(token_error(&error).is_shut_down());
+
+        let read = Read::from(&recorder.snapshotter());
+        let requests =
+            |token: &str| read.counter(&format!("requests_total,cache=default,token={token}"));
+        let counted = ["fresh", "waited", "failed"].map(requests);
+        assert_eq!(counted, if refused { [1, 0, 0] } else { [0, 0, 1] });
+    }
 }
