@@ -386,7 +386,6 @@ impl<B: Body> Body for CollectedBody<B> {
 /// Sends a request again if its body was read to its end within the limit.
 impl<B> Replay<Request<CollectedBody<B>>> for CloneBody {
     type Copied = RequestCopy<CollectedBody<B>>;
-    type Kept<T> = T;
 
     fn copy(&self, request: &Request<CollectedBody<B>>) -> Option<Self::Copied> {
         let body = request.body().try_clone()?;
@@ -395,13 +394,5 @@ impl<B> Replay<Request<CollectedBody<B>>> for CloneBody {
 
     fn restore(copy: Self::Copied) -> Request<CollectedBody<B>> {
         copy.restore()
-    }
-
-    fn keep<T>(make: impl FnOnce() -> T) -> Option<Self::Kept<T>> {
-        Some(make())
-    }
-
-    fn release<T>(kept: Self::Kept<T>) -> T {
-        kept
     }
 }

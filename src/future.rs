@@ -18,7 +18,7 @@ use crate::{
     error::{BoxError, TokenError},
     message::{self, HttpRequest, HttpResponse},
     ready::{Mark, Ready},
-    replay::Replay,
+    replay::{Replay, sealed::Sealed},
     settings::Settings,
     telemetry,
     time::Now,
@@ -45,7 +45,7 @@ pin_project! {
         #[pin]
         state: State<S, R, Req>,
         // Of a request that the inner service has; beside the state and each by itself, to be moved less often.
-        sent: Sent<S, R, Req>,
+        sent: Sent<S, R>,
         copy: Option<R::Copied>,
     }
 }
@@ -75,11 +75,7 @@ where
 {
     /// A request that the inner service has; with a token of ours, or without one.
     #[inline]
-    pub(crate) fn sending(
-        response: S::Future,
-        sent: Sent<S, R, Req>,
-        copy: Option<R::Copied>,
-    ) -> Self {
+    pub(crate) fn sending(response: S::Future, sent: Sent<S, R>, copy: Option<R::Copied>) -> Self {
         Self {
             state: State::Sending { response },
             sent,
@@ -255,17 +251,14 @@ where
 }
 
 /// What it takes to send a request once more, beside its copy.
-type Again<S, R, Req> = <R as Replay<Req>>::Kept<(S, Arc<Ready>)>;
+type Again<S, R> = <R as Sealed>::Kept<(S, Arc<Ready>)>;
 
 /// What is known of a request that has left.
-pub(crate) struct Sent<S, R, Req>
-where
-    R: Replay<Req>,
-{
+pub(crate) struct Sent<S, R: Sealed> {
     /// Of the token, if there is one of ours on it.
     mark: Option<Mark>,
     /// There is none without a copy of the request.
-    again: Option<Again<S, R, Req>>,
+    again: Option<Again<S, R>>,
 }
 
 /// What an answer comes to.
@@ -278,15 +271,12 @@ where
     Again(Pin<Box<Waiting<S, R, Req>>>),
 }
 
-impl<S, R, Req> Sent<S, R, Req>
-where
-    R: Replay<Req>,
-{
+impl<S, R: Sealed> Sent<S, R> {
     /// Of a request with a token of ours; `again` makes what it takes to send it once more, if there is a copy of it.
     #[inline]
-    pub(crate) fn new(
+    pub(crate) fn new<C>(
         mark: Mark,
-        copy: &Option<R::Copied>,
+        copy: &Option<C>,
         again: impl FnOnce() -> (S, Arc<Ready>),
     ) -> Self {
         Self {
@@ -305,9 +295,10 @@ where
     }
 
     /// Tells the cache if `answer` is a refusal of the token, and whether the request is to go once more.
-    fn judge(self, answer: S::Response, copy: Option<R::Copied>) -> Judged<S, R, Req>
+    fn judge<Req>(self, answer: S::Response, copy: Option<R::Copied>) -> Judged<S, R, Req>
     where
         S: Service<Req, Response: HttpResponse>,
+        R: Replay<Req>,
     {
         let Some(mark) = self.mark else {
             return Judged::Answer(answer);

@@ -27,10 +27,6 @@ pub trait Replay<Req>: sealed::Sealed + Clone {
     #[doc(hidden)]
     type Copied;
 
-    /// What it stores of a `T` that it needs for the second sending, in the same manner.
-    #[doc(hidden)]
-    type Kept<T>;
-
     /// Copies the request, if it may be sent again.
     #[doc(hidden)]
     fn copy(&self, request: &Req) -> Option<Self::Copied>;
@@ -38,14 +34,6 @@ pub trait Replay<Req>: sealed::Sealed + Clone {
     /// Makes the request of its copy.
     #[doc(hidden)]
     fn restore(copy: Self::Copied) -> Req;
-
-    /// Keeps what else a second sending takes.
-    #[doc(hidden)]
-    fn keep<T>(make: impl FnOnce() -> T) -> Option<Self::Kept<T>>;
-
-    /// Takes out what was kept.
-    #[doc(hidden)]
-    fn release<T>(kept: Self::Kept<T>) -> T;
 }
 
 /// Sends every request once: the default.
@@ -83,7 +71,6 @@ pub struct EmptyBody;
 
 impl<Req> Replay<Req> for Never {
     type Copied = Infallible;
-    type Kept<T> = Infallible;
 
     #[inline]
     fn copy(&self, _: &Req) -> Option<Self::Copied> {
@@ -94,21 +81,10 @@ impl<Req> Replay<Req> for Never {
     fn restore(copy: Self::Copied) -> Req {
         match copy {}
     }
-
-    #[inline]
-    fn keep<T>(_: impl FnOnce() -> T) -> Option<Self::Kept<T>> {
-        None
-    }
-
-    #[inline]
-    fn release<T>(kept: Self::Kept<T>) -> T {
-        match kept {}
-    }
 }
 
 impl<B: Clone> Replay<Request<B>> for CloneBody {
     type Copied = RequestCopy<B>;
-    type Kept<T> = T;
 
     #[inline]
     fn copy(&self, request: &Request<B>) -> Option<Self::Copied> {
@@ -119,21 +95,10 @@ impl<B: Clone> Replay<Request<B>> for CloneBody {
     fn restore(copy: Self::Copied) -> Request<B> {
         copy.restore()
     }
-
-    #[inline]
-    fn keep<T>(make: impl FnOnce() -> T) -> Option<Self::Kept<T>> {
-        Some(make())
-    }
-
-    #[inline]
-    fn release<T>(kept: Self::Kept<T>) -> T {
-        kept
-    }
 }
 
 impl<B: Body + Default> Replay<Request<B>> for EmptyBody {
     type Copied = RequestCopy<B>;
-    type Kept<T> = T;
 
     #[inline]
     fn copy(&self, request: &Request<B>) -> Option<Self::Copied> {
@@ -149,16 +114,6 @@ impl<B: Body + Default> Replay<Request<B>> for EmptyBody {
     #[inline]
     fn restore(copy: Self::Copied) -> Request<B> {
         copy.restore()
-    }
-
-    #[inline]
-    fn keep<T>(make: impl FnOnce() -> T) -> Option<Self::Kept<T>> {
-        Some(make())
-    }
-
-    #[inline]
-    fn release<T>(kept: Self::Kept<T>) -> T {
-        kept
     }
 }
 
@@ -207,16 +162,60 @@ impl<B> RequestCopy<B> {
     }
 }
 
-mod sealed {
+pub(crate) mod sealed {
+    use std::convert::Infallible;
+
+    /// What a second sending takes beside the copy of the request: the same for requests of every type.
     #[expect(
         unnameable_types,
         reason = "this is what keeps others from implementing `Replay`"
     )]
-    pub trait Sealed {}
+    pub trait Sealed {
+        /// What a response future stores of a `T` that is of use for a second sending only.
+        ///
+        /// As `Replay::Copied`, a type without values where there never is one.
+        type Kept<T>;
 
-    impl Sealed for super::Never {}
-    impl Sealed for super::CloneBody {}
-    impl Sealed for super::EmptyBody {}
+        fn keep<T>(make: impl FnOnce() -> T) -> Option<Self::Kept<T>>;
+
+        /// Takes out what was kept.
+        fn release<T>(kept: Self::Kept<T>) -> T;
+    }
+
+    impl Sealed for super::Never {
+        type Kept<T> = Infallible;
+
+        #[inline]
+        fn keep<T>(_: impl FnOnce() -> T) -> Option<Self::Kept<T>> {
+            None
+        }
+
+        #[inline]
+        fn release<T>(kept: Self::Kept<T>) -> T {
+            match kept {}
+        }
+    }
+
+    macro_rules! keeps {
+        ($replay:ty) => {
+            impl Sealed for $replay {
+                type Kept<T> = T;
+
+                #[inline]
+                fn keep<T>(make: impl FnOnce() -> T) -> Option<Self::Kept<T>> {
+                    Some(make())
+                }
+
+                #[inline]
+                fn release<T>(kept: Self::Kept<T>) -> T {
+                    kept
+                }
+            }
+        };
+    }
+
+    keeps!(super::CloneBody);
+    keeps!(super::EmptyBody);
 }
 
 #[cfg(test)]
@@ -230,7 +229,7 @@ mod tests {
     use http_body::Frame;
     use http_body_util::Full;
 
-    use super::*;
+    use super::{sealed::Sealed, *};
 
     /// A body that can be sent once: no `Clone`.
     #[derive(Debug, Default)]
@@ -320,15 +319,14 @@ mod tests {
         // Not even a body is needed.
         struct Opaque;
         assert!(copy(Never, &request(Opaque)).is_none());
-        let kept =
-            <Never as Replay<Request<Opaque>>>::keep::<()>(|| unreachable!("it is of no use"));
+        let kept = Never::keep::<()>(|| unreachable!("it is of no use"));
         assert!(kept.is_none());
     }
 
     #[test]
     fn what_never_keeps_takes_no_room() {
         type Copied<R> = Option<<R as Replay<Request<String>>>::Copied>;
-        type Kept<R> = Option<<R as Replay<Request<String>>>::Kept<[u64; 32]>>;
+        type Kept<R> = Option<<R as Sealed>::Kept<[u64; 32]>>;
         assert_eq!(size_of::<(Copied<Never>, Kept<Never>)>(), 0);
         assert!(size_of::<Kept<CloneBody>>() >= 256);
     }

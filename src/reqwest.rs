@@ -60,7 +60,6 @@ impl HttpResponse for Response {
 /// Sends a request again if its body is there as bytes, which its copies share; one that streams is sent once.
 impl Replay<Request> for CloneBody {
     type Copied = Request;
-    type Kept<T> = T;
 
     #[inline]
     fn copy(&self, request: &Request) -> Option<Self::Copied> {
@@ -71,22 +70,11 @@ impl Replay<Request> for CloneBody {
     fn restore(copy: Self::Copied) -> Request {
         copy
     }
-
-    #[inline]
-    fn keep<T>(make: impl FnOnce() -> T) -> Option<Self::Kept<T>> {
-        Some(make())
-    }
-
-    #[inline]
-    fn release<T>(kept: Self::Kept<T>) -> T {
-        kept
-    }
 }
 
 /// Sends a request again if it has no body, or one of no bytes.
 impl Replay<Request> for EmptyBody {
     type Copied = Request;
-    type Kept<T> = T;
 
     #[inline]
     fn copy(&self, request: &Request) -> Option<Self::Copied> {
@@ -99,16 +87,6 @@ impl Replay<Request> for EmptyBody {
     #[inline]
     fn restore(copy: Self::Copied) -> Request {
         copy
-    }
-
-    #[inline]
-    fn keep<T>(make: impl FnOnce() -> T) -> Option<Self::Kept<T>> {
-        Some(make())
-    }
-
-    #[inline]
-    fn release<T>(kept: Self::Kept<T>) -> T {
-        kept
     }
 }
 

@@ -138,7 +138,7 @@ impl<S, R> BearerAuth<S, R> {
         &mut self,
         request: &mut Req,
         copy: &mut Option<R::Copied>,
-    ) -> Result<Sent<S, R, Req>, Obstacle>
+    ) -> Result<Sent<S, R>, Obstacle>
     where
         S: Clone,
         R: Replay<Req>,
@@ -172,7 +172,7 @@ impl<S, R> BearerAuth<S, R> {
         &mut self,
         request: &mut Req,
         copy: &mut Option<R::Copied>,
-    ) -> Result<Sent<S, R, Req>, Obstacle>
+    ) -> Result<Sent<S, R>, Obstacle>
     where
         S: Clone,
         R: Replay<Req>,
