@@ -14,7 +14,6 @@ use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 use crate::{
-    cache::KeyId,
     policy::{FLOOR, Schedule},
     source::{TokenRequest, TokenResponse},
     time::{Coarse, Deadline, Now},
@@ -26,6 +25,9 @@ use crate::{
 /// compression tables and nothing prints it. The header value is wiped from memory with its last clone.
 #[derive(Clone)]
 pub struct AccessToken(pub(crate) Arc<Inner>);
+
+/// Tells the keys of all caches of this process apart; never 0.
+pub(crate) type KeyId = u64;
 
 /// Tells a token from every other one of this process that may be in use, and says where it is kept.
 ///

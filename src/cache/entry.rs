@@ -18,7 +18,7 @@ use super::{
     acquire::Acquire,
     endpoint::Endpoint,
     flight::{self, End, Flight, Outcome},
-    gate::{KeyId, SharedGate},
+    gate::SharedGate,
     registry,
     state::{Decision, Plan, Refusal, State},
     status::{Status, TokenState},
@@ -32,7 +32,7 @@ use crate::{
     sync::Mutex,
     telemetry::{self, Decided, Wait},
     time::{Deadline, Now},
-    token::{self, AccessToken, TokenId},
+    token::{self, AccessToken, KeyId, TokenId},
 };
 
 /// The source of a key's tokens, the state, and the token for the hot path.

@@ -22,10 +22,8 @@ use crate::{
     error::TokenError,
     policy::{self, RefreshPolicy},
     time::{Deadline, Now},
+    token::KeyId,
 };
-
-/// Tells the keys of all caches of this process apart; never 0.
-pub(crate) type KeyId = u64;
 
 /// How many flights failed in a row and when the next may start.
 ///

@@ -25,7 +25,6 @@ use tokio_util::sync::CancellationToken;
 pub(crate) use self::{
     acquire::Acquire,
     entry::{Complaint, Remedy},
-    gate::KeyId,
     registry::refused,
     watch::Watched,
 };

@@ -9,11 +9,8 @@ use std::{
     sync::{Arc, PoisonError, RwLock, Weak},
 };
 
-use super::{
-    entry::{Complaint, Entry},
-    gate::KeyId,
-};
-use crate::token::TokenId;
+use super::entry::{Complaint, Entry};
+use crate::token::{KeyId, TokenId};
 
 /// Nothing is dropped under this lock, and no other one is taken.
 static ENTRIES: RwLock<BTreeMap<KeyId, Weak<Entry>>> = RwLock::new(BTreeMap::new());

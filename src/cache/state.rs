@@ -21,7 +21,7 @@ use fastrand::Rng;
 use tokio::time::Instant;
 
 use super::{
-    gate::{KeyId, OwnGate, SharedGate},
+    gate::{OwnGate, SharedGate},
     status::TokenState,
 };
 use crate::{
@@ -30,7 +30,7 @@ use crate::{
     source::{RefreshToken, Revocation, TokenRequest, TokenResponse},
     telemetry::Failing,
     time::{Deadline, Now},
-    token::{AccessToken, TokenId},
+    token::{AccessToken, KeyId, TokenId},
 };
 
 /// What is known about one key's token.
