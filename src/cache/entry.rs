@@ -16,13 +16,14 @@ use tracing::Span;
 
 use super::{
     acquire::Acquire,
+    common::Common,
     endpoint::Endpoint,
     flight::{self, End, Flight, Outcome},
     gate::SharedGate,
     registry,
     state::{Decision, Plan, Refusal, State},
     status::{Status, TokenState},
-    teller::{Landing, News, Teller},
+    teller::{Landing, Teller},
     watch::Watched,
 };
 use crate::{
@@ -38,14 +39,10 @@ use crate::{
 /// The source of a key's tokens, the state, and the token for the hot path.
 pub(crate) struct Entry {
     endpoint: Arc<Endpoint>,
-    policy: Arc<RefreshPolicy>,
+    common: Arc<Common>,
     /// Whether the token is for nothing in particular: only then its clock is watched.
     plain: bool,
     id: KeyId,
-    /// Cancelled when the cache is shut down.
-    closing: CancellationToken,
-    /// Cancelled when the last handle on the cache is dropped.
-    watching: CancellationToken,
     /// The token that requests take without a lock; absent while the API has it named invalid.
     ///
     /// Written with the state locked, so that it follows the state in order.
@@ -111,10 +108,7 @@ impl Entry {
     pub(super) fn new(
         request: TokenRequest,
         endpoint: Arc<Endpoint>,
-        policy: Arc<RefreshPolicy>,
-        closing: CancellationToken,
-        watching: CancellationToken,
-        news: Arc<News>,
+        common: Arc<Common>,
     ) -> Arc<Self> {
         static IDS: AtomicU64 = AtomicU64::new(1);
         let id: KeyId = IDS.fetch_add(1, Ordering::Relaxed);
@@ -122,13 +116,16 @@ impl Entry {
             endpoint,
             plain: request.is_plain(),
             id,
-            closing,
-            watching,
             hot: ArcSwapOption::empty(),
             settled: ArcSwapOption::empty(),
-            teller: Teller::new(news, request.clone()),
-            state: Mutex::new(State::new(id, request, Arc::clone(&policy), Rng::new())),
-            policy,
+            teller: Teller::new(Arc::clone(&common.news), request.clone()),
+            state: Mutex::new(State::new(
+                id,
+                request,
+                Arc::clone(&common.policy),
+                Rng::new(),
+            )),
+            common,
         });
         registry::add(id, Arc::downgrade(&entry));
         #[cfg(feature = "test-util")]
@@ -142,7 +139,7 @@ impl Entry {
     }
 
     pub(super) fn policy(&self) -> &RefreshPolicy {
-        &self.policy
+        &self.common.policy
     }
 
     pub(super) fn source(&self) -> &dyn ErasedSource {
@@ -187,15 +184,15 @@ impl Entry {
 
     /// Whether the token is refreshed without a request that asks for it.
     pub(super) fn stays_warm(&self) -> bool {
-        self.plain && self.policy.stays_warm()
+        self.plain && self.policy().stays_warm()
     }
 
     pub(super) fn closing(&self) -> &CancellationToken {
-        &self.closing
+        &self.common.closing
     }
 
     pub(super) fn watching(&self) -> &CancellationToken {
-        &self.watching
+        &self.common.watching
     }
 
     /// The token for a request that has no time to wait; starts a refresh that is due.
@@ -387,7 +384,7 @@ impl Entry {
     pub(super) fn land(&self, flight: &Arc<Flight>, outcome: Outcome) {
         let now = Now::read();
         // What is lost while the cache ends is no outage.
-        let is_ended = matches!(outcome, Outcome::Lost) && self.closing.is_cancelled();
+        let is_ended = matches!(outcome, Outcome::Lost) && self.closing().is_cancelled();
         // A source's error holds anything, so no last handle on one is dropped under the lock.
         let error = match &outcome {
             Outcome::Failed(error) => Some(error.clone()),
@@ -437,7 +434,7 @@ impl Entry {
     fn tell_landed(&self, flight: &Flight, end: &End, landing: &Landing) {
         self.teller.landed(flight, end, landing);
         // Whoever was woken by the end may have shut the cache down over it, and then nobody opens the gate any more.
-        if self.closing.is_cancelled() {
+        if self.closing().is_cancelled() {
             self.teller.opened();
         }
     }
@@ -471,7 +468,7 @@ impl Entry {
         let overdue = state.give_up_overdue(&mut shared, now);
         let failing = overdue.as_ref().map(|_| state.failing(&shared, now));
         let obstacle = match &runtime {
-            _ if self.closing.is_cancelled() => Some(Kind::ShutDown),
+            _ if self.closing().is_cancelled() => Some(Kind::ShutDown),
             Some(_) => None,
             None => Some(Kind::NoRuntime),
         };
@@ -523,7 +520,7 @@ impl Entry {
         let since = |then: Instant| now.monotonic.saturating_duration_since(then);
         Status {
             request: self.teller.request().clone(),
-            state: match self.closing.is_cancelled() {
+            state: match self.closing().is_cancelled() {
                 true => TokenState::ShutDown,
                 false => seen.state,
             },
@@ -543,7 +540,7 @@ impl Entry {
                 .flight
                 .as_ref()
                 .map(|flight| flight.span().age(now.monotonic)),
-            slow_after: self.policy.attempt_limit(),
+            slow_after: self.policy().attempt_limit(),
             waiters: seen.flight.as_ref().map_or(0, |flight| flight.waiters()),
         }
     }
@@ -578,7 +575,7 @@ impl Drop for Entry {
 impl fmt::Debug for Entry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Entry")
-            .field("policy", &self.policy)
+            .field("policy", self.policy())
             .field("plain", &self.plain)
             .finish_non_exhaustive()
     }
@@ -720,16 +717,8 @@ mod tests {
     /// An entry with a token of 300 s that was asked for at `sent`.
     fn with_token(request: TokenRequest, sent: Now) -> Arc<Entry> {
         let source = source_fn(|_| async { Err(TokenError::transient("not asked")) });
-        let policy = RefreshPolicy::new();
-        let news = News::new(&policy);
-        let entry = Entry::new(
-            request,
-            Arc::new(Endpoint::new(SharedSource::new(source))),
-            Arc::new(policy),
-            CancellationToken::new(),
-            CancellationToken::new(),
-            news,
-        );
+        let endpoint = Arc::new(Endpoint::new(SharedSource::new(source)));
+        let entry = Entry::new(request, endpoint, Common::new(RefreshPolicy::new()));
         let shared = &mut SharedGate::default();
         let (flight, _) = entry.state.lock().begin(shared, Flight::new, sent);
         let response = TokenResponse::new("token").unwrap();

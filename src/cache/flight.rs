@@ -525,25 +525,17 @@ mod models {
     use loom::{future::block_on, thread};
 
     use super::*;
-    use tokio_util::sync::CancellationToken;
-
     use crate::{
-        cache::{endpoint::Endpoint, gate::SharedGate, state::Decision, teller::News},
+        cache::{common::Common, endpoint::Endpoint, gate::SharedGate, state::Decision},
         policy::RefreshPolicy,
         source::{SharedSource, TokenRequest, source_fn},
     };
 
     fn entry() -> Arc<Entry> {
         let source = source_fn(|_| async { Err(TokenError::transient("not asked")) });
-        let endpoint = Endpoint::new(SharedSource::new(source));
-        Entry::new(
-            TokenRequest::new(),
-            Arc::new(endpoint),
-            Arc::new(RefreshPolicy::new()),
-            CancellationToken::new(),
-            CancellationToken::new(),
-            News::new(&RefreshPolicy::new()),
-        )
+        let endpoint = Arc::new(Endpoint::new(SharedSource::new(source)));
+        let common = Common::new(RefreshPolicy::new());
+        Entry::new(TokenRequest::new(), endpoint, common)
     }
 
     /// An entry with a flight on record.

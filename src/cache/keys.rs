@@ -7,12 +7,10 @@ use std::{
 };
 
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
-use super::{endpoint::Endpoint, entry::Entry, teller::News};
+use super::{common::Common, endpoint::Endpoint, entry::Entry, teller::News};
 use crate::{
     error::{Kind, TokenError},
-    policy::RefreshPolicy,
     source::TokenRequest,
     time::Now,
     token::AccessToken,
@@ -23,13 +21,9 @@ use crate::{
 /// An entry makes room when nothing is lost with it: no token that lives, no flight, no gate that is shut. It
 /// is in use as long as anybody but the map holds it, so a flight keeps its entry, and a key never has two.
 pub(super) struct Keys {
-    policy: Arc<RefreshPolicy>,
     /// Of the cache's own source.
     endpoint: Arc<Endpoint>,
-    closing: CancellationToken,
-    /// Cancelled with the last handle on the cache: what is watched is of no use to anybody then.
-    watching: CancellationToken,
-    news: Arc<News>,
+    common: Arc<Common>,
     map: RwLock<Map>,
 }
 
@@ -43,19 +37,10 @@ struct Map {
 }
 
 impl Keys {
-    pub(super) fn new(
-        policy: Arc<RefreshPolicy>,
-        endpoint: Arc<Endpoint>,
-        closing: CancellationToken,
-        watching: CancellationToken,
-        news: Arc<News>,
-    ) -> Self {
+    pub(super) fn new(endpoint: Arc<Endpoint>, common: Arc<Common>) -> Self {
         Self {
-            policy,
             endpoint,
-            closing,
-            watching,
-            news,
+            common,
             map: RwLock::default(),
         }
     }
@@ -79,10 +64,10 @@ impl Keys {
         if let Some(entry) = map.entries.get(request) {
             return Ok(Arc::clone(entry));
         }
-        if self.closing.is_cancelled() {
+        if self.common.closing.is_cancelled() {
             return Err(TokenError::new(Kind::ShutDown, false));
         }
-        let limit = self.policy.key_limit();
+        let limit = self.common.policy.key_limit();
         let mut evicted = None;
         if map.entries.len() >= limit {
             evicted = map.sweep(Now::read());
@@ -90,25 +75,18 @@ impl Keys {
         let full = map.entries.len() >= limit;
         let entry = (!full).then(|| {
             let endpoint = map.endpoint(request, &self.endpoint);
-            let entry = Entry::new(
-                request.clone(),
-                endpoint,
-                Arc::clone(&self.policy),
-                self.closing.clone(),
-                self.watching.clone(),
-                Arc::clone(&self.news),
-            );
+            let entry = Entry::new(request.clone(), endpoint, Arc::clone(&self.common));
             map.entries.insert(request.clone(), Arc::clone(&entry));
             entry
         });
         drop(map);
         let gone = evicted.as_ref().map_or(0, Vec::len);
-        self.news.meters().keys(i64::from(!full) - gone as i64);
+        self.news().meters().keys(i64::from(!full) - gone as i64);
         if let Some(evicted) = evicted.as_ref().filter(|evicted| !evicted.is_empty()) {
-            self.news.keys_evicted(evicted.len());
+            self.news().keys_evicted(evicted.len());
         }
         if full && evicted.is_some() {
-            self.news.keys_full(limit);
+            self.news().keys_full(limit);
         }
         // Dropped here, since entries hold errors and sources, which are foreign code.
         drop(evicted);
@@ -118,7 +96,7 @@ impl Keys {
     /// Takes all entries out.
     pub(super) fn take(&self) -> Vec<Arc<Entry>> {
         let map = std::mem::take(&mut *self.write());
-        self.news.meters().keys(-(map.entries.len() as i64));
+        self.news().meters().keys(-(map.entries.len() as i64));
         map.entries.into_values().collect()
     }
 
@@ -129,7 +107,7 @@ impl Keys {
     }
 
     pub(super) fn news(&self) -> &News {
-        &self.news
+        &self.common.news
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Map> {
@@ -143,10 +121,10 @@ impl Keys {
 
 impl Drop for Keys {
     fn drop(&mut self) {
-        self.watching.cancel();
-        self.news.bus().close();
-        let map = self.map.get_mut().unwrap_or_else(PoisonError::into_inner);
-        self.news.meters().keys(-(map.entries.len() as i64));
+        self.common.watching.cancel();
+        self.news().bus().close();
+        let keys = self.read().entries.len();
+        self.news().meters().keys(-(keys as i64));
     }
 }
 
@@ -198,20 +176,15 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::source::{SharedSource, source_fn};
+    use crate::{
+        policy::RefreshPolicy,
+        source::{SharedSource, source_fn},
+    };
 
     fn keys(limit: usize) -> Keys {
         let source = source_fn(|_| async { Err(TokenError::transient("not asked")) });
         let endpoint = Arc::new(Endpoint::new(SharedSource::new(source)));
-        let policy = Arc::new(RefreshPolicy::new().max_keys(limit));
-        let news = News::new(&policy);
-        Keys::new(
-            policy,
-            endpoint,
-            CancellationToken::new(),
-            CancellationToken::new(),
-            news,
-        )
+        Keys::new(endpoint, Common::new(RefreshPolicy::new().max_keys(limit)))
     }
 
     fn key(name: &str) -> TokenRequest {
@@ -234,7 +207,7 @@ mod tests {
     #[test]
     fn a_cache_that_was_shut_down_takes_no_key() {
         let keys = keys(9);
-        keys.closing.cancel();
+        keys.common.closing.cancel();
         assert!(keys.get_or_insert(&key("a")).unwrap_err().is_shut_down());
         assert!(keys.read().entries.is_empty());
     }

@@ -1,6 +1,7 @@
 //! [`TokenCache`]: the handle that all users of a token share.
 
 mod acquire;
+mod common;
 mod endpoint;
 mod entry;
 mod events;
@@ -20,7 +21,6 @@ mod watch;
 use std::{fmt, sync::Arc};
 
 use tokio::{task::JoinSet, time};
-use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::{
     acquire::Acquire,
@@ -28,7 +28,7 @@ pub(crate) use self::{
     registry::refused,
     watch::Watched,
 };
-use self::{endpoint::Endpoint, entry::Entry, keys::Keys, teller::News};
+use self::{common::Common, endpoint::Endpoint, entry::Entry, keys::Keys};
 pub use self::{
     events::{Events, TokenEvent},
     status::{Status, TokenState},
@@ -90,20 +90,10 @@ impl TokenCache {
 
     fn over(endpoint: Endpoint, policy: RefreshPolicy) -> Self {
         let endpoint = Arc::new(endpoint);
-        let policy = Arc::new(policy);
-        let closing = CancellationToken::new();
-        let watching = CancellationToken::new();
-        let news = News::new(&policy);
-        let keys = Keys::new(
-            Arc::clone(&policy),
-            Arc::clone(&endpoint),
-            closing.clone(),
-            watching.clone(),
-            Arc::clone(&news),
-        );
-        let plain = TokenRequest::new();
+        let common = Common::new(policy);
+        let keys = Keys::new(Arc::clone(&endpoint), Arc::clone(&common));
         Self {
-            plain: Entry::new(plain, endpoint, policy, closing, watching, news),
+            plain: Entry::new(TokenRequest::new(), endpoint, common),
             keys: Arc::new(keys),
         }
     }

@@ -1,0 +1,29 @@
+//! [`Common`]: what all keys of one cache have in common.
+
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+
+use super::teller::News;
+use crate::policy::RefreshPolicy;
+
+/// What a cache was told, and what ends with it.
+pub(super) struct Common {
+    pub(super) policy: Arc<RefreshPolicy>,
+    /// Cancelled when the cache is shut down.
+    pub(super) closing: CancellationToken,
+    /// Cancelled when the last handle on the cache is dropped: what is watched is of no use to anybody then.
+    pub(super) watching: CancellationToken,
+    pub(super) news: Arc<News>,
+}
+
+impl Common {
+    pub(super) fn new(policy: RefreshPolicy) -> Arc<Self> {
+        Arc::new(Self {
+            news: News::new(&policy),
+            policy: Arc::new(policy),
+            closing: CancellationToken::new(),
+            watching: CancellationToken::new(),
+        })
+    }
+}
