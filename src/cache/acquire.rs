@@ -29,8 +29,8 @@ pin_project! {
     #[derive(Debug)]
     pub(crate) struct Acquire {
         entry: Arc<Entry>,
-        // A flight that was found and is not yet waited for.
-        found: Option<(Arc<Flight>, Option<AccessToken>)>,
+        // A flight that was joined and is not yet waited for.
+        joined: Option<Arc<Flight>>,
         // What to use when the wait has lasted long enough, or was in vain.
         fallback: Option<AccessToken>,
         #[pin]
@@ -45,7 +45,7 @@ impl Acquire {
     pub(super) fn new(entry: Arc<Entry>) -> Self {
         Self {
             entry,
-            found: None,
+            joined: None,
             fallback: None,
             waiter: None,
             wait: None,
@@ -56,7 +56,7 @@ impl Acquire {
     /// Waits for `flight` and for no other.
     pub(super) fn joined(entry: Arc<Entry>, flight: Arc<Flight>) -> Self {
         Self {
-            found: Some((flight, None)),
+            joined: Some(flight),
             looks: 0,
             ..Self::new(entry)
         }
@@ -89,8 +89,8 @@ impl Future for Acquire {
                     return Poll::Ready(result);
                 }
             }
-            let (flight, fallback) = match this.found.take() {
-                Some(found) => found,
+            let (flight, fallback) = match this.joined.take() {
+                Some(flight) => (flight, None),
                 None if *this.looks == 0 => {
                     return Poll::Ready(Err(TokenError::new(Kind::Abandoned, true)));
                 }
@@ -106,7 +106,7 @@ impl Future for Acquire {
             match wait_for(&flight, fallback.is_some(), this.entry) {
                 Ok(waiter) => {
                     this.waiter.set(Some(waiter));
-                    *this.wait = Some(this.entry.wait_for(&flight));
+                    *this.wait = Some(this.entry.teller().wait_begins(&flight));
                 }
                 Err(error) => return Poll::Ready(fallback.ok_or(error)),
             }

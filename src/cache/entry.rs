@@ -12,7 +12,6 @@ use arc_swap::ArcSwapOption;
 use fastrand::Rng;
 use tokio::{runtime::Handle, time::Instant};
 use tokio_util::sync::CancellationToken;
-use tracing::Span;
 
 use super::{
     acquire::Acquire,
@@ -31,7 +30,7 @@ use crate::{
     policy::RefreshPolicy,
     source::{ErasedSource, Revocation, TokenRequest, TokenResponse},
     sync::Mutex,
-    telemetry::{self, Decided, Wait},
+    telemetry::{self, Decided},
     time::{Deadline, Now},
     token::{self, AccessToken, KeyId, TokenId},
 };
@@ -148,17 +147,6 @@ impl Entry {
 
     pub(super) fn teller(&self) -> &Teller {
         &self.teller
-    }
-
-    /// Opens the span of a flight that is about to start.
-    pub(super) fn depart(&self, flight: &Flight, plan: &Plan) -> Span {
-        self.teller.departs(flight, plan)
-    }
-
-    /// Takes note that somebody waits for `flight`.
-    pub(super) fn wait_for(&self, flight: &Flight) -> Wait {
-        let meters = self.teller.meters().clone();
-        Wait::begin(meters, flight.number(), flight.span(), Instant::now())
     }
 
     /// Counts what a call of the source came to, and tells of a refresh token that was of no use to it.

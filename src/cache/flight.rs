@@ -255,7 +255,7 @@ pub(crate) fn launch(runtime: &Handle, entry: Arc<Entry>, flight: Arc<Flight>, p
     let ending = Ending { entry, flight };
     let closing = ending.entry.closing().clone();
     // Within the span of whoever starts the flight, and with its end provided for: a subscriber may panic.
-    let departs = || ending.entry.depart(&ending.flight, &plan);
+    let departs = || ending.entry.teller().departs(&ending.flight, &plan);
     let span = panic::catch_unwind(AssertUnwindSafe(departs)).unwrap_or_else(|_| Span::none());
     runtime.spawn(closing.run_until_cancelled_owned(async move {
         let entry = Arc::clone(&ending.entry);

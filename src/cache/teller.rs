@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use tokio::time::Instant;
 use tracing::Span;
 
 use super::{
@@ -17,7 +18,7 @@ use crate::{
     error::TokenError,
     policy::RefreshPolicy,
     source::TokenRequest,
-    telemetry::{self, Decided, Departure, Failing, Meters, Subject},
+    telemetry::{self, Decided, Departure, Failing, Meters, Subject, Wait},
     time::Now,
 };
 
@@ -120,6 +121,12 @@ impl Teller {
             forced,
             delay,
         });
+    }
+
+    /// Takes note that somebody waits for a flight.
+    pub(super) fn wait_begins(&self, flight: &Flight) -> Wait {
+        let meters = self.meters().clone();
+        Wait::begin(meters, flight.number(), flight.span(), Instant::now())
     }
 
     /// Tells that requests wait for a flight that takes long.
