@@ -165,7 +165,7 @@ impl Default for Fetch {
 }
 
 /// Tokens that are not needed any more.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Revocation {
     /// The refresh token, if there is one that was not used; to be revoked first, for some servers take the

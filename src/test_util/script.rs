@@ -147,7 +147,7 @@ impl ScriptedSource {
     /// Returns the tokens that it was told to revoke, which it did.
     #[must_use]
     pub fn revoked(&self) -> Vec<Revocation> {
-        self.0.script.lock().revoked.iter().map(copy).collect()
+        self.0.script.lock().revoked.clone()
     }
 
     /// Notes an attempt, and returns its answer and its number.
@@ -336,11 +336,4 @@ pub struct Asked {
     pub request: TokenRequest,
     /// The claims that the API wanted to see in the token.
     pub claims: Option<String>,
-}
-
-fn copy(revocation: &Revocation) -> Revocation {
-    Revocation {
-        refresh_token: revocation.refresh_token.clone(),
-        access_token: revocation.access_token.clone(),
-    }
 }
