@@ -30,12 +30,12 @@ use secrecy::{ExposeSecret, SecretString};
 #[cfg(feature = "jwt")]
 pub use self::assertion::{AssertionAudience, SigningAlgorithm};
 #[cfg(feature = "test-util")]
-pub(crate) use self::response::{malformed, refused};
-pub(crate) use self::shared::ErasedSource;
+pub(crate) use self::response::refused;
 pub use self::{
     auth::AuthMethod, builder::ClientCredentialsBuilder, client_credentials::ClientCredentials,
     credential::Credential, request::TokenRequest, shared::SharedSource,
 };
+pub(crate) use self::{response::malformed, shared::ErasedSource};
 use crate::{error::TokenError, time::Now, token::AccessToken};
 
 /// Fetches tokens, one attempt at a time.
@@ -214,8 +214,9 @@ impl TokenResponse {
         let access_token = SecretString::from(access_token.into());
         let text = access_token.expose_secret();
         if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
-            return Err(TokenError::new(crate::error::Kind::Malformed, true)
-                .with_source("the access token has bytes that no header can carry"));
+            return Err(malformed(
+                "the access token has bytes that no header can carry",
+            ));
         }
         Ok(Self {
             access_token,
