@@ -27,15 +27,15 @@ use crate::{error::TokenError, source::TokenResponse};
 pub struct RefreshPolicy {
     expiry_margin: Duration,
     refresh_window: Duration,
-    default_lifetime: Duration,
-    attempt_timeout: Duration,
+    pub(crate) default_lifetime: Duration,
+    pub(crate) attempt_timeout: Duration,
     flight_timeout: Duration,
     attempts: u32,
     max_waiters: Option<usize>,
-    max_keys: usize,
+    pub(crate) max_keys: usize,
     extended_lifetime: bool,
-    keep_warm: bool,
-    name: &'static str,
+    pub(crate) keep_warm: bool,
+    pub(crate) name: &'static str,
 }
 
 impl RefreshPolicy {
@@ -247,32 +247,12 @@ impl RefreshPolicy {
         if failures == 0 { self.attempts } else { 1 }
     }
 
-    pub(crate) fn assumed_lifetime(&self) -> Duration {
-        self.default_lifetime
-    }
-
-    pub(crate) fn attempt_limit(&self) -> Duration {
-        self.attempt_timeout
-    }
-
     pub(crate) fn flight_limit(&self) -> Duration {
         self.flight_timeout.min(MAX_LIFETIME)
     }
 
     pub(crate) fn waiter_limit(&self) -> usize {
         self.max_waiters.unwrap_or(usize::MAX)
-    }
-
-    pub(crate) fn key_limit(&self) -> usize {
-        self.max_keys
-    }
-
-    pub(crate) fn cache_name(&self) -> &'static str {
-        self.name
-    }
-
-    pub(crate) fn stays_warm(&self) -> bool {
-        self.keep_warm
     }
 }
 

@@ -172,7 +172,7 @@ impl Entry {
 
     /// Whether the token is refreshed without a request that asks for it.
     pub(super) fn stays_warm(&self) -> bool {
-        self.plain && self.policy().stays_warm()
+        self.plain && self.policy().keep_warm
     }
 
     pub(super) fn closing(&self) -> &CancellationToken {
@@ -528,7 +528,7 @@ impl Entry {
                 .flight
                 .as_ref()
                 .map(|flight| flight.span().age(now.monotonic)),
-            slow_after: self.policy().attempt_limit(),
+            slow_after: self.policy().attempt_timeout,
             waiters: seen.flight.as_ref().map_or(0, |flight| flight.waiters()),
         }
     }

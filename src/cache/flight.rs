@@ -361,7 +361,7 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
         let sent = Now::read();
         let fetch = Fetch {
             attempt,
-            timeout: policy.attempt_limit(),
+            timeout: policy.attempt_timeout,
             refresh_token: plan.refresh_token.take(),
             request: plan.request.clone(),
             claims: plan.claims.clone(),
@@ -378,7 +378,7 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
             Ok(response) => {
                 if response.expires_in.is_none() {
                     let teller = ending.entry.teller();
-                    teller.lifetime_assumed(&ending.flight, policy.assumed_lifetime());
+                    teller.lifetime_assumed(&ending.flight, policy.default_lifetime);
                 }
                 let sent = response.sent.unwrap_or(sent);
                 return Outcome::Granted(response, sent);

@@ -67,7 +67,7 @@ impl Keys {
         if self.common.closing.is_cancelled() {
             return Err(TokenError::new(Kind::ShutDown, false));
         }
-        let limit = self.common.policy.key_limit();
+        let limit = self.common.policy.max_keys;
         let mut evicted = None;
         if map.entries.len() >= limit {
             evicted = map.sweep(Now::read());

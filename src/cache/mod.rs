@@ -255,7 +255,7 @@ impl TokenCache {
                     break;
                 };
                 tasks.spawn(async move {
-                    let limit = entry.policy().attempt_limit();
+                    let limit = entry.policy().attempt_timeout;
                     time::timeout(limit, entry.source().revoke(revocation))
                         .await
                         .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout, true)))

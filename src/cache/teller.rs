@@ -32,7 +32,7 @@ pub(super) struct News {
 
 impl News {
     pub(super) fn new(policy: &RefreshPolicy) -> Arc<Self> {
-        let name = policy.cache_name();
+        let name = policy.name;
         Arc::new(Self {
             name,
             meters: Meters::new(name),
