@@ -95,6 +95,31 @@ where
     client.ready().await?.call(get()).await
 }
 
+/// Polls `victim` so many times, unless it finishes before, with a `step` after each; drops it, and returns whether it
+/// has finished.
+async fn poll_and_drop(
+    victim: impl Future,
+    polls: usize,
+    mut step: impl AsyncFnMut(usize),
+) -> bool {
+    let mut victim = pin!(victim);
+    for stage in 1..=polls {
+        if poll_once(victim.as_mut()).is_ready() {
+            return true;
+        }
+        step(stage).await;
+    }
+    false
+}
+
+/// Lets the token go once whoever is polled has waited for it.
+async fn release_at_second(server: &AuthServer, stage: usize) {
+    if stage == 2 {
+        server.release();
+    }
+    settle().await;
+}
+
 /// Law 5 (T2): polled any number of times, as the first caller or as one of many, and then dropped.
 #[tokio::test(start_paused = true)]
 async fn a_request_dropped_at_any_poll_leaves_the_others_their_token() {
@@ -109,16 +134,9 @@ async fn a_request_dropped_at_any_poll_leaves_the_others_their_token() {
                 settle().await;
             }
 
-            let mut victim = Box::pin(request(client.clone()));
-            let mut finished = false;
-            for stage in 1..=polls {
-                if poll_once(victim.as_mut()).is_ready() {
-                    finished = true;
-                    break;
-                }
-                course.pass(stage).await;
-            }
-            drop(victim);
+            let victim = request(client.clone());
+            let pass = async |stage| course.pass(stage).await;
+            let finished = poll_and_drop(victim, polls, pass).await;
 
             others.extend([other(), other(), other()]);
             settle().await;
@@ -155,19 +173,8 @@ async fn a_refused_request_dropped_at_any_poll_leaves_the_others_their_replaceme
         cache.get().await.unwrap();
         server.hold();
 
-        let mut victim = Box::pin(client.clone().oneshot(get()));
-        let mut finished = false;
-        for stage in 1..=polls {
-            if poll_once(victim.as_mut()).is_ready() {
-                finished = true;
-                break;
-            }
-            if stage == 2 {
-                server.release();
-            }
-            settle().await;
-        }
-        drop(victim);
+        let release = async |stage| release_at_second(&server, stage).await;
+        let finished = poll_and_drop(client.clone().oneshot(get()), polls, release).await;
 
         let others = [(); 3].map(|()| tokio::spawn(client.clone().oneshot(get())));
         settle().await;
@@ -197,19 +204,8 @@ async fn a_get_dropped_at_any_poll_leaves_the_others_their_token() {
                 settle().await;
             }
 
-            let mut victim = Box::pin(cache.get());
-            let mut finished = false;
-            for stage in 1..=polls {
-                if poll_once(victim.as_mut()).is_ready() {
-                    finished = true;
-                    break;
-                }
-                if stage == 2 {
-                    server.release();
-                }
-                settle().await;
-            }
-            drop(victim);
+            let release = async |stage| release_at_second(&server, stage).await;
+            let finished = poll_and_drop(cache.get(), polls, release).await;
 
             others.extend([caller(&cache), caller(&cache)]);
             settle().await;
