@@ -328,17 +328,20 @@ mod jwt {
         assert_eq!(data.unwrap().header.typ.as_deref(), Some("JWT"));
     }
 
+    fn with_broken_key(directory: &Directory, server: &Server) -> ClientCredentials {
+        let path = directory.write("key", "CANARY");
+        let builder = builder()
+            .issuer("https://as.example")
+            .private_key(Credential::file(path));
+        builder.build_with(server.service()).unwrap()
+    }
+
     /// Law 7: a broken key is no panic, and is forgotten once it has been replaced.
     #[tokio::test]
     async fn a_key_that_breaks_is_terminal_until_it_is_replaced() {
         let directory = Directory::new("key");
         let server = Server::default();
-        let path = directory.write("key", "CANARY");
-        let source = builder()
-            .issuer("https://as.example")
-            .private_key(Credential::file(path))
-            .build_with(server.service())
-            .unwrap();
+        let source = with_broken_key(&directory, &server);
         let error = source.fetch(Fetch::new()).await.unwrap_err();
         assert!(!error.is_transient());
         assert!(!format!("{error:?}").contains("CANARY"));
@@ -355,12 +358,7 @@ mod jwt {
     async fn a_cache_asks_as_soon_as_a_broken_key_was_replaced() {
         let directory = Directory::new("cache");
         let server = Server::default();
-        let path = directory.write("key", "CANARY");
-        let source = builder()
-            .issuer("https://as.example")
-            .private_key(Credential::file(path))
-            .build_with(server.service())
-            .unwrap();
+        let source = with_broken_key(&directory, &server);
         let cache = TokenCache::new(source);
         let key = TokenRequest::new().scope("a");
         let error = cache.get().await.unwrap_err();
@@ -369,8 +367,8 @@ mod jwt {
         assert!(server.bodies().is_empty());
         let new = rcgen::KeyPair::generate().unwrap();
         directory.write("key", &new.serialize_pem());
-        // The files are looked at once in a second.
-        tokio::time::sleep(std::time::Duration::from_millis(1_100)).await;
+        // The files are looked at ten times a second.
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
         let error = cache.get_for(&key).await.unwrap_err();
         assert_eq!(error.oauth_error(), Some("invalid_client"));
     }
