@@ -344,6 +344,20 @@ mod tests {
         credential.get().await.unwrap().text().to_owned()
     }
 
+    /// A function that hangs when it is asked for the first time.
+    fn hanging_at_first() -> Credential {
+        let asked = AtomicUsize::new(0);
+        Credential::from_fn(move || {
+            let first = asked.fetch_add(1, Ordering::Relaxed) == 0;
+            async move {
+                if first {
+                    std::future::pending::<()>().await;
+                }
+                Ok("secret".to_owned())
+            }
+        })
+    }
+
     /// A file of its own, gone with the test.
     struct Temporary(PathBuf);
 
@@ -452,16 +466,7 @@ mod tests {
     /// Law 5: whoever is dropped while it asks leaves the turn to the next.
     #[tokio::test(start_paused = true)]
     async fn a_function_that_hangs_is_asked_again_by_the_next() {
-        let asked = AtomicUsize::new(0);
-        let credential = Credential::from_fn(move || {
-            let first = asked.fetch_add(1, Ordering::Relaxed) == 0;
-            async move {
-                if first {
-                    std::future::pending::<()>().await;
-                }
-                Ok("secret".to_owned())
-            }
-        });
+        let credential = hanging_at_first();
         let limit = std::time::Duration::from_secs(1);
         assert!(tokio::time::timeout(limit, credential.get()).await.is_err());
         assert_eq!(text(&credential).await, "secret");
@@ -486,16 +491,7 @@ mod tests {
     /// Law 6: a runtime that is parked keeps the turn for as long as an attempt, and not for ever.
     #[tokio::test(start_paused = true)]
     async fn a_function_that_is_asked_on_a_parked_runtime_is_asked_again() {
-        let asked = AtomicUsize::new(0);
-        let credential = Credential::from_fn(move || {
-            let first = asked.fetch_add(1, Ordering::Relaxed) == 0;
-            async move {
-                if first {
-                    std::future::pending::<()>().await;
-                }
-                Ok("secret".to_owned())
-            }
-        });
+        let credential = hanging_at_first();
         let mut parked = std::pin::pin!(credential.get());
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
         assert!(parked.as_mut().poll(&mut context).is_pending());
