@@ -34,6 +34,13 @@ use crate::{error::TokenError, source::TokenRequest, time::Now, token::AccessTok
 /// The target of all events and spans.
 const TARGET: &str = "tower_bearer";
 
+/// Emits an event: `emit!(LEVEL "name", fields.., "message")`.
+macro_rules! emit {
+    ($level:ident $name:literal, $($rest:tt)+) => {
+        event!(name: $name, target: TARGET, Level::$level, $($rest)+)
+    };
+}
+
 /// The span of a flight, for as long as it flies.
 ///
 /// It is nobody's child: the request that starts a flight may be gone long before it ends, and a trace that lasts
@@ -188,10 +195,8 @@ impl Wait {
     pub(crate) fn end(&mut self, outcome: &'static str) {
         self.told = true;
         let (flight, took) = (self.flight, round(self.since.elapsed()));
-        event!(
-            name: "waited",
-            target: TARGET,
-            Level::DEBUG,
+        emit!(
+            DEBUG "waited",
             flight,
             ?took,
             outcome,
@@ -214,10 +219,8 @@ impl Drop for Wait {
 /// it.
 pub(crate) fn flight_started(flight: u64, forced: bool, delay: Duration, failures: u32) {
     let delay = round(delay);
-    event!(
-        name: "flight_started",
-        target: TARGET,
-        Level::DEBUG,
+    emit!(
+        DEBUG "flight_started",
         flight,
         forced,
         ?delay,
@@ -228,10 +231,8 @@ pub(crate) fn flight_started(flight: u64, forced: bool, delay: Duration, failure
 
 /// One attempt failed and the flight goes on with another one.
 pub(crate) fn attempt_failed(flight: u64, attempt: u32, error: &TokenError) {
-    event!(
-        name: "attempt_failed",
-        target: TARGET,
-        Level::DEBUG,
+    emit!(
+        DEBUG "attempt_failed",
         flight,
         attempt,
         %error,
@@ -243,10 +244,8 @@ pub(crate) fn attempt_failed(flight: u64, attempt: u32, error: &TokenError) {
 ///
 /// `DEBUG`, since it is how every session ends.
 pub(crate) fn refresh_token_failed(flight: u64, of: Subject<'_>, error: &TokenError) {
-    event!(
-        name: "refresh_token_failed",
-        target: TARGET,
-        Level::DEBUG,
+    emit!(
+        DEBUG "refresh_token_failed",
         cache = of.cache,
         flight,
         key = key(of.request),
@@ -257,10 +256,8 @@ pub(crate) fn refresh_token_failed(flight: u64, of: Subject<'_>, error: &TokenEr
 
 /// The server named no lifetime that can be read, and this one is assumed.
 pub(crate) fn lifetime_assumed(flight: u64, of: Subject<'_>, lifetime: Duration) {
-    event!(
-        name: "lifetime_assumed",
-        target: TARGET,
-        Level::WARN,
+    emit!(
+        WARN "lifetime_assumed",
         cache = of.cache,
         flight,
         key = key(of.request),
@@ -278,10 +275,8 @@ pub(crate) fn token_received(
 ) {
     let took = round(took);
     let usable_for = round(token.expiry().remaining(Now::read()));
-    event!(
-        name: "token_received",
-        target: TARGET,
-        Level::DEBUG,
+    emit!(
+        DEBUG "token_received",
         flight,
         grant,
         ?took,
@@ -331,10 +326,8 @@ pub(crate) fn flight_failed(
     } = *failing;
     macro_rules! tell {
         ($message:literal) => {
-            event!(
-                name: "flight_failed",
-                target: TARGET,
-                Level::WARN,
+            emit!(
+                WARN "flight_failed",
                 cache = of.cache,
                 flight,
                 key = key(of.request),
@@ -358,10 +351,8 @@ pub(crate) fn flight_failed(
 
 /// Requests wait for this token request, which has taken so long and goes on.
 pub(crate) fn requests_waiting(flight: u64, of: Subject<'_>, waiters: usize, age: Duration) {
-    event!(
-        name: "requests_waiting",
-        target: TARGET,
-        Level::WARN,
+    emit!(
+        WARN "requests_waiting",
         cache = of.cache,
         flight,
         key = key(of.request),
@@ -373,10 +364,8 @@ pub(crate) fn requests_waiting(flight: u64, of: Subject<'_>, waiters: usize, age
 
 /// A token request ended with its runtime, or is overdue on one that nobody drives.
 pub(crate) fn flight_lost(flight: u64, of: Subject<'_>, failures: u32) {
-    event!(
-        name: "flight_lost",
-        target: TARGET,
-        Level::WARN,
+    emit!(
+        WARN "flight_lost",
         cache = of.cache,
         flight,
         key = key(of.request),
@@ -387,10 +376,8 @@ pub(crate) fn flight_lost(flight: u64, of: Subject<'_>, failures: u32) {
 
 /// The token that requests went on with has died while token requests fail: from here on they fail as well.
 pub(crate) fn requests_failing(of: Subject<'_>, error: &TokenError, retry_in: Duration) {
-    event!(
-        name: "requests_failing",
-        target: TARGET,
-        Level::WARN,
+    emit!(
+        WARN "requests_failing",
         cache = of.cache,
         key = key(of.request),
         %error,
@@ -402,10 +389,8 @@ pub(crate) fn requests_failing(of: Subject<'_>, error: &TokenError, retry_in: Du
 /// A token request succeeded after so many that failed, the first one of them so long ago.
 pub(crate) fn recovered(flight: u64, of: Subject<'_>, failures: u32, outage: Duration) {
     let outage = round(outage);
-    event!(
-        name: "recovered",
-        target: TARGET,
-        Level::INFO,
+    emit!(
+        INFO "recovered",
         cache = of.cache,
         flight,
         key = key(of.request),
@@ -423,10 +408,8 @@ pub(crate) fn gate_closed(failing: &Failing) {
         shared,
         ..
     } = *failing;
-    event!(
-        name: "gate_closed",
-        target: TARGET,
-        Level::DEBUG,
+    emit!(
+        DEBUG "gate_closed",
         failures,
         opens_in = ?round(retry_in),
         shared,
@@ -436,10 +419,8 @@ pub(crate) fn gate_closed(failing: &Failing) {
 
 /// Token requests are free to start again, and why.
 pub(crate) fn gate_opened(cause: &'static str) {
-    event!(
-        name: "gate_opened",
-        target: TARGET,
-        Level::DEBUG,
+    emit!(
+        DEBUG "gate_opened",
         cause,
         "token requests are not held back any more",
     );
@@ -448,10 +429,8 @@ pub(crate) fn gate_opened(cause: &'static str) {
 /// The server has granted less than was asked for, which the API may miss.
 pub(crate) fn scope_narrowed(of: Subject<'_>, token: &AccessToken) {
     let missing = token.missing_scopes().collect::<Vec<_>>().join(" ");
-    event!(
-        name: "scope_narrowed",
-        target: TARGET,
-        Level::WARN,
+    emit!(
+        WARN "scope_narrowed",
         cache = of.cache,
         missing,
         "the token was granted for fewer scopes than were asked for",
@@ -468,20 +447,16 @@ pub(crate) fn token_refused(
     let (cache, label) = (of.cache, decision.label());
     match decision {
         // No more often than forced token requests are: whatever may come in floods is for DEBUG.
-        Decided::Started => event!(
-            name: "token_refused",
-            target: TARGET,
-            Level::INFO,
+        Decided::Started => emit!(
+            INFO "token_refused",
             cache,
             complaint,
             decision = label,
             flight,
             "the API refused the token, another one is asked for",
         ),
-        Decided::Joined | Decided::Replay | Decided::Passed => event!(
-            name: "token_refused",
-            target: TARGET,
-            Level::DEBUG,
+        Decided::Joined | Decided::Replay | Decided::Passed => emit!(
+            DEBUG "token_refused",
             cache,
             complaint,
             decision = label,
@@ -521,30 +496,24 @@ impl Decided {
 /// A request is sent once more, with another token than the one that was refused.
 pub(crate) fn replayed(meters: &Meters) {
     meters.replayed();
-    event!(
-        name: "replayed",
-        target: TARGET,
-        Level::DEBUG,
+    emit!(
+        DEBUG "replayed",
         "the request is sent once more, with another token",
     );
 }
 
 /// A program said that a token is refused.
 pub(crate) fn invalidated() {
-    event!(
-        name: "invalidated",
-        target: TARGET,
-        Level::DEBUG,
+    emit!(
+        DEBUG "invalidated",
         "the cache was told that the token is refused",
     );
 }
 
 /// There is no room for a token of another key: all of the `limit` are in use.
 pub(crate) fn keys_full(cache: &'static str, limit: usize) {
-    event!(
-        name: "keys_full",
-        target: TARGET,
-        Level::WARN,
+    emit!(
+        WARN "keys_full",
         cache,
         limit,
         "the cache is full of tokens that are in use, requests for others fail",
@@ -553,10 +522,8 @@ pub(crate) fn keys_full(cache: &'static str, limit: usize) {
 
 /// So many keys that were of no use any more have made room.
 pub(crate) fn keys_evicted(count: usize) {
-    event!(
-        name: "keys_evicted",
-        target: TARGET,
-        Level::DEBUG,
+    emit!(
+        DEBUG "keys_evicted",
         count,
         "keys without a token have made room for others",
     );
@@ -564,10 +531,8 @@ pub(crate) fn keys_evicted(count: usize) {
 
 /// The cache was shut down.
 pub(crate) fn shut_down() {
-    event!(
-        name: "shut_down",
-        target: TARGET,
-        Level::DEBUG,
+    emit!(
+        DEBUG "shut_down",
         "the token cache was shut down",
     );
 }
