@@ -14,7 +14,7 @@ mod metrics;
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
     thread,
@@ -51,7 +51,7 @@ pub(crate) struct FlightSpan {
     /// Shared, since to clone a span is to call the subscriber, and nothing is to be locked then.
     span: Mutex<Option<Arc<Span>>>,
     /// When its first attempt is made.
-    starts: Mutex<Option<Instant>>,
+    starts: OnceLock<Instant>,
     /// How many attempts were made.
     attempts: AtomicU32,
 }
@@ -60,7 +60,7 @@ impl FlightSpan {
     pub(crate) const fn new() -> Self {
         Self {
             span: Mutex::new(None),
-            starts: Mutex::new(None),
+            starts: OnceLock::new(),
             attempts: AtomicU32::new(0),
         }
     }
@@ -74,7 +74,8 @@ impl FlightSpan {
             forced,
             starts,
         } = *flight;
-        *lock(&self.starts) = Some(starts);
+        // A flight starts once.
+        let _ = self.starts.set(starts);
         let span = span!(
             target: TARGET,
             parent: None,
@@ -140,10 +141,8 @@ impl FlightSpan {
 
     /// How long ago its first attempt was made; zero if that is to come.
     pub(crate) fn age(&self, now: Instant) -> Duration {
-        let starts = *lock(&self.starts);
-        starts.map_or(Duration::ZERO, |starts| {
-            now.saturating_duration_since(starts)
-        })
+        let since = |starts: &Instant| now.saturating_duration_since(*starts);
+        self.starts.get().map_or(Duration::ZERO, since)
     }
 
     fn get(&self) -> Option<Arc<Span>> {
