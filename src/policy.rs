@@ -209,39 +209,6 @@ impl RefreshPolicy {
         }
     }
 
-    /// How long the gate stays shut after `failures` failed flights in a row, of which the last `terminal`
-    /// were terminal errors, the last one having failed with `error` or been lost.
-    pub(crate) fn gate(
-        &self,
-        failures: u32,
-        terminal: u32,
-        error: Option<&TokenError>,
-        rng: &mut Rng,
-    ) -> GateTimes {
-        let half_to_whole = 0.5 + 0.5 * rng.f64();
-        // On top of what the server says: those whom it tells the same moment are not to come all at once.
-        let up_to_a_tenth = 1.0 + 0.1 * rng.f64();
-        let backoff = doubled(BACKOFF, failures, BACKOFF_CAP).mul_f64(half_to_whole);
-        let terminal = match terminal {
-            0 => Duration::ZERO,
-            n => doubled(TERMINAL, n, TERMINAL_CAP).mul_f64(half_to_whole),
-        };
-        let retry_after = error.and_then(TokenError::retry_after).unwrap_or_default();
-        let strict = terminal.max(retry_after).mul_f64(up_to_a_tenth);
-        GateTimes {
-            opens_after: backoff.max(strict),
-            strict_until: strict,
-        }
-    }
-
-    /// How long to pause after the `attempt`th attempt of a flight.
-    pub(crate) fn pause(&self, attempt: u32, at_leisure: bool, rng: &mut Rng) -> Duration {
-        match at_leisure {
-            true => doubled(LEISURELY_PAUSE, attempt, PAUSE_CAP).mul_f64(0.5 + rng.f64() / 2.0),
-            false => doubled(PAUSE, attempt, PAUSE_CAP).mul_f64(rng.f64()),
-        }
-    }
-
     /// How many attempts a flight has after `failures` failed ones in a row.
     pub(crate) fn attempts_after(&self, failures: u32) -> u32 {
         if failures == 0 { self.attempts } else { 1 }
@@ -279,6 +246,38 @@ pub(crate) struct GateTimes {
     pub(crate) opens_after: Duration,
     /// The part that even a token at hard expiry has to wait for: a `Retry-After` or a terminal error.
     pub(crate) strict_until: Duration,
+}
+
+/// How long the gate stays shut after `failures` failed flights in a row, of which the last `terminal`
+/// were terminal errors, the last one having failed with `error` or been lost.
+pub(crate) fn gate_times(
+    failures: u32,
+    terminal: u32,
+    error: Option<&TokenError>,
+    rng: &mut Rng,
+) -> GateTimes {
+    let half_to_whole = 0.5 + 0.5 * rng.f64();
+    // On top of what the server says: those whom it tells the same moment are not to come all at once.
+    let up_to_a_tenth = 1.0 + 0.1 * rng.f64();
+    let backoff = doubled(BACKOFF, failures, BACKOFF_CAP).mul_f64(half_to_whole);
+    let terminal = match terminal {
+        0 => Duration::ZERO,
+        n => doubled(TERMINAL, n, TERMINAL_CAP).mul_f64(half_to_whole),
+    };
+    let retry_after = error.and_then(TokenError::retry_after).unwrap_or_default();
+    let strict = terminal.max(retry_after).mul_f64(up_to_a_tenth);
+    GateTimes {
+        opens_after: backoff.max(strict),
+        strict_until: strict,
+    }
+}
+
+/// How long to pause after the `attempt`th attempt of a flight.
+pub(crate) fn pause(attempt: u32, at_leisure: bool, rng: &mut Rng) -> Duration {
+    match at_leisure {
+        true => doubled(LEISURELY_PAUSE, attempt, PAUSE_CAP).mul_f64(0.5 + rng.f64() / 2.0),
+        false => doubled(PAUSE, attempt, PAUSE_CAP).mul_f64(rng.f64()),
+    }
 }
 
 /// The cooldown after a forced refresh; `previous` is the last one's, if this one recurs within three of it.
@@ -406,7 +405,7 @@ mod tests {
         for (failures, whole) in rows {
             for seed in 0..200 {
                 let rng = &mut Rng::with_seed(seed);
-                let gate = RefreshPolicy::new().gate(failures, 0, None, rng);
+                let gate = gate_times(failures, 0, None, rng);
                 let shut = gate.opens_after.as_millis();
                 assert!((whole / 2..=whole).contains(&shut), "{failures}: {shut}");
                 assert_eq!(gate.strict_until, Duration::ZERO);
@@ -419,7 +418,7 @@ mod tests {
         for (terminal, whole) in [(1, 5), (2, 10), (4, 40), (5, 60), (u32::MAX, 60)] {
             for seed in 0..200 {
                 let rng = &mut Rng::with_seed(seed);
-                let gate = RefreshPolicy::new().gate(u32::MAX, terminal, None, rng);
+                let gate = gate_times(u32::MAX, terminal, None, rng);
                 let shut = gate.opens_after.as_secs_f64();
                 assert!(shut >= f64::from(whole) * 0.5 && shut <= f64::from(whole.max(10)) * 1.1);
                 assert!(gate.strict_until.as_secs_f64() >= f64::from(whole) * 0.5);
@@ -433,7 +432,7 @@ mod tests {
             let error = TokenError::transient("busy").with_retry_after(Duration::from_secs(asked));
             for seed in 0..200 {
                 let rng = &mut Rng::with_seed(seed);
-                let gate = RefreshPolicy::new().gate(1, 0, Some(&error), rng);
+                let gate = gate_times(1, 0, Some(&error), rng);
                 assert!(gate.opens_after >= Duration::from_secs(least));
                 assert!(gate.opens_after <= Duration::from_secs(least + 1).mul_f64(1.1));
             }

@@ -41,6 +41,7 @@ use tracing::{Instrument, Span};
 use super::{entry::Entry, state::Plan, watch};
 use crate::{
     error::{Kind, TokenError},
+    policy,
     source::{Fetch, TokenResponse},
     sync::Mutex,
     telemetry::FlightSpan,
@@ -398,7 +399,7 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
             .entry
             .teller()
             .attempt_failed(&ending.flight, attempt, &error);
-        time::sleep(policy.pause(attempt, plan.at_leisure, &mut Rng::new())).await;
+        time::sleep(policy::pause(attempt, plan.at_leisure, &mut Rng::new())).await;
         attempt += 1;
     }
 }

@@ -20,7 +20,7 @@ use tokio::time::Instant;
 
 use crate::{
     error::TokenError,
-    policy::{self, RefreshPolicy},
+    policy,
     time::{Deadline, Now},
     token::KeyId,
 };
@@ -48,19 +48,13 @@ impl Gate {
         self.strict.is_none_or(|strict| strict.has_come(now))
     }
 
-    fn shut(
-        &mut self,
-        policy: &RefreshPolicy,
-        error: Option<&TokenError>,
-        rng: &mut Rng,
-        now: Now,
-    ) -> Duration {
+    fn shut(&mut self, error: Option<&TokenError>, rng: &mut Rng, now: Now) -> Duration {
         self.failures = self.failures.saturating_add(1);
         self.terminal = match error.is_none_or(TokenError::is_transient) {
             true => 0,
             false => self.terminal.saturating_add(1),
         };
-        let times = policy.gate(self.failures, self.terminal, error, rng);
+        let times = policy::gate_times(self.failures, self.terminal, error, rng);
         self.opens = Some(now.after(times.opens_after));
         self.strict = Some(now.after(times.strict_until));
         // A lost flight says nothing of the server: the next callers wait for a new one.
@@ -129,14 +123,7 @@ impl SharedGate {
     }
 
     /// Takes a failure that tells of all keys, or may do, of a flight that `began` at this time.
-    fn shut(
-        &mut self,
-        policy: &RefreshPolicy,
-        error: Option<&TokenError>,
-        rng: &mut Rng,
-        began: Instant,
-        now: Now,
-    ) {
+    fn shut(&mut self, error: Option<&TokenError>, rng: &mut Rng, began: Instant, now: Now) {
         let is_certain = Fault::of(error) != Fault::Either;
         let is_open = self.gate.is_open(now);
         // A thousand flights that were in the air together are one failure of the endpoint.
@@ -151,7 +138,7 @@ impl SharedGate {
             self.gate.failures -= 1;
             self.gate.terminal = self.gate.terminal.saturating_sub(1);
         }
-        self.gate.shut(policy, error, rng, now);
+        self.gate.shut(error, rng, now);
         if !is_open {
             // Nothing that was asked for is taken back.
             self.gate.opens = later(before.0, self.gate.opens);
@@ -271,7 +258,6 @@ impl OwnGate {
     pub(crate) fn shut(
         &mut self,
         shared: &mut SharedGate,
-        policy: &RefreshPolicy,
         error: Option<&TokenError>,
         rng: &mut Rng,
         began: Instant,
@@ -296,10 +282,10 @@ impl OwnGate {
         };
         if everybodys {
             // With the same sample of chance: for a key that is the only one, both open at the same time.
-            shared.shut(policy, error, &mut rng.clone(), began, now);
+            shared.shut(error, &mut rng.clone(), began, now);
         }
         self.refused = (fault == Fault::Client).then_some(shared.renewals);
-        let own_for = self.gate.shut(policy, error, rng, now);
+        let own_for = self.gate.shut(error, rng, now);
         self.overlooked = Some(now.after(own_for + OVERLOOKED));
         own_for
     }
@@ -399,9 +385,9 @@ mod tests {
 
         /// A flight fails that began at this time.
         fn fail_after(&mut self, key: usize, error: &TokenError, began: Instant) {
-            let (policy, rng) = (RefreshPolicy::new(), &mut Rng::with_seed(7));
+            let rng = &mut Rng::with_seed(7);
             let (shared, now) = (&mut self.shared, self.now);
-            self.keys[key].shut(shared, &policy, Some(error), rng, began, now);
+            self.keys[key].shut(shared, Some(error), rng, began, now);
         }
 
         fn start(&mut self, key: usize) {
@@ -534,33 +520,19 @@ mod tests {
 
     #[test]
     fn flights_that_fail_together_are_one_failure() {
-        let (policy, rng) = (RefreshPolicy::new(), &mut Rng::with_seed(7));
+        let rng = &mut Rng::with_seed(7);
         let mut case = Case::new();
         let began = case.now.monotonic;
         case.pass(1);
         let error = TokenError::new(Kind::Transport, true);
         for key in &mut case.keys {
-            key.shut(
-                &mut case.shared,
-                &policy,
-                Some(&error),
-                rng,
-                began,
-                case.now,
-            );
+            key.shut(&mut case.shared, Some(&error), rng, began, case.now);
         }
         assert_eq!(case.shared.gate.failures, 1);
         // What it asks for is heeded all the same.
         let error = error.with_retry_after(Duration::from_secs(60));
         let key = &mut case.keys[1];
-        key.shut(
-            &mut case.shared,
-            &policy,
-            Some(&error),
-            rng,
-            began,
-            case.now,
-        );
+        key.shut(&mut case.shared, Some(&error), rng, began, case.now);
         case.pass(59);
         assert_eq!(case.open(), [false; 3]);
     }

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     error::{Kind, TokenError},
-    policy::{GRACE, RefreshPolicy},
+    policy::{self, GRACE, RefreshPolicy},
     source::{RefreshToken, TokenRequest, TokenResponse},
     time::{Deadline, Now},
     token::AccessToken,
@@ -255,9 +255,8 @@ impl World {
         if over || !error.is_transient() || error.retry_after().is_some() {
             return self.land(flight, Err(Some(error)));
         }
-        let pause = self
-            .policy
-            .pause(flight.attempt as u32, flight.plan.at_leisure, &mut self.rng);
+        let attempt = flight.attempt as u32;
+        let pause = policy::pause(attempt, flight.plan.at_leisure, &mut self.rng);
         flight.sending = false;
         flight.next = (now + pause.as_millis() as u64).min(deadline);
         self.flight = Some(flight);

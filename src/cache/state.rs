@@ -338,8 +338,8 @@ impl<F: Clone + PartialEq> State<F> {
             told: false,
         });
         trouble.failures = trouble.failures.saturating_add(1);
-        let (policy, rng) = (&self.policy, &mut self.rng);
-        Some(self.gate.shut(shared, policy, error, rng, began, now))
+        let rng = &mut self.rng;
+        Some(self.gate.shut(shared, error, rng, began, now))
     }
 
     /// Takes an overdue flight off the record and returns it, so that its waiters can be told.
