@@ -83,7 +83,7 @@ use crate::{
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct CollectBodyLayer {
     limit: usize,
 }
@@ -121,7 +121,7 @@ impl<S> Layer<S> for CollectBodyLayer {
 ///
 /// The inner service's errors pass through as they are. An error of the body, while it is read here, is the
 /// request's error, and the request is not sent.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct CollectBody<S> {
     inner: S,
     limit: usize,
