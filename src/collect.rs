@@ -179,6 +179,7 @@ pin_project! {
     /// # Cancel safety
     ///
     /// It may be dropped at any point; what was read of the body goes with it.
+    #[must_use = "futures do nothing unless they are polled"]
     pub struct CollectBodyFuture<S, B>
     where
         S: Service<Request<CollectedBody<B>>>,

@@ -37,6 +37,7 @@ pin_project! {
     ///
     /// If it has to wait for a token on a tokio runtime without timers. It may panic if it is polled once more after it
     /// has completed.
+    #[must_use = "futures do nothing unless they are polled"]
     pub struct ResponseFuture<S, R, Req>
     where
         S: Service<Req>,

@@ -83,11 +83,13 @@ impl Credential {
     ///
     /// A byte order mark at its start and line breaks at its end are left out. It is read off the runtime's own threads,
     /// up to 1 MiB.
+    #[must_use]
     pub fn file(path: impl Into<PathBuf>) -> Self {
         Self(Arc::new(Origin::File(path.into())))
     }
 
     /// Creates a credential that is read from an environment variable for every token request.
+    #[must_use]
     pub fn env(name: impl Into<OsString>) -> Self {
         Self(Arc::new(Origin::Env(name.into())))
     }
@@ -98,6 +100,7 @@ impl Credential {
     /// at once, unless the first has not come back for 10 s. It is dropped with the attempt, 10 s in the cache, so it
     /// needs no timeout of its own. Its error
     /// becomes the source of a [`TokenError`], so it should hold no secret.
+    #[must_use]
     pub fn from_fn<F, Fut>(f: F) -> Self
     where
         F: Fn() -> Fut + Send + Sync + 'static,
