@@ -36,7 +36,6 @@ pub struct TokenError(Arc<Inner>);
 #[derive(Clone)]
 struct Inner {
     kind: Kind,
-    transient: bool,
     status: Option<StatusCode>,
     oauth_error: Option<Box<str>>,
     retry_after: Option<Duration>,
@@ -61,7 +60,7 @@ pub(crate) enum Kind {
     /// An attempt, or all of them together, took too long.
     Timeout,
     /// The authorization server answered with an RFC 6749 section 5.2 error.
-    Rejected,
+    Rejected { transient: bool },
     /// Some HTTP status that speaks of the endpoint rather than of the request: a redirect, 408, 425, 429,
     /// 5xx, or any without an RFC 6749 error.
     Unavailable,
@@ -74,7 +73,25 @@ pub(crate) enum Kind {
     /// The token request ended with the runtime that ran it.
     Abandoned,
     /// A custom source said so.
-    Custom,
+    Custom { transient: bool },
+}
+
+impl Kind {
+    /// Whether the same request may succeed later without anybody's doing.
+    fn is_transient(self) -> bool {
+        match self {
+            Self::Rejected { transient } | Self::Custom { transient } => transient,
+            Self::Overloaded
+            | Self::TooManyKeys
+            | Self::Transport
+            | Self::Timeout
+            | Self::Unavailable
+            | Self::Malformed
+            | Self::Panicked
+            | Self::Abandoned => true,
+            Self::Insecure | Self::NoRuntime | Self::ShutDown | Self::Credentials => false,
+        }
+    }
 }
 
 impl TokenError {
@@ -82,7 +99,7 @@ impl TokenError {
     ///
     /// The cache tries again with backoff.
     pub fn transient(source: impl Into<BoxError>) -> Self {
-        Self::new(Kind::Custom, true).with_source(source)
+        Self::new(Kind::Custom { transient: true }).with_source(source)
     }
 
     /// Creates an error that another try will not mend, for use in a custom
@@ -91,7 +108,7 @@ impl TokenError {
     /// The cache remembers it for half to whole of 5 s, doubling to 60 s while it recurs, and up to a tenth more, and
     /// then tries again: secrets get rotated and servers get mended.
     pub fn terminal(source: impl Into<BoxError>) -> Self {
-        Self::new(Kind::Custom, false).with_source(source)
+        Self::new(Kind::Custom { transient: false }).with_source(source)
     }
 
     /// Sets how long the server asked to be left alone, up to 300 s.
@@ -113,10 +130,9 @@ impl TokenError {
         self.map(|inner| inner.oauth_error = Some(code.into()))
     }
 
-    pub(crate) fn new(kind: Kind, transient: bool) -> Self {
+    pub(crate) fn new(kind: Kind) -> Self {
         Self(Arc::new(Inner {
             kind,
-            transient,
             status: None,
             oauth_error: None,
             retry_after: None,
@@ -140,12 +156,12 @@ impl TokenError {
     /// [`Credential`](crate::Credential) that cannot be had; of a source that panicked and a token request that was
     /// lost; and of the limits on waiting callers and on keys.
     pub fn is_transient(&self) -> bool {
-        self.0.transient
+        self.0.kind.is_transient()
     }
 
     /// Returns `true` if the authorization server refused with an error of RFC 6749 section 5.2.
     pub fn is_rejected(&self) -> bool {
-        self.0.kind == Kind::Rejected
+        matches!(self.0.kind, Kind::Rejected { .. })
     }
 
     /// Returns `true` if the token endpoint could not be reached or the connection broke.
@@ -196,14 +212,10 @@ impl TokenError {
 
     /// Whether it is about who asks, whatever was asked for.
     pub(crate) fn is_of_client(&self) -> bool {
-        self.is_of_credentials()
+        // What cannot be sent as it is cannot be sent to any server, nor for any key.
+        self.0.kind == Kind::Credentials
             || self.is_of_unknown_client()
             || self.oauth_error() == Some("unauthorized_client")
-    }
-
-    /// Whether the client's credentials cannot be sent as they are, to any server and for any key.
-    pub(crate) fn is_of_credentials(&self) -> bool {
-        self.0.kind == Kind::Credentials
     }
 
     /// Returns `true` if the request was not sent because its URI may not carry a token.
@@ -265,7 +277,6 @@ impl fmt::Debug for TokenError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TokenError")
             .field("kind", &self.0.kind)
-            .field("transient", &self.0.transient)
             .field("status", &self.0.status)
             .field("oauth_error", &self.0.oauth_error)
             .field("retry_after", &self.0.retry_after)
@@ -287,13 +298,13 @@ impl fmt::Display for TokenError {
             Kind::ShutDown => "the token cache was shut down",
             Kind::Transport => "the token endpoint could not be reached",
             Kind::Timeout => "the token request timed out",
-            Kind::Rejected => "the authorization server refused the token request",
+            Kind::Rejected { .. } => "the authorization server refused the token request",
             Kind::Unavailable => "the token endpoint is not available",
             Kind::Malformed => "the answer to the token request is not a token response",
             Kind::Credentials => "the client's credentials cannot be used",
             Kind::Panicked => "the token source panicked",
             Kind::Abandoned => "the token request ended with the runtime that ran it",
-            Kind::Custom => "the token source failed",
+            Kind::Custom { .. } => "the token source failed",
         })?;
         match (self.0.status, &self.0.oauth_error) {
             (Some(status), Some(code)) => write!(f, " ({code}, status {})", status.as_u16()),

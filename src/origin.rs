@@ -111,7 +111,7 @@ pub(crate) fn refusal(uri: &Uri) -> TokenError {
     // Only what the rule looked at is told: userinfo, path and query may be secrets.
     let scheme = uri.scheme_str().unwrap_or("(no scheme)");
     let host = uri.host().unwrap_or_default();
-    TokenError::new(Kind::Insecure, false).with_source(format!(
+    TokenError::new(Kind::Insecure).with_source(format!(
         "{scheme}://{host} is not safe from being read on the way"
     ))
 }

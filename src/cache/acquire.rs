@@ -92,7 +92,7 @@ impl Future for Acquire {
             let (flight, fallback) = match this.joined.take() {
                 Some(flight) => (flight, None),
                 None if *this.looks == 0 => {
-                    return Poll::Ready(Err(TokenError::new(Kind::Abandoned, true)));
+                    return Poll::Ready(Err(TokenError::new(Kind::Abandoned)));
                 }
                 None => {
                     *this.looks -= 1;
@@ -118,10 +118,10 @@ impl Future for Acquire {
 /// Takes a seat in `flight`, with a timer on this runtime: the flight's own may be parked (law 6).
 fn wait_for(flight: &Arc<Flight>, impatient: bool, entry: &Entry) -> Result<Waiter, TokenError> {
     if Handle::try_current().is_err() {
-        return Err(TokenError::new(Kind::NoRuntime, false));
+        return Err(TokenError::new(Kind::NoRuntime));
     }
     let Some(seat) = flight.seat(entry.policy().waiter_limit()) else {
-        return Err(TokenError::new(Kind::Overloaded, true));
+        return Err(TokenError::new(Kind::Overloaded));
     };
     let until = match impatient {
         true => flight

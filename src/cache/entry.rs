@@ -228,9 +228,7 @@ impl Entry {
         }
         let mut begins_to_fail = None;
         let found = self.look(|mut view| match (view.acquire(), view.obstacle) {
-            (_, Some(Kind::ShutDown)) => {
-                (Found::Error(TokenError::new(Kind::ShutDown, false)), None)
-            }
+            (_, Some(Kind::ShutDown)) => (Found::Error(TokenError::new(Kind::ShutDown)), None),
             (Decision::Use(token), _) => (Found::Token(token), None),
             (Decision::UseAndStart(token), _) => (Found::Token(token), view.start_if_possible()),
             (Decision::Fail(error), _) => {
@@ -240,7 +238,7 @@ impl Entry {
             // Without a runtime there is neither a task for the flight nor a timer for its waiter.
             (Decision::Join(_, Some(token)), Some(_)) => (Found::Token(token), None),
             (Decision::Start | Decision::Join(..), Some(kind)) => {
-                (Found::Error(TokenError::new(kind, false)), None)
+                (Found::Error(TokenError::new(kind)), None)
             }
             (Decision::Join(flight, fallback), None) => (Found::Flight(flight, fallback), None),
             (Decision::Start, None) => {
@@ -376,7 +374,7 @@ impl Entry {
         // A source's error holds anything, so no last handle on one is dropped under the lock.
         let error = match &outcome {
             Outcome::Failed(error) => Some(error.clone()),
-            Outcome::Lost if is_ended => Some(TokenError::new(Kind::ShutDown, false)),
+            Outcome::Lost if is_ended => Some(TokenError::new(Kind::ShutDown)),
             Outcome::Granted(..) | Outcome::Lost => None,
         };
         let mut state = self.state.lock();
@@ -437,7 +435,7 @@ impl Entry {
         self.publish(&state, None);
         drop(state);
         if let Some(flight) = flight {
-            let end = End::Failed(TokenError::new(Kind::ShutDown, false));
+            let end = End::Failed(TokenError::new(Kind::ShutDown));
             flight.end(end.clone());
             self.teller.landed(&flight, &end, &self.gone(now));
         }

@@ -312,15 +312,15 @@ impl Ending {
         let mut asked = pin!(async { self.entry.source().fetch(fetch).await });
         let fenced = poll_fn(|cx| {
             if self.flight.has_ended() || Now::read().monotonic >= deadline {
-                return Poll::Ready(Err(TokenError::new(Kind::Timeout, true)));
+                return Poll::Ready(Err(TokenError::new(Kind::Timeout)));
             }
             // A future that has panicked is not polled again, so it does not matter how it was left.
             panic::catch_unwind(AssertUnwindSafe(|| asked.as_mut().poll(cx)))
-                .unwrap_or_else(|_| Poll::Ready(Err(TokenError::new(Kind::Panicked, true))))
+                .unwrap_or_else(|_| Poll::Ready(Err(TokenError::new(Kind::Panicked))))
         });
         time::timeout(limit, fenced)
             .await
-            .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout, true)))
+            .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout)))
     }
 }
 
@@ -333,7 +333,7 @@ async fn fly(ending: &Ending, plan: Plan) -> Outcome {
     let flown = time::timeout_at(deadline, attempts(ending, plan));
     told_if_slow(ending, flown)
         .await
-        .unwrap_or_else(|_| Outcome::Failed(TokenError::new(Kind::Timeout, true)))
+        .unwrap_or_else(|_| Outcome::Failed(TokenError::new(Kind::Timeout)))
 }
 
 /// Tells once, if requests wait for `flown` and it takes long: its failure is told when it is over, which may be half a

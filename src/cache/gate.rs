@@ -406,22 +406,22 @@ mod tests {
     }
 
     fn rejected(code: &str) -> TokenError {
-        TokenError::new(Kind::Rejected, false).with_oauth_error(code)
+        TokenError::new(Kind::Rejected { transient: false }).with_oauth_error(code)
     }
 
     #[test]
     fn what_tells_of_the_endpoint_or_the_client_binds_all_keys() {
         let too_many =
-            TokenError::new(Kind::Unavailable, true).with_status(StatusCode::TOO_MANY_REQUESTS);
+            TokenError::new(Kind::Unavailable).with_status(StatusCode::TOO_MANY_REQUESTS);
         let retry_after = TokenError::transient("busy").with_retry_after(Duration::from_secs(9));
         for error in [
-            TokenError::new(Kind::Transport, true),
+            TokenError::new(Kind::Transport),
             too_many,
             retry_after,
             rejected("invalid_client"),
             rejected("unauthorized_client"),
             rejected("access_denied").with_status(StatusCode::UNAUTHORIZED),
-            TokenError::new(Kind::Credentials, false),
+            TokenError::new(Kind::Credentials),
         ] {
             let mut case = Case::new();
             case.fail(0, &error);
@@ -436,7 +436,7 @@ mod tests {
             rejected("invalid_target"),
             rejected("access_denied").with_status(StatusCode::FORBIDDEN),
             TokenError::terminal("refused"),
-            TokenError::new(Kind::Panicked, true),
+            TokenError::new(Kind::Panicked),
         ] {
             let mut case = Case::new();
             case.fail(0, &error);
@@ -447,7 +447,7 @@ mod tests {
 
     #[test]
     fn two_keys_bear_witness_against_the_endpoint_and_bind_themselves() {
-        let timeout = TokenError::new(Kind::Timeout, true);
+        let timeout = TokenError::new(Kind::Timeout);
         let mut case = Case::new();
         case.fail(0, &timeout);
         case.fail(0, &timeout);
@@ -456,7 +456,7 @@ mod tests {
         assert_eq!(case.shared.gate.failures, 1);
         assert_eq!(case.open(), [false, false, true]);
         // The first one's own gate has opened, and the shared one has not.
-        let busy = TokenError::new(Kind::Unavailable, true);
+        let busy = TokenError::new(Kind::Unavailable);
         for _ in 0..6 {
             case.fail(1, &busy);
         }
@@ -467,7 +467,7 @@ mod tests {
 
     #[test]
     fn a_success_between_them_clears_the_endpoint() {
-        let timeout = TokenError::new(Kind::Timeout, true);
+        let timeout = TokenError::new(Kind::Timeout);
         let mut case = Case::new();
         case.fail(0, &timeout);
         case.succeed(2, case.now);
@@ -478,7 +478,7 @@ mod tests {
     #[test]
     fn one_key_goes_first_when_a_shared_gate_opens() {
         let mut case = Case::new();
-        case.fail(0, &TokenError::new(Kind::Transport, true));
+        case.fail(0, &TokenError::new(Kind::Transport));
         case.pass(1);
         assert_eq!(case.open(), [true; 3]);
         case.start(2);
@@ -487,7 +487,7 @@ mod tests {
         case.pass(31);
         assert_eq!(case.open(), [true; 3]);
         case.start(1);
-        case.fail(1, &TokenError::new(Kind::Transport, true));
+        case.fail(1, &TokenError::new(Kind::Transport));
         assert_eq!(case.open(), [false; 3]);
         case.pass(2);
         case.start(1);
@@ -499,7 +499,7 @@ mod tests {
     #[test]
     fn a_refusal_of_what_was_asked_for_shows_that_the_endpoint_is_well() {
         let mut case = Case::new();
-        case.fail(0, &TokenError::new(Kind::Transport, true));
+        case.fail(0, &TokenError::new(Kind::Transport));
         case.pass(1);
         case.start(1);
         case.fail(1, &rejected("invalid_scope"));
@@ -524,7 +524,7 @@ mod tests {
         let mut case = Case::new();
         let began = case.now.monotonic;
         case.pass(1);
-        let error = TokenError::new(Kind::Transport, true);
+        let error = TokenError::new(Kind::Transport);
         for key in &mut case.keys {
             key.shut(&mut case.shared, Some(&error), rng, began, case.now);
         }
@@ -565,7 +565,7 @@ mod tests {
         for (other, refused) in [
             (busy(2), false),
             (rejected("invalid_client"), true),
-            (TokenError::new(Kind::Transport, true), false),
+            (TokenError::new(Kind::Transport), false),
         ] {
             for in_the_air in [true, false] {
                 let mut case = Case::new();
@@ -595,8 +595,8 @@ mod tests {
     /// Keys that are broken, and asked for all the time, are the first ones wherever a gate opens.
     #[test]
     fn keys_that_fail_as_the_first_ones_keep_no_other_out() {
-        let down = TokenError::new(Kind::Transport, true);
-        let broken = TokenError::new(Kind::Timeout, true);
+        let down = TokenError::new(Kind::Transport);
+        let broken = TokenError::new(Kind::Timeout);
         let mut case = Case::new();
         for key in 0..3 {
             case.fail(key, &down);
@@ -633,7 +633,7 @@ mod tests {
     #[test]
     fn another_keys_success_opens_no_own_gate() {
         let mut case = Case::new();
-        case.fail(0, &TokenError::new(Kind::Transport, true));
+        case.fail(0, &TokenError::new(Kind::Transport));
         case.succeed(1, case.now);
         assert_eq!(case.open(), [false, true, true]);
     }

@@ -65,7 +65,7 @@ impl Keys {
             return Ok(Arc::clone(entry));
         }
         if self.common.closing.is_cancelled() {
-            return Err(TokenError::new(Kind::ShutDown, false));
+            return Err(TokenError::new(Kind::ShutDown));
         }
         let limit = self.common.policy.max_keys;
         let mut evicted = None;
@@ -90,7 +90,7 @@ impl Keys {
         }
         // Dropped here, since entries hold errors and sources, which are foreign code.
         drop(evicted);
-        entry.ok_or_else(|| TokenError::new(Kind::TooManyKeys, true))
+        entry.ok_or_else(|| TokenError::new(Kind::TooManyKeys))
     }
 
     /// Takes all entries out.

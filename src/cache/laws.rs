@@ -215,7 +215,7 @@ impl World {
         let now = self.monotonic;
         let deadline = (flight.plan.deadline - self.origin).as_millis() as u64;
         if now >= deadline {
-            let timeout = TokenError::new(Kind::Timeout, true);
+            let timeout = TokenError::new(Kind::Timeout);
             return self.land(flight, Err(Some(timeout)));
         }
         if !flight.sending {
@@ -240,16 +240,15 @@ impl World {
                 return self.land(flight, Ok(response));
             }
             Answer::Transient => TokenError::transient("down"),
-            Answer::Unreachable => TokenError::new(Kind::Transport, true),
+            Answer::Unreachable => TokenError::new(Kind::Transport),
             Answer::Terminal => TokenError::terminal("refused"),
-            Answer::InvalidClient => {
-                TokenError::new(Kind::Rejected, false).with_oauth_error("invalid_client")
-            }
+            Answer::InvalidClient => TokenError::new(Kind::Rejected { transient: false })
+                .with_oauth_error("invalid_client"),
             Answer::RetryAfter(seconds) => {
                 flight.note.retry_after = 1_000 * (*seconds).min(300);
                 TokenError::transient("busy").with_retry_after(Duration::from_secs(*seconds))
             }
-            Answer::Hang => TokenError::new(Kind::Timeout, true),
+            Answer::Hang => TokenError::new(Kind::Timeout),
         };
         let over = flight.attempt >= u64::from(flight.plan.attempts);
         if over || !error.is_transient() || error.retry_after().is_some() {
@@ -437,7 +436,7 @@ impl World {
                 self.flight = Some(flight);
             }
             Loss::Drop => self.land(flight, Err(None)),
-            Loss::Panic => self.land(flight, Err(Some(TokenError::new(Kind::Panicked, true)))),
+            Loss::Panic => self.land(flight, Err(Some(TokenError::new(Kind::Panicked)))),
         }
     }
 

@@ -258,12 +258,12 @@ impl TokenCache {
                     let limit = entry.policy().attempt_timeout;
                     time::timeout(limit, entry.source().revoke(revocation))
                         .await
-                        .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout, true)))
+                        .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout)))
                 });
             }
             match tasks.join_next().await {
                 Some(revoked) => {
-                    let panicked = |_| Err(TokenError::new(Kind::Panicked, true));
+                    let panicked = |_| Err(TokenError::new(Kind::Panicked));
                     outcome = outcome.and(revoked.unwrap_or_else(panicked));
                 }
                 None => return outcome,

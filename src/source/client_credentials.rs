@@ -160,7 +160,7 @@ impl Inner {
                 Err(error) => {
                     held.refuse();
                     self.refused.set(&held);
-                    return Err(TokenError::new(Kind::Credentials, false).with_source(error));
+                    return Err(TokenError::new(Kind::Credentials).with_source(error));
                 }
             };
             let watch = self.place.watch();
@@ -439,7 +439,7 @@ impl TokenSource for ClientCredentials {
                 let refreshed =
                     time::timeout(fetch.timeout / 2, self.refresh(&token, &asked, endpoints))
                         .await
-                        .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout, true)));
+                        .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout)));
                 match refreshed {
                     Ok(response) => TokenResponse {
                         grant: Some(telemetry::REFRESH_TOKEN),
@@ -487,7 +487,7 @@ impl TokenSource for ClientCredentials {
             // A request that hangs leaves some of its caller's time for the other token.
             let revoked = time::timeout(REVOCATION_LIMIT, revoking)
                 .await
-                .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout, true)));
+                .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout)));
             outcome = outcome.and(revoked);
         }
         outcome

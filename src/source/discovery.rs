@@ -228,7 +228,7 @@ impl Discovery {
         let found = match limit {
             Some(limit) => time::timeout(limit, asking)
                 .await
-                .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout, true))),
+                .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout))),
             // Without endpoints there is nothing else to do within the attempt.
             None => asking.await,
         };

@@ -12,7 +12,7 @@ use super::{
     response::Answer,
     transport::{Answered, Channel},
 };
-use crate::error::{Kind, TokenError};
+use crate::error::TokenError;
 
 /// An `oauth2::Client` with a token URL, its ten type parameters erased.
 pub(super) trait Grant: Send + Sync {
@@ -103,7 +103,6 @@ fn answer<T, TE: ErrorResponse + 'static>(
         Err(RequestTokenError::Request(Answered(answer))) => answer,
         // The transport succeeds at nothing, so all that is left is a request that could not be built. The
         // error is not passed on: its other variants hold bodies.
-        _ => Err(TokenError::new(Kind::Custom, false)
-            .with_source("the token request could not be built")),
+        _ => Err(TokenError::terminal("the token request could not be built")),
     }
 }

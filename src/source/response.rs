@@ -258,7 +258,9 @@ pub(crate) fn refused(status: StatusCode, code: &str) -> TokenError {
     let error = if status.is_redirection() || is_busy(status) {
         unavailable(status)
     } else {
-        TokenError::new(Kind::Rejected, TRANSIENT_CODES.contains(&code))
+        TokenError::new(Kind::Rejected {
+            transient: TRANSIENT_CODES.contains(&code),
+        })
     };
     error.with_oauth_error(code)
 }
@@ -268,7 +270,7 @@ pub(crate) fn refused(status: StatusCode, code: &str) -> TokenError {
 /// A 4xx without an RFC 6749 body does not come from an authorization server: firewalls answer with pages.
 /// So it may heal by itself.
 fn unavailable(status: StatusCode) -> TokenError {
-    let error = TokenError::new(Kind::Unavailable, true);
+    let error = TokenError::new(Kind::Unavailable);
     if status.is_redirection() {
         // RFC 9700 section 4.12: a redirect would carry the secret to wherever it points. Not even its
         // target is told, which may be as secret.
@@ -280,7 +282,7 @@ fn unavailable(status: StatusCode) -> TokenError {
 
 /// A page that claims success may be a captive portal's, so it may heal by itself.
 pub(crate) fn malformed(reason: impl Into<String>) -> TokenError {
-    TokenError::new(Kind::Malformed, true).with_source(reason.into())
+    TokenError::new(Kind::Malformed).with_source(reason.into())
 }
 
 fn is_busy(status: StatusCode) -> bool {

@@ -176,7 +176,7 @@ where
         Err(error) if !error.is::<LengthLimitError>() => Err(broken(error)),
         // A page of this size is no RFC 6749 error; status and headers still tell what to do.
         Err(_) if !head.status.is_success() => Ok(Response::from_parts(head, Bytes::new())),
-        Err(error) => Err(TokenError::new(Kind::Malformed, true)
+        Err(error) => Err(TokenError::new(Kind::Malformed)
             .with_status(head.status)
             .with_source(error)),
     }
@@ -189,7 +189,7 @@ fn broken(error: BoxError) -> TokenError {
     } else {
         Kind::Transport
     };
-    TokenError::new(kind, true).with_source(error)
+    TokenError::new(kind).with_source(error)
 }
 
 fn is_timeout(error: &(dyn Error + 'static)) -> bool {

@@ -40,20 +40,19 @@ use crate::{
 /// The token endpoint refused the connection: [`TokenError::is_transport`], transient.
 #[must_use]
 pub fn transport() -> TokenError {
-    TokenError::new(Kind::Transport, true)
-        .with_source(io::Error::from(io::ErrorKind::ConnectionRefused))
+    TokenError::new(Kind::Transport).with_source(io::Error::from(io::ErrorKind::ConnectionRefused))
 }
 
 /// The token request took too long: [`TokenError::is_timeout`], transient.
 #[must_use]
 pub fn timeout() -> TokenError {
-    TokenError::new(Kind::Timeout, true)
+    TokenError::new(Kind::Timeout)
 }
 
 /// The token endpoint answered with this status and no OAuth error: [`TokenError::is_unavailable`], transient.
 #[must_use]
 pub fn unavailable(status: StatusCode) -> TokenError {
-    TokenError::new(Kind::Unavailable, true).with_status(status)
+    TokenError::new(Kind::Unavailable).with_status(status)
 }
 
 /// The authorization server refused with this `error` code (RFC 6749 section 5.2): [`TokenError::is_rejected`].
@@ -86,13 +85,13 @@ pub fn malformed_response() -> TokenError {
 /// The token source panicked: [`TokenError::is_interrupted`], transient.
 #[must_use]
 pub fn panicked() -> TokenError {
-    TokenError::new(Kind::Panicked, true)
+    TokenError::new(Kind::Panicked)
 }
 
 /// The token request was lost with its runtime, and so was the next one: [`TokenError::is_interrupted`], transient.
 #[must_use]
 pub fn abandoned() -> TokenError {
-    TokenError::new(Kind::Abandoned, true)
+    TokenError::new(Kind::Abandoned)
 }
 
 /// The request's URI may not carry a token: [`TokenError::is_insecure_uri`], terminal.
@@ -100,31 +99,31 @@ pub fn abandoned() -> TokenError {
 /// A layer makes it, and no cache.
 #[must_use]
 pub fn insecure_uri() -> TokenError {
-    TokenError::new(Kind::Insecure, false)
+    TokenError::new(Kind::Insecure)
 }
 
 /// As many callers as allowed were waiting: [`TokenError::is_overloaded`], transient.
 #[must_use]
 pub fn overloaded() -> TokenError {
-    TokenError::new(Kind::Overloaded, true)
+    TokenError::new(Kind::Overloaded)
 }
 
 /// The cache was full of tokens in use: [`TokenError::is_too_many_keys`], transient.
 #[must_use]
 pub fn too_many_keys() -> TokenError {
-    TokenError::new(Kind::TooManyKeys, true)
+    TokenError::new(Kind::TooManyKeys)
 }
 
 /// The cache was shut down: [`TokenError::is_shut_down`], terminal.
 #[must_use]
 pub fn shut_down() -> TokenError {
-    TokenError::new(Kind::ShutDown, false)
+    TokenError::new(Kind::ShutDown)
 }
 
 /// A token had to be fetched outside of a tokio runtime: [`TokenError::is_no_runtime`], terminal.
 #[must_use]
 pub fn no_runtime() -> TokenError {
-    TokenError::new(Kind::NoRuntime, false)
+    TokenError::new(Kind::NoRuntime)
 }
 
 /// The client's key or certificate is of no use, so nothing was sent: terminal.
@@ -133,7 +132,7 @@ pub fn no_runtime() -> TokenError {
 /// [`TokenError::transient`] instead.
 #[must_use]
 pub fn credentials() -> TokenError {
-    TokenError::new(Kind::Credentials, false)
+    TokenError::new(Kind::Credentials)
         .with_source(ConfigError::new("the private key cannot be read"))
 }
 
