@@ -171,10 +171,6 @@ pub(crate) struct OwnGate {
 }
 
 impl OwnGate {
-    pub(crate) fn key(&self) -> KeyId {
-        self.key
-    }
-
     pub(crate) fn new(key: KeyId) -> Self {
         Self {
             key,
@@ -182,6 +178,10 @@ impl OwnGate {
             refused: None,
             overlooked: None,
         }
+    }
+
+    pub(crate) fn key(&self) -> KeyId {
+        self.key
     }
 
     pub(crate) fn is_open(&self, shared: &SharedGate, now: Now) -> bool {
