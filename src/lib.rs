@@ -67,8 +67,8 @@
 //! ```
 //!
 //! Elsewhere than on this machine it takes `https` on both sides, and a client with TLS: the README has one with
-//! `hyper-rustls`, and tells what to write for which authorization server. A server without metadata is told by its token URL,
-//! [`ClientCredentials::builder`].
+//! `hyper-rustls`, and tells what to write for which authorization server. A server without metadata is told by its
+//! token URL, [`ClientCredentials::builder`].
 //!
 //! # How it works
 //!
@@ -124,8 +124,8 @@
 //!
 //! When the token endpoint fails, requests go on with the token they have for as long as it lives. After that
 //! they get a [`TokenError`], at once while the next attempt is not due. How often the endpoint is asked is
-//! bounded for any traffic: see [`RefreshPolicy`]. What a request gets in which situation, what each error means, and what to
-//! alert on, is in the [guide to failures](guide::failures).
+//! bounded for any traffic: see [`RefreshPolicy`]. What a request gets in which situation, what each error means, and
+//! what to alert on, is in the [guide to failures](guide::failures).
 //!
 //! # Where in the stack it goes
 //!
@@ -273,8 +273,10 @@
 //! `otel.status_code`. It is the root of a trace of its own: it serves many requests and may outlive all of them. It
 //! follows from the span that was current where it was started, and the current span of each request that waits follows
 //! from it. With `tracing-opentelemetry` both are links, so that one gets from a slow request to the token request that
-//! it has waited for. `waited`, `token_refused` and `replayed` are in the request's own span: make one above the layer, with tower-http's `TraceLayer` or
-//! [`Instrument`](https://docs.rs/tracing/latest/tracing/trait.Instrument.html), and let `tower_bearer=debug` through the filter.
+//! it has waited for. `waited`, `token_refused` and `replayed` are in the request's own span: make one above the layer,
+//! with tower-http's `TraceLayer` or [`Instrument`], and let `tower_bearer=debug` through the filter.
+//!
+//! [`Instrument`]: https://docs.rs/tracing/latest/tracing/trait.Instrument.html
 //!
 //! ## Metrics
 //!

@@ -310,7 +310,8 @@ impl TokenCache {
         }
     }
 
-    /// Whether the token for nothing in particular may be attached without a look at the monotonic clock.
+    /// By which a request sees whether it may attach the token for nothing in particular without a look at the
+    /// monotonic clock.
     pub(crate) fn watched(&self) -> &Watched {
         self.plain.watched()
     }

@@ -1,5 +1,7 @@
 //! How a client proves to its authorization server who it is.
 
+use std::time::Duration;
+
 use base64::{Engine, engine::general_purpose::STANDARD};
 use http::HeaderValue;
 use oauth2::url::form_urlencoded;
@@ -424,4 +426,4 @@ const BY_SECRET: [AuthMethod; 2] = [AuthMethod::ClientSecretBasic, AuthMethod::C
 
 /// How often the files of refused credentials are looked at. A token of seconds has a fraction of one left when its
 /// refresh is refused, and a look costs some microseconds.
-const LOOK_EVERY: std::time::Duration = std::time::Duration::from_millis(100);
+const LOOK_EVERY: Duration = Duration::from_millis(100);

@@ -98,8 +98,7 @@ impl Credential {
     ///
     /// It is asked when the first token is due, and again when the server has refused what it gave; never by two
     /// at once, unless the first has not come back for 10 s. It is dropped with the attempt, 10 s in the cache, so it
-    /// needs no timeout of its own. Its error
-    /// becomes the source of a [`TokenError`], so it should hold no secret.
+    /// needs no timeout of its own. Its error becomes the source of a [`TokenError`], so it should hold no secret.
     #[must_use]
     pub fn from_fn<F, Fut>(f: F) -> Self
     where

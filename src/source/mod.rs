@@ -86,8 +86,8 @@ pub trait TokenSource: Send + Sync + 'static {
 
     /// Returns the name of the grant for spans and metrics: `custom` by default.
     ///
-    /// It is asked for once, when the cache or a [`SharedSource`] takes the source. Names are static, since each one makes new time series. `refresh_token` is for what the cache's own source
-    /// does with refresh tokens.
+    /// It is asked for once, when the cache or a [`SharedSource`] takes the source. Names are static, since each one
+    /// makes new time series. `refresh_token` is the name of what a [`ClientCredentials`] does with refresh tokens.
     fn grant(&self) -> &'static str {
         "custom"
     }
