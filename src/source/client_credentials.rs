@@ -400,29 +400,6 @@ impl ClientCredentials {
             inner: Arc::new(inner),
         }
     }
-
-    async fn refresh(
-        &self,
-        token: &RefreshToken,
-        asked: &Asked,
-        endpoints: &Endpoints,
-    ) -> Result<TokenResponse, TokenError> {
-        let request = Request::RefreshToken(token);
-        self.inner
-            .exchange(request, asked, endpoints, Answer::into_token)
-            .await
-    }
-
-    async fn grant(
-        &self,
-        asked: &Asked,
-        endpoints: &Endpoints,
-    ) -> Result<TokenResponse, TokenError> {
-        let request = Request::ClientCredentials;
-        self.inner
-            .exchange(request, asked, endpoints, Answer::into_token)
-            .await
-    }
 }
 
 impl TokenSource for ClientCredentials {
@@ -432,14 +409,17 @@ impl TokenSource for ClientCredentials {
             .asked
             .of(&fetch.request, fetch.claims.as_deref())?;
         let endpoints = &*self.inner.place.endpoints(fetch.timeout / 4).await?;
-        let response = match fetch.refresh_token {
+        let ask = |request| {
+            self.inner
+                .exchange(request, &asked, endpoints, Answer::into_token)
+        };
+        let response = match &fetch.refresh_token {
             // A session is as it is; claims that the API misses in its tokens come with a new one.
             Some(token) if fetch.claims.is_none() => {
                 // Half of the time is left for the other grant, should this one hang.
-                let refreshed =
-                    time::timeout(fetch.timeout / 2, self.refresh(&token, &asked, endpoints))
-                        .await
-                        .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout)));
+                let refreshed = time::timeout(fetch.timeout / 2, ask(Request::RefreshToken(token)))
+                    .await
+                    .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout)));
                 match refreshed {
                     Ok(response) => TokenResponse {
                         grant: Some(telemetry::REFRESH_TOKEN),
@@ -447,11 +427,11 @@ impl TokenSource for ClientCredentials {
                     },
                     Err(error) => {
                         let _ = fetch.refresh_error.set(error);
-                        self.grant(&asked, endpoints).await?
+                        ask(Request::ClientCredentials).await?
                     }
                 }
             }
-            _ => self.grant(&asked, endpoints).await?,
+            _ => ask(Request::ClientCredentials).await?,
         };
         Ok(match asked.scope() {
             Some(scope) => response.requested_scope(scope),
