@@ -18,7 +18,7 @@ use crate::{
     error::TokenError,
     policy::RefreshPolicy,
     source::TokenRequest,
-    telemetry::{self, Decided, Departure, Failing, Meters, Subject, Wait},
+    telemetry::{self, Decided, Failing, Meters, Subject, Wait},
     time::Now,
 };
 
@@ -101,13 +101,10 @@ impl Teller {
 
     /// Opens the span of a flight that is about to start.
     pub(super) fn departs(&self, flight: &Flight, plan: &Plan) -> Span {
-        flight.span().open(&Departure {
-            number: flight.number(),
-            cache: self.news.name,
-            request: &self.request,
-            forced: plan.forced,
-            starts: Now::read().monotonic + plan.delay,
-        })
+        let starts = Now::read().monotonic + plan.delay;
+        flight
+            .span()
+            .open(flight.number(), self.subject(), plan.forced, starts)
     }
 
     pub(super) fn started(&self, flight: &Flight, plan: &Plan) {

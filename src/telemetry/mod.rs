@@ -66,14 +66,7 @@ impl FlightSpan {
     }
 
     /// Opens the span within that of whoever starts the flight, and returns it.
-    pub(crate) fn open(&self, flight: &Departure<'_>) -> Span {
-        let Departure {
-            number,
-            cache,
-            request,
-            forced,
-            starts,
-        } = *flight;
+    pub(crate) fn open(&self, flight: u64, of: Subject<'_>, forced: bool, starts: Instant) -> Span {
         // A flight starts once.
         let _ = self.starts.set(starts);
         let span = span!(
@@ -81,9 +74,9 @@ impl FlightSpan {
             parent: None,
             Level::DEBUG,
             "token_flight",
-            cache,
-            flight = number,
-            key = key(request),
+            cache = of.cache,
+            flight,
+            key = key(of.request),
             grant = Empty,
             forced,
             attempts = Empty,
@@ -148,15 +141,6 @@ impl FlightSpan {
     fn get(&self) -> Option<Arc<Span>> {
         lock(&self.span).clone()
     }
-}
-
-/// What is known of a flight before it starts.
-pub(crate) struct Departure<'a> {
-    pub(crate) number: u64,
-    pub(crate) cache: &'static str,
-    pub(crate) request: &'a TokenRequest,
-    pub(crate) forced: bool,
-    pub(crate) starts: Instant,
 }
 
 /// The grants of the crate's own source, for spans and metrics.
