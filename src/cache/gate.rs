@@ -234,11 +234,15 @@ impl OwnGate {
 
     /// Takes note of a flight that starts, to be over at `until`.
     pub(crate) fn pass(&self, shared: &mut SharedGate, now: Now, until: Instant) {
+        // Who is not held back takes nothing away from those who are.
+        if !self.is_bound(shared) {
+            return;
+        }
         if !shared.is_open(self.key, now) {
             shared.between = Some(now.after(BETWEEN));
         }
         let probed = shared.probe.is_some_and(|(_, until)| now.monotonic < until);
-        if self.binding(shared).is_some() && !probed {
+        if !probed {
             shared.probe = Some((self.key, until));
         }
     }
@@ -627,6 +631,22 @@ mod tests {
         case.fail(0, &down.with_retry_after(Duration::from_secs(60)));
         case.pass(59);
         assert_eq!(case.open(), [false; 3]);
+    }
+
+    /// Law 7: a program may have new keys all the time, each of which is free to find out and fails in its own way.
+    #[test]
+    fn keys_that_are_not_held_back_take_nobodys_place_in_between() {
+        let timeout = TokenError::new(Kind::Timeout);
+        let mut case = Case::new();
+        case.fail(0, &timeout);
+        case.fail(1, &timeout);
+        case.pass(12);
+        // One that is waited for, as another one has waited for long.
+        case.start(0);
+        assert_eq!(case.open(), [true, true, true]);
+        case.start(2);
+        case.fail(2, &rejected("invalid_scope"));
+        assert_eq!(case.open(), [true, true, false]);
     }
 
     /// Law 2: whatever becomes of other keys, a key's own failures keep it back.
