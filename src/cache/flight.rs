@@ -87,7 +87,7 @@ pub(crate) enum Outcome {
     /// A token, asked for at this time.
     Granted(TokenResponse, Now),
     Failed(TokenError),
-    /// Nothing: the task was dropped.
+    /// Nothing: the task was dropped, or stood still for too long.
     Lost,
 }
 
@@ -331,22 +331,32 @@ async fn fly(ending: &Ending, plan: Plan) -> Outcome {
     }
     let deadline = plan.deadline;
     let flown = time::timeout_at(deadline, attempts(ending, plan));
-    told_if_slow(ending, flown)
-        .await
-        .unwrap_or_else(|_| Outcome::Failed(TokenError::new(Kind::Timeout)))
+    let (flown, stood_still) = accompanied(ending, flown).await;
+    match flown.unwrap_or_else(|_| Outcome::Failed(TokenError::new(Kind::Timeout))) {
+        // The time that ran out, or the patience of who was at the other end, says nothing of the server.
+        Outcome::Failed(error) if stood_still && is_unanswered(&error) => Outcome::Lost,
+        outcome => outcome,
+    }
 }
 
-/// Tells once, if requests wait for `flown` and it takes long: its failure is told when it is over, which may be half a
-/// minute from now.
-async fn told_if_slow<T>(ending: &Ending, flown: impl Future<Output = T>) -> T {
+/// Waits for `flown`, and returns as well whether the runtime has stood still meanwhile: it was parked, or its process
+/// was frozen, and then the timers here were late.
+///
+/// Tells once if it takes long and requests wait for it: its failure is told when it is over, which may be half a minute
+/// from now.
+async fn accompanied<T>(ending: &Ending, flown: impl Future<Output = T>) -> (T, bool) {
     let mut flown = pin!(flown);
+    let (mut stood_still, mut told) = (false, false);
     loop {
-        if let Ok(flown) = time::timeout(SLOW, flown.as_mut()).await {
-            return flown;
+        let look = Instant::now() + SLOW;
+        let ended = time::timeout_at(look, flown.as_mut()).await;
+        stood_still |= Instant::now() > look + policy::GRACE;
+        if let Ok(flown) = ended {
+            return (flown, stood_still);
         }
-        if ending.flight.waiters() > 0 {
+        if !told && ending.flight.waiters() > 0 {
             ending.entry.teller().waiting(&ending.flight);
-            return flown.await;
+            told = true;
         }
     }
 }
@@ -402,6 +412,12 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
         time::sleep(policy::pause(attempt, plan.at_leisure, &mut Rng::new())).await;
         attempt += 1;
     }
+}
+
+/// Whether an error is one of the way to the server, and not of its making.
+fn is_unanswered(error: &TokenError) -> bool {
+    let is_answer = error.status().is_some() || error.retry_after().is_some();
+    error.is_transient() && !is_answer && !error.is_interrupted()
 }
 
 /// Whether an error may be about what was asked for, and is not about who asks.

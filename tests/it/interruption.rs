@@ -19,17 +19,17 @@ use tokio::{
     sync::Semaphore,
     time::{self, Instant},
 };
-use tower::service_fn;
+use tower::{Layer, ServiceExt, service_fn};
 use tower_bearer::{
-    ClientCredentials, Fetch, RefreshPolicy, TokenCache, TokenError, TokenResponse, TokenSource,
-    source_fn,
+    BearerAuthLayer, ClientCredentials, Fetch, RefreshPolicy, TokenCache, TokenError,
+    TokenResponse, TokenSource, source_fn,
 };
 
 use tracing_subscriber::layer::SubscriberExt;
 
 use crate::support::{
-    Answer, AuthServer, caller, enable_tracing, millis, now, poll_once, secs, settle, until,
-    without_a_hang,
+    Answer, AuthServer, caller, enable_tracing, get, millis, now, poll_once, secs, seed, settle,
+    timed, until, without_a_hang,
 };
 
 fn current_thread() -> Runtime {
@@ -214,6 +214,52 @@ fn callers_are_served_when_the_flights_runtime_is_parked_and_its_late_result_cou
         assert_eq!(stuck.expose_secret(), "token-2");
         assert_eq!(now(cache.get()).unwrap().expose_secret(), "token-2");
         assert_eq!(server.requests(), 2);
+    }
+}
+
+/// Laws 6 and 7: a program that blocks on one request after the other drives no token request in between, as does a
+/// process that is frozen then. The time for it runs out, or whoever is at the other end gives up.
+#[test]
+fn no_request_fails_on_a_runtime_that_stands_still_between_requests() {
+    let never = secs(3_600);
+    for (pause, patience) in [
+        (5, never),
+        (15, never),
+        (30, never),
+        (3, secs(8)),
+        (11, secs(8)),
+    ] {
+        seed(pause);
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        // It takes longer than a request of the API, and each of its steps has to be waited for.
+        let source = source_fn(move |_| async move {
+            let began = Instant::now();
+            for _ in 0..3 {
+                time::sleep(millis(30)).await;
+                if began.elapsed() > patience {
+                    return Err(TokenError::transient("the connection was closed"));
+                }
+            }
+            Ok(TokenResponse::new("token")?.expires_in(secs(300)))
+        });
+        let api = service_fn(|_: Request<String>| async {
+            time::sleep(millis(20)).await;
+            Ok::<_, Infallible>(Response::new(()))
+        });
+        let client = BearerAuthLayer::new(source).layer(api);
+        for _ in 0..(3_600 / pause) {
+            let (answer, took) = runtime.block_on(async {
+                // The clock goes on, and no task does.
+                let _ = poll_once(pin!(time::advance(secs(pause))));
+                timed(client.clone().oneshot(get())).await
+            });
+            assert!(answer.is_ok(), "every {pause} s: {answer:?}");
+            assert!(took < secs(2), "every {pause} s: {took:?}");
+        }
     }
 }
 
