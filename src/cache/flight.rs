@@ -402,14 +402,17 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
             error.is_transient() && error.retry_after().is_none() && !error.is_interrupted();
         // The claims are the API's words and not ours: that they cannot be had is no reason to have no token.
         let without_claims = may_be_of_claims(&error) && plan.claims.take().is_some();
-        if !without_claims && (!retry || attempt >= plan.attempts) {
+        let is_last = !without_claims && (!retry || attempt >= plan.attempts);
+        let pause = policy::pause(attempt, plan.at_leisure, &mut Rng::new());
+        let is_late = Now::read().monotonic + pause >= plan.deadline;
+        if is_last || is_late {
             return Outcome::Failed(error);
         }
         ending
             .entry
             .teller()
             .attempt_failed(&ending.flight, attempt, &error);
-        time::sleep(policy::pause(attempt, plan.at_leisure, &mut Rng::new())).await;
+        time::sleep(pause).await;
         attempt += 1;
     }
 }

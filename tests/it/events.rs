@@ -182,6 +182,39 @@ async fn a_listener_keeps_no_cache_alive_and_the_stream_ends_with_it() {
     assert_eq!(names(&told), ["FlightStarted"]);
 }
 
+/// An attempt that the flight has no time for is not announced, nor is it waited for.
+#[tokio::test(start_paused = true)]
+async fn a_flight_that_has_no_time_for_another_attempt_ends_with_its_last_one() {
+    let down = || Answer::Fail(TokenError::transient("down"));
+    for (answer, timeout, ends_after, attempts) in [
+        // The second attempt is cut short.
+        (Answer::Hang, secs(15), secs(15), 2),
+        // With a token at hand the pause takes half a second at least.
+        (down(), millis(400), millis(0), 1),
+    ] {
+        let server = AuthServer::new();
+        let policy = RefreshPolicy::new().flight_timeout(timeout);
+        let cache = TokenCache::with_policy(server.clone(), policy);
+        cache.get().await.unwrap();
+        time::sleep(secs(226)).await;
+        server.set(answer);
+        let mut events = cache.events();
+        now(cache.get()).unwrap();
+        time::sleep(secs(20)).await;
+        let told = told(&mut events);
+        let expected = ["FlightStarted", "AttemptFailed", "FlightFailed"];
+        let left_out = 2 - attempts;
+        assert_eq!(names(&told)[0], expected[0]);
+        assert_eq!(names(&told)[1..], expected[1 + left_out..]);
+        assert_eq!(server.requests(), 1 + attempts);
+        let Some(TokenEvent::FlightFailed { took, error, .. }) = told.last() else {
+            panic!("{told:?}");
+        };
+        assert_eq!(*took, ends_after);
+        assert_eq!(error.is_timeout(), attempts == 2);
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_shutdown_is_the_last_event() {
     let cache = TokenCache::new(AuthServer::new());
