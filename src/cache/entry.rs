@@ -284,6 +284,14 @@ impl Entry {
         token.not_before() < self.endpoint.not_before()
     }
 
+    /// Whether the server has asked to be left alone, or has refused the client, since the flight under way began: it has
+    /// told another key so.
+    pub(super) fn is_held_back(&self) -> bool {
+        let state = self.state.lock();
+        let shared = self.endpoint.gate.lock();
+        state.is_held_back(&shared, Now::read())
+    }
+
     pub(super) fn progress(&self) -> Progress {
         let state = self.state.lock();
         let shared = self.endpoint.gate.lock();

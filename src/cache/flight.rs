@@ -405,7 +405,7 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
         let is_last = !without_claims && (!retry || attempt >= plan.attempts);
         let pause = policy::pause(attempt, plan.at_leisure, &mut Rng::new());
         let is_late = Now::read().monotonic + pause >= plan.deadline;
-        if is_last || is_late {
+        if is_last || is_late || ending.entry.is_held_back() {
             return Outcome::Failed(error);
         }
         ending
@@ -413,6 +413,10 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
             .teller()
             .attempt_failed(&ending.flight, attempt, &error);
         time::sleep(pause).await;
+        // Another key may have been told meanwhile to leave the server alone.
+        if ending.entry.is_held_back() {
+            return Outcome::Failed(error);
+        }
         attempt += 1;
     }
 }

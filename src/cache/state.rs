@@ -489,6 +489,11 @@ impl<F: Clone + PartialEq> State<F> {
         Some((token.clone(), until.earliest(token.expiry())))
     }
 
+    /// Whether there is no way past the gate, not even for a token at its expiry.
+    pub(crate) fn is_held_back(&self, shared: &SharedGate, now: Now) -> bool {
+        !self.gate.is_lenient(shared, now)
+    }
+
     /// Whether nothing is lost if this is forgotten, and nothing is asked for sooner for it.
     pub(crate) fn is_idle(&self, shared: &SharedGate, now: Now) -> bool {
         let is_dead = self

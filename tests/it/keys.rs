@@ -266,6 +266,38 @@ async fn what_tells_of_the_server_holds_for_every_key() {
     assert_eq!(text(&cache, "second").await, "second-1");
 }
 
+/// Law 2: a flight that has attempts left does not make them once another key was told that nobody is to ask.
+#[tokio::test(start_paused = true)]
+async fn a_flight_in_the_air_leaves_a_server_alone_that_has_asked_another_key_for_it() {
+    let server = ByScope::default();
+    server.set("hangs", Answer::Hang);
+    server.set("fails", Answer::Fail(TokenError::transient("down")));
+    let busy = TokenError::transient("busy").with_retry_after(secs(60));
+    server.set("busy", Answer::Fail(busy));
+    let cache = TokenCache::new(server.clone());
+    let started = Instant::now();
+    let get = |scope: &str| {
+        let (cache, request) = (cache.clone(), for_scope(scope));
+        tokio::spawn(async move { (cache.get_for(&request).await, Instant::now()) })
+    };
+    // One waits for its answer, and the other one for its next attempt.
+    seed(1);
+    let callers = [get("hangs"), get("fails")];
+    time::sleep(millis(1)).await;
+    cache.get_for(&for_scope("busy")).await.unwrap_err();
+    let [(hung, hung_at), (failed, failed_at)] = all(callers).await.try_into().unwrap();
+    assert!(hung.unwrap_err().is_timeout());
+    assert!(hung_at - started >= secs(10) && hung_at - started < millis(10_010));
+    assert_eq!(failed.unwrap_err().retry_after(), None);
+    assert!(failed_at - started < millis(205));
+    time::sleep(secs(49)).await;
+    for scope in ["hangs", "fails"] {
+        let error = now(cache.get_for(&for_scope(scope))).unwrap_err();
+        assert_eq!(error.retry_after(), Some(secs(60)));
+        assert_eq!(server.requests_for(scope), 1);
+    }
+}
+
 /// Law 8, per key: a 401 replaces the token that was sent, and no other key's.
 #[tokio::test(start_paused = true)]
 async fn a_401_is_about_the_token_of_its_key() {
