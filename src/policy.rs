@@ -68,7 +68,8 @@ impl RefreshPolicy {
 
     /// Sets how long before its expiry a token is refreshed in the background: default 5 min.
     ///
-    /// Never more than a quarter of the lifetime, and up to a tenth of the lifetime earlier by chance, drawn
+    /// Never less than the [`expiry_margin`](Self::expiry_margin), since nobody is to wait for it, and never more than a
+    /// quarter of the lifetime; and up to a tenth of the lifetime earlier by chance, drawn
     /// once per token: with a window of 60 s, a token of 600 s is refreshed after 480 s to 540 s. The first
     /// token of a cache, and of each [`TokenRequest`](crate::TokenRequest), is refreshed after 0.35 to 0.75 of its
     /// lifetime, so that processes that start together fall out of step. What a server says itself, by
@@ -189,6 +190,7 @@ impl RefreshPolicy {
             .expires_in
             .unwrap_or(self.default_lifetime)
             .min(MAX_LIFETIME);
+        let margin = self.expiry_margin.min(lifetime.mul_f64(0.1));
         let chance = rng.f64();
         let refresh_after = match response.refresh_in {
             Some(after) => {
@@ -197,13 +199,13 @@ impl RefreshPolicy {
             }
             None if first => lifetime.mul_f64(0.35 + 0.4 * chance),
             None => {
-                let window = self.refresh_window.min(lifetime.mul_f64(0.25));
+                let window = self.refresh_window.min(lifetime.mul_f64(0.25)).max(margin);
                 lifetime - window - lifetime.mul_f64(0.1 * chance)
             }
         };
         Schedule {
             refresh_after: refresh_after.max(FLOOR),
-            expires_after: lifetime - self.expiry_margin.min(lifetime.mul_f64(0.1)),
+            expires_after: lifetime - margin,
             extended_after: response
                 .ext_expires_in
                 .filter(|_| self.extended_lifetime)
@@ -363,6 +365,26 @@ mod tests {
                 let after = schedule.refresh_after.as_millis();
                 assert!((from..=to).contains(&after), "{lifetime:?}: {after} ms");
                 assert_eq!(schedule.expires_after.as_millis(), dead, "{lifetime:?}");
+            }
+        }
+    }
+
+    /// Law 4: otherwise somebody would wait each time, and a cache that is kept warm would be without a token.
+    #[test]
+    fn a_token_is_due_before_it_dies_however_small_the_window() {
+        for (window, margin) in [(0, 10), (5, 10), (10, 60), (0, 0), (300, 10)] {
+            let policy = RefreshPolicy::new()
+                .refresh_window(Duration::from_secs(window))
+                .expiry_margin(Duration::from_secs(margin));
+            for lifetime in [60, 300, 3_600] {
+                for seed in 0..200 {
+                    let rng = &mut Rng::with_seed(seed);
+                    let schedule = policy.schedule(&response(Some(lifetime)), false, rng);
+                    assert!(
+                        schedule.refresh_after <= schedule.expires_after,
+                        "{window} s, {margin} s, {lifetime} s: {schedule:?}"
+                    );
+                }
             }
         }
     }
