@@ -35,6 +35,10 @@ use crate::{
 /// wants to bound what is waiting puts a limit above. A request that may not leave at all gives its
 /// readiness back too.
 ///
+/// A refusal that waits for another token is held with its body unread, and with what that stands for: over HTTP/2 a
+/// stream, and a part of the connection's window, until the body has ended; a permit, if a layer below keeps one in the
+/// body. So a token endpoint had better not share the connections of the API. The default client has its own.
+///
 /// # Errors
 ///
 /// The inner service's errors pass through as they are. A token failure is a

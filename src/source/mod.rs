@@ -50,6 +50,10 @@ use crate::{error::TokenError, time::Now, token::AccessToken};
 pub trait TokenSource: Send + Sync + 'static {
     /// Makes one attempt to get a token.
     ///
+    /// It must not wait for a token of the cache that it feeds, nor send through a service with that cache's layer: it
+    /// would wait for itself until it times out. Marked with [`WithoutToken`](crate::WithoutToken), its requests may go
+    /// by the client that others use.
+    ///
     /// # Errors
     ///
     /// Whatever kept the source from getting one. [`TokenError::is_transient`] tells the cache whether it
