@@ -147,23 +147,32 @@ impl Map {
     }
 
     /// Takes out all entries that are of no use any more, at most once in a while: each one has to be looked at.
-    fn sweep(&mut self, now: Now) -> Option<Vec<(TokenRequest, Arc<Entry>)>> {
+    fn sweep(&mut self, now: Now) -> Option<Vec<(TokenRequest, Entry)>> {
         let recent = |swept: Instant| now.monotonic < swept + SWEEP_INTERVAL;
         if self.swept.is_some_and(recent) {
             return None;
         }
         self.swept = Some(now.monotonic);
-        // With the map locked nobody gets hold of an entry that nobody holds.
         let idle: Vec<_> = self
             .entries
             .iter()
-            .filter(|(_, entry)| Arc::strong_count(entry) == 1 && entry.is_idle(now))
+            .filter(|(_, entry)| entry.is_idle(now))
             .map(|(request, _)| request.clone())
             .collect();
-        let evicted = idle
-            .into_iter()
-            .filter_map(|request| self.entries.remove_entry(&request))
-            .collect();
+        let mut evicted = Vec::new();
+        for request in idle {
+            let Some((request, entry)) = self.entries.remove_entry(&request) else {
+                continue;
+            };
+            // Taken out of its `Arc`, so that a late refusal, which looks for it past the map, finds it in the map or not
+            // at all.
+            match Arc::try_unwrap(entry) {
+                Ok(entry) => evicted.push((request, entry)),
+                Err(held) => {
+                    self.entries.insert(request, held);
+                }
+            }
+        }
         self.endpoints
             .retain(|_, endpoint| endpoint.strong_count() > 0);
         Some(evicted)
