@@ -114,7 +114,8 @@ impl TokenError {
     /// Sets how long the server asked to be left alone, up to 300 s.
     ///
     /// The token request ends with it, whatever attempts are left, and the cache sends no further one for that long and
-    /// up to a tenth longer by chance, for no key of the source.
+    /// up to a tenth longer by chance, for no key of the source. What a [`ClientCredentials`](crate::ClientCredentials)
+    /// does in one attempt goes on: a refresh token that is answered so is followed by the client's own credentials.
     #[must_use]
     pub fn with_retry_after(self, retry_after: Duration) -> Self {
         self.map(|inner| inner.retry_after = Some(retry_after.min(RETRY_AFTER_CAP)))

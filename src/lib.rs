@@ -249,7 +249,7 @@
 //! | event | level | fields | |
 //! |---|---|---|---|
 //! | `flight_started` | DEBUG | `flight`, `forced`, `delay`, `failures` | a token request starts, after so many that failed in a row |
-//! | `attempt_failed` | DEBUG | `flight`, `attempt`, `error` | another attempt follows |
+//! | `attempt_failed` | DEBUG | `flight`, `attempt`, `error` | another attempt is to follow |
 //! | `token_received` | DEBUG | `flight`, `grant`, `took`, `usable_for` | |
 //! | `flight_failed` | WARN | `cache`, `flight`, `key`, `error`, `failures`, `took`, `retry_in`, `usable_for` | requests go on for `usable_for`; without it, they fail |
 //! | `requests_waiting` | WARN | `cache`, `flight`, `key`, `waiters`, `age` | a token request has taken a second, and requests wait for it; once for each |

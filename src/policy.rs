@@ -126,7 +126,8 @@ impl RefreshPolicy {
 
     /// Sets how many callers may wait for one token request: default no limit.
     ///
-    /// Further ones get an error of [`TokenError::is_overloaded`].
+    /// Further ones get an error of [`TokenError::is_overloaded`], at once. With 0 it is all of them: a token request starts
+    /// with the first one and goes on without it.
     #[must_use]
     pub const fn max_waiters(mut self, limit: usize) -> Self {
         self.max_waiters = Some(limit);

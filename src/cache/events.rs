@@ -36,7 +36,8 @@ pub enum TokenEvent {
         /// How long the first attempt is put off.
         delay: Duration,
     },
-    /// An attempt failed, and the flight goes on with another one.
+    /// An attempt failed, and the flight goes on with another one, unless another key is told meanwhile to leave the
+    /// server alone.
     #[non_exhaustive]
     AttemptFailed {
         /// What the token is for.
