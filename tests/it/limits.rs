@@ -3,26 +3,31 @@
 use tokio::time::Instant;
 use tower_bearer::{RefreshPolicy, TokenCache, TokenError};
 
-use crate::support::{Answer, AuthServer, caller, millis, now, poll_once, secs, settle};
+use crate::support::{Answer, AuthServer, all, caller, millis, now, poll_once, secs, settle};
 
 /// Law 6: a limit on those who wait turns the others away at once.
 #[tokio::test(start_paused = true)]
 async fn callers_beyond_the_limit_are_turned_away_at_once() {
-    let server = AuthServer::new();
-    server.hold();
-    let cache = TokenCache::with_policy(server.clone(), RefreshPolicy::new().max_waiters(2));
-    let seated = [caller(&cache), caller(&cache)];
-    settle().await;
-    for _ in 0..3 {
-        let error = now(cache.get()).unwrap_err();
-        assert!(error.is_overloaded() && error.is_transient(), "{error:?}");
+    for limit in [0, 2] {
+        let server = AuthServer::new();
+        server.hold();
+        let policy = RefreshPolicy::new().max_waiters(limit);
+        let cache = TokenCache::with_policy(server.clone(), policy);
+        let seated: Vec<_> = (0..limit).map(|_| caller(&cache)).collect();
+        settle().await;
+        for _ in 0..3 {
+            let error = now(cache.get()).unwrap_err();
+            assert!(error.is_overloaded() && error.is_transient(), "{error:?}");
+        }
+        server.release();
+        for token in all(seated).await {
+            assert!(token.is_ok());
+        }
+        // What nobody was let to wait for goes on.
+        settle().await;
+        assert!(now(cache.get()).is_ok());
+        assert_eq!(server.requests(), 1);
     }
-    server.release();
-    for caller in seated {
-        assert!(caller.await.unwrap().is_ok());
-    }
-    assert!(now(cache.get()).is_ok());
-    assert_eq!(server.requests(), 1);
 }
 
 /// Laws 3 and 4: a limit on those who wait keeps nobody from a token that is there.
