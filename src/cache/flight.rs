@@ -421,9 +421,12 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
     }
 }
 
-/// Whether an error is one of the way to the server, and not of its making.
+/// Whether an error may come of the way to the server alone: no word of an answer is in it.
 fn is_unanswered(error: &TokenError) -> bool {
-    let is_answer = error.status().is_some() || error.retry_after().is_some();
+    let is_answer = error.status().is_some()
+        || error.oauth_error().is_some()
+        || error.retry_after().is_some()
+        || error.is_malformed_response();
     error.is_transient() && !is_answer && !error.is_interrupted()
 }
 

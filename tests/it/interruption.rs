@@ -263,6 +263,54 @@ fn no_request_fails_on_a_runtime_that_stands_still_between_requests() {
     }
 }
 
+/// Has a caller wait while its runtime stands still for 5 s within each attempt, of which there are two, and returns
+/// what it gets and how many attempts were made.
+async fn stopped_within_each_attempt(
+    answer: impl Fn() -> TokenError + Send + Sync + 'static,
+) -> (TokenError, u32) {
+    let asked = Arc::new(AtomicU32::new(0));
+    let source = source_fn({
+        let (asked, answer) = (Arc::clone(&asked), Arc::new(answer));
+        move |_| {
+            let (asked, answer) = (Arc::clone(&asked), Arc::clone(&answer));
+            async move {
+                asked.fetch_add(1, Ordering::SeqCst);
+                time::sleep(millis(30)).await;
+                Err(answer())
+            }
+        }
+    });
+    let policy = RefreshPolicy::new().attempts(2);
+    let waiting = caller(&TokenCache::with_policy(source, policy));
+    for attempt in 1..=4 {
+        while asked.load(Ordering::SeqCst) < attempt && !waiting.is_finished() {
+            time::sleep(millis(1)).await;
+        }
+        let _ = poll_once(pin!(time::advance(secs(5))));
+    }
+    let error = waiting.await.unwrap().unwrap_err();
+    (error, asked.load(Ordering::SeqCst))
+}
+
+/// What the server has said it has said, whatever the runtime did meanwhile; and its silence is no answer.
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_came_to_a_runtime_that_stood_still_is_an_answer() {
+    let malformed = || TokenResponse::new("no header\n").unwrap_err();
+    let (error, attempts) = stopped_within_each_attempt(malformed).await;
+    assert!(error.is_malformed_response(), "{error:?}");
+    assert_eq!(attempts, 2);
+
+    let busy = || TokenError::transient("busy").with_oauth_error("temporarily_unavailable");
+    let (error, attempts) = stopped_within_each_attempt(busy).await;
+    assert_eq!(error.oauth_error(), Some("temporarily_unavailable"));
+    assert_eq!(attempts, 2);
+
+    let closed = || TokenError::transient("the connection was closed");
+    let (error, attempts) = stopped_within_each_attempt(closed).await;
+    assert!(error.is_interrupted(), "{error:?}");
+    assert_eq!(attempts, 3);
+}
+
 /// Starts a flight on `parked` and leaves it once `begun` is one, has a caller served on another runtime, opens
 /// the gate that the flight is held at, and drives it again.
 fn park_and_drive_again(parked: &Runtime, cache: &TokenCache, begun: &AtomicU32, gate: &Semaphore) {
