@@ -23,7 +23,7 @@ use std::{
     ptr,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll, Waker, ready},
     time::Duration,
@@ -330,29 +330,36 @@ async fn fly(ending: &Ending, plan: Plan) -> Outcome {
         time::sleep(plan.delay).await;
     }
     let deadline = plan.deadline;
-    let flown = time::timeout_at(deadline, attempts(ending, plan));
-    let (flown, stood_still) = accompanied(ending, flown).await;
-    match flown.unwrap_or_else(|_| Outcome::Failed(TokenError::new(Kind::Timeout))) {
-        // The time that ran out, or the patience of who was at the other end, says nothing of the server.
-        Outcome::Failed(error) if stood_still && is_unanswered(&error) => Outcome::Lost,
-        outcome => outcome,
-    }
+    let stood_still = AtomicBool::new(false);
+    let flown = time::timeout_at(deadline, attempts(ending, plan, &stood_still));
+    let flown = accompanied(ending, flown, &stood_still).await;
+    let stood_still = stood_still.into_inner();
+    flown.unwrap_or_else(|_| failed(TokenError::new(Kind::Timeout), stood_still))
 }
 
-/// Waits for `flown`, and returns as well whether the runtime has stood still meanwhile: it was parked, or its process
-/// was frozen, and then the timers here were late.
+/// Waits for `flown`, and takes note if the runtime stands still meanwhile: it is parked, or its process is frozen, and
+/// then the timers here are late.
 ///
 /// Tells once if it takes long and requests wait for it: its failure is told when it is over, which may be half a minute
 /// from now.
-async fn accompanied<T>(ending: &Ending, flown: impl Future<Output = T>) -> (T, bool) {
+async fn accompanied<T>(
+    ending: &Ending,
+    flown: impl Future<Output = T>,
+    stood_still: &AtomicBool,
+) -> T {
     let mut flown = pin!(flown);
-    let (mut stood_still, mut told) = (false, false);
+    let mut told = false;
     loop {
         let look = Instant::now() + SLOW;
-        let ended = time::timeout_at(look, flown.as_mut()).await;
-        stood_still |= Instant::now() > look + policy::GRACE;
-        if let Ok(flown) = ended {
-            return (flown, stood_still);
+        let flown = poll_fn(|cx| {
+            // Before it is polled: a source that blocks its thread is late by itself.
+            if Instant::now() > look + policy::GRACE {
+                stood_still.store(true, Ordering::Relaxed);
+            }
+            flown.as_mut().poll(cx)
+        });
+        if let Ok(flown) = time::timeout_at(look, flown).await {
+            return flown;
         }
         if !told && ending.flight.waiters() > 0 {
             ending.entry.teller().waiting(&ending.flight);
@@ -361,11 +368,22 @@ async fn accompanied<T>(ending: &Ending, flown: impl Future<Output = T>) -> (T, 
     }
 }
 
+/// What comes of a flight whose last attempt failed with `error`.
+fn failed(error: TokenError, stood_still: bool) -> Outcome {
+    // The time that ran out, or the patience of who was at the other end, says nothing of the server.
+    match stood_still && is_unanswered(&error) {
+        true => Outcome::Lost,
+        false => Outcome::Failed(error),
+    }
+}
+
 /// What a request waits for longer than this is slow.
 const SLOW: Duration = Duration::from_secs(1);
 
 /// Asks the source until it answers, says that asking again is of no use, or the plan's attempts are made.
-async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
+///
+/// Whether the runtime has `stood_still` is for each attempt by itself.
+async fn attempts(ending: &Ending, mut plan: Plan, stood_still: &AtomicBool) -> Outcome {
     let policy = ending.entry.policy();
     let mut attempt = 1;
     loop {
@@ -380,7 +398,10 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
         };
         let refresh_error = Arc::clone(&fetch.refresh_error);
         ending.flight.span().attempt();
+        stood_still.store(false, Ordering::Relaxed);
         let answer = ending.ask(fetch, plan.deadline).await;
+        // What comes later has nothing to do with what has come of this attempt, and neither has what was before.
+        let has_stood_still = stood_still.load(Ordering::Relaxed);
         let refresh_error = refresh_error.get();
         ending
             .entry
@@ -406,16 +427,16 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
         let pause = policy::pause(attempt, plan.at_leisure, &mut Rng::new());
         let is_late = Now::read().monotonic + pause >= plan.deadline;
         if is_last || is_late || ending.entry.is_held_back() {
-            return Outcome::Failed(error);
+            return failed(error, has_stood_still);
         }
         ending
             .entry
             .teller()
             .attempt_failed(&ending.flight, attempt, &error);
         time::sleep(pause).await;
-        // Another key may have been told meanwhile to leave the server alone.
-        if ending.entry.is_held_back() {
-            return Outcome::Failed(error);
+        // Another key may have been told meanwhile to leave the server alone, and the runtime may have overslept.
+        if Now::read().monotonic >= plan.deadline || ending.entry.is_held_back() {
+            return failed(error, has_stood_still);
         }
         attempt += 1;
     }

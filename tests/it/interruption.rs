@@ -311,6 +311,37 @@ async fn an_answer_that_came_to_a_runtime_that_stood_still_is_an_answer() {
     assert_eq!(attempts, 3);
 }
 
+/// A source that blocks its thread stops nothing but itself, and no stop explains what came of an attempt that was not
+/// under way.
+#[tokio::test(start_paused = true)]
+async fn a_failure_of_its_own_is_no_matter_of_the_runtime() {
+    // Each attempt blocks; the first one is stopped; the pause after it is, until no time is left.
+    for (blocks, takes, stop, attempts) in [(2, 0, 0, 2), (0, 30, 5, 2), (0, 0, 30, 1)] {
+        seed(1);
+        let asked = Arc::new(AtomicU32::new(0));
+        let source = source_fn({
+            let asked = Arc::clone(&asked);
+            move |_| {
+                let attempt = asked.fetch_add(1, Ordering::SeqCst) + 1;
+                async move {
+                    let _ = poll_once(pin!(time::advance(secs(blocks))));
+                    if takes > 0 && attempt == 1 {
+                        time::sleep(millis(takes)).await;
+                    }
+                    Err(TokenError::transient("down"))
+                }
+            }
+        });
+        let policy = RefreshPolicy::new().attempts(2);
+        let waiting = caller(&TokenCache::with_policy(source, policy));
+        settle().await;
+        let _ = poll_once(pin!(time::advance(secs(stop))));
+        let error = waiting.await.unwrap().unwrap_err();
+        assert!(!error.is_interrupted() && !error.is_timeout(), "{error:?}");
+        assert_eq!(asked.load(Ordering::SeqCst), attempts);
+    }
+}
+
 /// Starts a flight on `parked` and leaves it once `begun` is one, has a caller served on another runtime, opens
 /// the gate that the flight is held at, and drives it again.
 fn park_and_drive_again(parked: &Runtime, cache: &TokenCache, begun: &AtomicU32, gate: &Semaphore) {
