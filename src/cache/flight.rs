@@ -73,7 +73,7 @@ pub(crate) enum End {
     Done(AccessToken),
     /// With an error that all waiters share; a panic of the source is one.
     Failed(TokenError),
-    /// With its runtime, or given up as overdue. Its waiters look for a new flight.
+    /// With its runtime, or since that stood still, or given up as overdue. Its waiters look for a new flight.
     Abandoned,
 }
 
@@ -330,6 +330,11 @@ async fn fly(ending: &Ending, plan: Plan) -> Outcome {
         time::sleep(plan.delay).await;
     }
     let deadline = plan.deadline;
+    // If the runtime has stood still up to here, nobody was asked.
+    let starts = deadline - ending.entry.policy().flight_limit();
+    if Now::read().monotonic >= deadline.max(starts + policy::GRACE) {
+        return Outcome::Lost;
+    }
     let stood_still = AtomicBool::new(false);
     let flown = time::timeout_at(deadline, attempts(ending, plan, &stood_still));
     let flown = accompanied(ending, flown, &stood_still).await;

@@ -215,6 +215,26 @@ async fn a_flight_that_has_no_time_for_another_attempt_ends_with_its_last_one() 
     }
 }
 
+/// Whoever is not driven until the time is over has asked nobody, and has nothing to say of the server.
+#[tokio::test(start_paused = true)]
+async fn a_flight_that_oversleeps_its_first_attempt_is_lost() {
+    let server = AuthServer::new();
+    let cache = TokenCache::new(server.clone());
+    cache.get().await.unwrap();
+    time::sleep(secs(226)).await;
+    let mut events = cache.events();
+    now(cache.get()).unwrap();
+    let _ = poll_once(pin!(time::advance(secs(30))));
+    settle().await;
+    assert_eq!(names(&told(&mut events)), ["FlightStarted", "FlightLost"]);
+    assert_eq!(server.requests(), 1);
+
+    // Without any time it is nobody's fault but the policy's.
+    let policy = RefreshPolicy::new().flight_timeout(millis(0));
+    let cache = TokenCache::with_policy(server.clone(), policy);
+    assert!(cache.get().await.unwrap_err().is_timeout());
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_shutdown_is_the_last_event() {
     let cache = TokenCache::new(AuthServer::new());
