@@ -190,8 +190,8 @@ impl TokenError {
         self.0.kind == Kind::Malformed
     }
 
-    /// Returns `true` if the token request died with its task: the source panicked or the runtime that
-    /// ran it is gone or no longer driven.
+    /// Returns `true` if the token request died with its task: the source panicked, or the runtime that
+    /// ran it is gone, is no longer driven, or has stood still, and so it was with the next one.
     pub fn is_interrupted(&self) -> bool {
         matches!(self.0.kind, Kind::Panicked | Kind::Abandoned)
     }

@@ -255,7 +255,7 @@
 //! | `requests_waiting` | WARN | `cache`, `flight`, `key`, `waiters`, `age` | a token request has taken a second, and requests wait for it; once for each |
 //! | `requests_failing` | WARN | `cache`, `key`, `error`, `retry_in` | the token has expired in an outage, between two token requests; once per outage |
 //! | `recovered` | INFO | `cache`, `flight`, `key`, `failures`, `outage` | the first success after failures, of which the first began an `outage` ago |
-//! | `flight_lost` | WARN | `cache`, `flight`, `key`, `failures` | the runtime has ended, or is parked |
+//! | `flight_lost` | WARN | `cache`, `flight`, `key`, `failures` | the runtime has ended, is parked, or has stood still |
 //! | `gate_closed`, `gate_opened` | DEBUG | `failures`, `opens_in`, `shared`; `cause` | token requests are held back: of the key, or if `shared` of all keys of the source |
 //! | `refresh_token_failed` | DEBUG | `cache`, `flight`, `key`, `error` | a session has ended, client credentials were next |
 //! | `lifetime_assumed` | WARN | `cache`, `flight`, `key`, `lifetime` | the server named none |

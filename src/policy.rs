@@ -113,8 +113,8 @@ impl RefreshPolicy {
     /// pause of up to 200 ms, doubling to up to 5 s. While a token is at hand that lives for longer than 4 s nobody
     /// waits, and the pause is one of 0.5 s to 1 s, doubling to up to 5 s.
     /// After a failed token request there is one attempt at a time until one succeeds.
-    /// None follows that the time of all attempts does not suffice for, nor once another key was told to leave the
-    /// server alone.
+    /// None follows for which the time of all attempts does not suffice, nor after another key was told to leave the
+    /// server alone or that the client is refused.
     ///
     /// If the claims that an API asks for cannot be had, one more follows without them, whatever the number
     /// ([`Fetch::claims`](crate::Fetch::claims)).

@@ -36,8 +36,7 @@ pub enum TokenEvent {
         /// How long the first attempt is put off.
         delay: Duration,
     },
-    /// An attempt failed, and the flight goes on with another one, unless another key is told meanwhile to leave the
-    /// server alone.
+    /// An attempt failed, and another one is to follow: unless the server is to be left alone by then.
     #[non_exhaustive]
     AttemptFailed {
         /// What the token is for.
@@ -81,7 +80,8 @@ pub enum TokenEvent {
         /// For how long requests go on with a token that is there; without one, they fail.
         usable_for: Option<Duration>,
     },
-    /// A token request ended with the runtime that ran it, or was given up as overdue.
+    /// A token request ended with the runtime that ran it, was given up as overdue, or has heard nothing of the server while
+    /// its runtime stood still.
     #[non_exhaustive]
     FlightLost {
         /// What the token is for.

@@ -212,7 +212,7 @@ pub(crate) fn flight_started(flight: u64, forced: bool, delay: Duration, failure
     );
 }
 
-/// One attempt failed and the flight goes on with another one.
+/// One attempt failed and another one is to follow.
 pub(crate) fn attempt_failed(flight: u64, attempt: u32, error: &TokenError) {
     emit!(
         DEBUG "attempt_failed",
@@ -345,7 +345,7 @@ pub(crate) fn requests_waiting(flight: u64, of: Subject<'_>, waiters: usize, age
     );
 }
 
-/// A token request ended with its runtime, or is overdue on one that nobody drives.
+/// A token request ended with its runtime, or that was not driven for too long.
 pub(crate) fn flight_lost(flight: u64, of: Subject<'_>, failures: u32) {
     emit!(
         WARN "flight_lost",
