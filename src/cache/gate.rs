@@ -151,6 +151,11 @@ impl SharedGate {
         self.shut = Some(now.monotonic);
     }
 
+    /// Whether an answer to what was asked at this time says something against what has shut it.
+    fn is_answered(&self, asked: Instant) -> bool {
+        self.shut.is_none_or(|shut| shut <= asked)
+    }
+
     fn forget(&mut self) {
         *self = Self {
             renewals: self.renewals,
@@ -252,7 +257,7 @@ impl OwnGate {
         *self = Self::new(self.key);
         self.end_probe(shared);
         shared.suspect = None;
-        if shared.shut.is_none_or(|shut| shut <= sent.monotonic) {
+        if shared.is_answered(sent.monotonic) {
             shared.forget();
         }
     }
@@ -278,7 +283,7 @@ impl OwnGate {
             Fault::Key => false,
             Fault::Request => {
                 // The endpoint has answered, and it knows the client.
-                if was_probe {
+                if was_probe && shared.is_answered(began) {
                     shared.forget();
                 }
                 false
@@ -647,6 +652,30 @@ mod tests {
         case.start(2);
         case.fail(2, &rejected("invalid_scope"));
         assert_eq!(case.open(), [true, true, false]);
+    }
+
+    /// Law 2: an answer to what was asked before says nothing against what another key was told since.
+    #[test]
+    fn a_refusal_of_the_first_one_takes_back_nothing_that_was_asked_for_meanwhile() {
+        let timeout = TokenError::new(Kind::Timeout);
+        for told in [true, false] {
+            let mut case = Case::new();
+            case.fail(0, &timeout);
+            case.fail(1, &timeout);
+            case.pass(12);
+            case.start(0);
+            let began = case.now.monotonic;
+            case.pass(1);
+            if told {
+                // One that is not held back has found out.
+                let busy = TokenError::transient("busy");
+                case.fail(2, &busy.with_retry_after(Duration::from_secs(60)));
+            }
+            case.pass(1);
+            case.fail_after(0, &rejected("invalid_scope"), began);
+            case.pass(20);
+            assert_eq!(case.open(), [!told; 3]);
+        }
     }
 
     /// Law 2: whatever becomes of other keys, a key's own failures keep it back.
