@@ -54,6 +54,7 @@ enum Answer {
     Unreachable,
     Terminal,
     InvalidClient,
+    InvalidScope,
     RetryAfter(u64),
     Hang,
 }
@@ -74,10 +75,15 @@ struct Note {
     /// When the first attempt was, or was to be, sent.
     start: u64,
     end: u64,
-    attempts: u64,
+    /// When each attempt was sent.
+    attempts: Vec<u64>,
     /// When the attempt that succeeded was sent, and how much later the refresh window opens.
     success: Option<(u64, u64)>,
     retry_after: u64,
+    /// Whether it was told that nobody is to ask for now.
+    told: bool,
+    /// When it made no further attempt for what another key was told.
+    heeded: Option<u64>,
     /// Whether the token that was held had just died, so that this flight may have passed the gate.
     at_expiry: bool,
     token: usize,
@@ -92,6 +98,8 @@ struct InFlight {
     /// When the attempt in progress, or the pause before it, is over.
     next: u64,
     sending: bool,
+    /// What the last attempt failed with, during the pause after it.
+    error: Option<TokenError>,
     parked: bool,
 }
 
@@ -219,9 +227,14 @@ impl World {
             return self.land(flight, Err(Some(timeout)));
         }
         if !flight.sending {
+            // Of the attempt before it.
+            let error = flight.error.take();
+            if let Some(error) = error.filter(|_| self.is_held_back(&mut flight.note)) {
+                return self.land(flight, Err(Some(error)));
+            }
             flight.sending = true;
             flight.attempt += 1;
-            flight.note.attempts += 1;
+            flight.note.attempts.push(now);
             flight.sent = now;
             if let Some(token) = flight.plan.refresh_token.take() {
                 self.used.push(token.expose_secret().to_owned());
@@ -234,6 +247,8 @@ impl World {
             self.flight = Some(flight);
             return;
         }
+        let refused =
+            |code| TokenError::new(Kind::Rejected { transient: false }).with_oauth_error(code);
         let error = match &self.answer {
             Answer::Grant { .. } => {
                 let response = self.response();
@@ -242,23 +257,34 @@ impl World {
             Answer::Transient => TokenError::transient("down"),
             Answer::Unreachable => TokenError::new(Kind::Transport),
             Answer::Terminal => TokenError::terminal("refused"),
-            Answer::InvalidClient => TokenError::new(Kind::Rejected { transient: false })
-                .with_oauth_error("invalid_client"),
+            Answer::InvalidClient => refused("invalid_client"),
+            Answer::InvalidScope => refused("invalid_scope"),
             Answer::RetryAfter(seconds) => {
                 flight.note.retry_after = 1_000 * (*seconds).min(300);
                 TokenError::transient("busy").with_retry_after(Duration::from_secs(*seconds))
             }
             Answer::Hang => TokenError::new(Kind::Timeout),
         };
-        let over = flight.attempt >= u64::from(flight.plan.attempts);
-        if over || !error.is_transient() || error.retry_after().is_some() {
-            return self.land(flight, Err(Some(error)));
-        }
         let attempt = flight.attempt as u32;
         let pause = policy::pause(attempt, flight.plan.at_leisure, &mut self.rng);
+        let next = now + pause.as_millis() as u64;
+        flight.note.told = matches!(self.answer, Answer::InvalidClient | Answer::RetryAfter(_));
+        let is_last = attempt >= flight.plan.attempts || next >= deadline;
+        let over = is_last || flight.note.told || !error.is_transient();
+        if over || self.is_held_back(&mut flight.note) {
+            return self.land(flight, Err(Some(error)));
+        }
         flight.sending = false;
-        flight.next = (now + pause.as_millis() as u64).min(deadline);
+        flight.error = Some(error);
+        flight.next = next;
         self.flight = Some(flight);
+    }
+
+    /// Whether the flight in the air is to make no further attempt.
+    fn is_held_back(&self, note: &mut Note) -> bool {
+        let is_held_back = self.state.is_held_back(&self.shared, self.now());
+        note.heeded = is_held_back.then_some(self.monotonic);
+        is_held_back
     }
 
     fn response(&mut self) -> TokenResponse {
@@ -320,9 +346,11 @@ impl World {
             began: self.monotonic,
             start,
             end: start,
-            attempts: 0,
+            attempts: Vec::new(),
             success: None,
             retry_after: 0,
+            told: false,
+            heeded: None,
             at_expiry: self
                 .tokens
                 .last()
@@ -337,6 +365,7 @@ impl World {
             sent: start,
             next: start,
             sending: false,
+            error: None,
             parked: false,
         });
     }
@@ -551,7 +580,11 @@ impl World {
             .filter_map(|note| note.success)
             .map(|(_, opens)| opens);
         let usable = opens.min().unwrap_or(1_000).max(1_000) as f64 / 1_000.0;
-        let requests = self.notes.iter().map(|note| note.attempts).sum::<u64>() as f64;
+        let requests = self
+            .notes
+            .iter()
+            .map(|note| note.attempts.len())
+            .sum::<usize>() as f64;
         assert!(
             successes - forced <= 1.0 + time / usable + steps,
             "law 2: S"
@@ -690,6 +723,14 @@ impl Worlds {
             let keys = self.keys.iter().enumerate();
             keys.flat_map(|(key, world)| world.notes.iter().map(move |note| (key, note)))
         };
+        for (key, note) in notes() {
+            let Some(heeded) = note.heeded else { continue };
+            let meanwhile = note.began..=heeded;
+            assert!(
+                notes().any(|(_, other)| other.told && meanwhile.contains(&other.end)),
+                "key {key} makes no further attempt, and nobody was told so: {note:?}"
+            );
+        }
         for (key, told) in notes().filter(|(_, note)| note.retry_after > 0) {
             let until = told.end + told.retry_after;
             let heard = told.end..until;
@@ -702,6 +743,13 @@ impl Worlds {
                 .iter()
                 .any(|at| heard.contains(at));
             for (other, note) in notes() {
+                // A flight that was in the air makes no further attempt.
+                let heeds = |at: &&u64| **at > told.end && heard.contains(*at) && **at < well;
+                let further = note.attempts.iter().skip(1).find(heeds);
+                assert!(
+                    further.is_none() || stepped,
+                    "law 2: key {other} goes on though key {key} was told: {note:?} {told:?}"
+                );
                 let ignores = heard.contains(&note.began) && note.start < until;
                 assert!(
                     !ignores || note.began <= told.end || stepped || note.began >= well,
@@ -746,6 +794,7 @@ fn answers() -> impl Strategy<Value = Answer> {
         1 => Just(Answer::Unreachable),
         1 => Just(Answer::Terminal),
         1 => Just(Answer::InvalidClient),
+        1 => Just(Answer::InvalidScope),
         1 => (0_u64..400).prop_map(Answer::RetryAfter),
         1 => Just(Answer::Hang),
     ]
@@ -816,7 +865,7 @@ fn under_steady_calls(answer: Answer, refusals: bool) -> World {
 fn a_dead_endpoint_is_asked_by_the_backoff_schedule_for_any_traffic() {
     let world = under_steady_calls(Answer::Transient, false);
     // 3 at the start, 5 until the gate is at its cap, one per 5 s to 10 s from then on.
-    let requests: u64 = world.notes.iter().map(|note| note.attempts).sum();
+    let requests: usize = world.notes.iter().map(|note| note.attempts.len()).sum();
     assert!((55..=128).contains(&requests), "{requests}");
 }
 
