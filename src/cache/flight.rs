@@ -23,7 +23,7 @@ use std::{
     ptr,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll, Waker, ready},
     time::Duration,
@@ -302,27 +302,51 @@ impl Drop for Ending {
 }
 
 impl Ending {
-    /// Asks the source once.
+    /// Asks the source once, and returns as well whether the runtime stood still for most of the time that it took: it was
+    /// parked, or its process was frozen.
     ///
     /// Each step of it is fenced: a parked runtime that is driven again comes back late, and neither its timers
     /// nor the source know that the flight was given up. A panic of the source is an error like others.
-    async fn ask(&self, fetch: Fetch, deadline: Instant) -> Result<TokenResponse, TokenError> {
-        let limit = fetch.timeout;
+    async fn ask(
+        &self,
+        fetch: Fetch,
+        deadline: Instant,
+    ) -> (Result<TokenResponse, TokenError>, bool) {
+        let began = Instant::now();
+        let limit = fetch.timeout.min(deadline.saturating_duration_since(began));
+        let (mut left, mut stood_still) = (began, Duration::ZERO);
         // The source's own code before its first await is fenced too.
         let mut asked = pin!(async { self.entry.source().fetch(fetch).await });
-        let fenced = poll_fn(|cx| {
-            if self.flight.has_ended() || Now::read().monotonic >= deadline {
-                return Poll::Ready(Err(TokenError::new(Kind::Timeout)));
+        let answer = {
+            let fenced = poll_fn(|cx| {
+                let now = Instant::now();
+                // Not if the source itself took so long, by blocking its thread.
+                if now > left + LOOK + policy::GRACE {
+                    stood_still += now - left;
+                }
+                if self.flight.has_ended() || now >= deadline {
+                    return Poll::Ready(Err(TokenError::new(Kind::Timeout)));
+                }
+                // A future that has panicked is not polled again, so it does not matter how it was left.
+                let polled = panic::catch_unwind(AssertUnwindSafe(|| asked.as_mut().poll(cx)));
+                left = Instant::now();
+                polled.unwrap_or_else(|_| Poll::Ready(Err(TokenError::new(Kind::Panicked))))
+            });
+            let mut fenced = pin!(time::timeout(limit, fenced));
+            loop {
+                // So that it is polled that often, as long as somebody is there to hear a timer.
+                if let Ok(answer) = time::timeout(LOOK, fenced.as_mut()).await {
+                    break answer;
+                }
             }
-            // A future that has panicked is not polled again, so it does not matter how it was left.
-            panic::catch_unwind(AssertUnwindSafe(|| asked.as_mut().poll(cx)))
-                .unwrap_or_else(|_| Poll::Ready(Err(TokenError::new(Kind::Panicked))))
-        });
-        time::timeout(limit, fenced)
-            .await
-            .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout)))
+        };
+        let answer = answer.unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout)));
+        (answer, stood_still > began.elapsed() / 2)
     }
 }
+
+/// How often it is looked whether the runtime is driven.
+const LOOK: Duration = Duration::from_millis(250);
 
 async fn fly(ending: &Ending, plan: Plan) -> Outcome {
     // A sleep of zero takes up to a millisecond.
@@ -335,40 +359,20 @@ async fn fly(ending: &Ending, plan: Plan) -> Outcome {
     if Now::read().monotonic >= deadline.max(starts + policy::GRACE) {
         return Outcome::Lost;
     }
-    let stood_still = AtomicBool::new(false);
-    let flown = time::timeout_at(deadline, attempts(ending, plan, &stood_still));
-    let flown = accompanied(ending, flown, &stood_still).await;
-    let stood_still = stood_still.into_inner();
-    flown.unwrap_or_else(|_| failed(TokenError::new(Kind::Timeout), stood_still))
+    told_if_slow(ending, attempts(ending, plan)).await
 }
 
-/// Waits for `flown`, and takes note if the runtime stands still meanwhile: it is parked, or its process is frozen, and
-/// then the timers here are late.
-///
-/// Tells once if it takes long and requests wait for it: its failure is told when it is over, which may be half a minute
-/// from now.
-async fn accompanied<T>(
-    ending: &Ending,
-    flown: impl Future<Output = T>,
-    stood_still: &AtomicBool,
-) -> T {
+/// Tells once, if requests wait for `flown` and it takes long: its failure is told when it is over, which may be half a
+/// minute from now.
+async fn told_if_slow<T>(ending: &Ending, flown: impl Future<Output = T>) -> T {
     let mut flown = pin!(flown);
-    let mut told = false;
     loop {
-        let look = Instant::now() + SLOW;
-        let flown = poll_fn(|cx| {
-            // Before it is polled: a source that blocks its thread is late by itself.
-            if Instant::now() > look + policy::GRACE {
-                stood_still.store(true, Ordering::Relaxed);
-            }
-            flown.as_mut().poll(cx)
-        });
-        if let Ok(flown) = time::timeout_at(look, flown).await {
+        if let Ok(flown) = time::timeout(SLOW, flown.as_mut()).await {
             return flown;
         }
-        if !told && ending.flight.waiters() > 0 {
+        if ending.flight.waiters() > 0 {
             ending.entry.teller().waiting(&ending.flight);
-            told = true;
+            return flown.await;
         }
     }
 }
@@ -386,9 +390,7 @@ fn failed(error: TokenError, stood_still: bool) -> Outcome {
 const SLOW: Duration = Duration::from_secs(1);
 
 /// Asks the source until it answers, says that asking again is of no use, or the plan's attempts are made.
-///
-/// Whether the runtime has `stood_still` is for each attempt by itself.
-async fn attempts(ending: &Ending, mut plan: Plan, stood_still: &AtomicBool) -> Outcome {
+async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
     let policy = ending.entry.policy();
     let mut attempt = 1;
     loop {
@@ -403,10 +405,7 @@ async fn attempts(ending: &Ending, mut plan: Plan, stood_still: &AtomicBool) -> 
         };
         let refresh_error = Arc::clone(&fetch.refresh_error);
         ending.flight.span().attempt();
-        stood_still.store(false, Ordering::Relaxed);
-        let answer = ending.ask(fetch, plan.deadline).await;
-        // What comes later has nothing to do with what has come of this attempt, and neither has what was before.
-        let has_stood_still = stood_still.load(Ordering::Relaxed);
+        let (answer, stood_still) = ending.ask(fetch, plan.deadline).await;
         let refresh_error = refresh_error.get();
         ending
             .entry
@@ -432,7 +431,7 @@ async fn attempts(ending: &Ending, mut plan: Plan, stood_still: &AtomicBool) -> 
         let pause = policy::pause(attempt, plan.at_leisure, &mut Rng::new());
         let is_late = Now::read().monotonic + pause >= plan.deadline;
         if is_last || is_late || ending.entry.is_held_back() {
-            return failed(error, has_stood_still);
+            return failed(error, stood_still);
         }
         ending
             .entry
@@ -441,7 +440,7 @@ async fn attempts(ending: &Ending, mut plan: Plan, stood_still: &AtomicBool) -> 
         time::sleep(pause).await;
         // Another key may have been told meanwhile to leave the server alone, and the runtime may have overslept.
         if Now::read().monotonic >= plan.deadline || ending.entry.is_held_back() {
-            return failed(error, has_stood_still);
+            return failed(error, stood_still);
         }
         attempt += 1;
     }

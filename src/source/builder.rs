@@ -230,6 +230,7 @@ impl ClientCredentialsBuilder {
 
     /// Adds root certificates, in PEM, to those of the system that the default client trusts.
     ///
+    /// All of them are read once, when the source is built.
     /// [`build_with`](Self::build_with) ignores this.
     #[cfg(feature = "rustls")]
     pub fn root_certificates(mut self, pem: impl Into<Vec<u8>>) -> Self {

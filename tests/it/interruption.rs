@@ -342,6 +342,52 @@ async fn a_failure_of_its_own_is_no_matter_of_the_runtime() {
     }
 }
 
+/// Laws 6 and 7: the same before a token request is under way, or while it waits for its time to come.
+#[tokio::test(start_paused = true)]
+async fn no_request_fails_if_the_runtime_stands_still_before_a_token_request_is_sent() {
+    for waits in [false, true] {
+        let server = AuthServer::new();
+        let cache = TokenCache::new(server.clone());
+        if waits {
+            // It dies at once, and the next one is not asked for within a second.
+            server.set(Answer::Grant(secs(0)));
+            cache.get().await.unwrap();
+            server.set(Answer::Grant(secs(300)));
+        }
+        let mut waiting = pin!(cache.get());
+        assert!(poll_once(waiting.as_mut()).is_pending());
+        if waits {
+            settle().await;
+        }
+        // The clock goes on, and no task does; then the flight's is the first one.
+        let _ = poll_once(pin!(time::advance(secs(60))));
+        settle().await;
+        assert!(waiting.await.is_ok(), "waits: {waits}");
+        assert_eq!(server.requests(), 1 + usize::from(waits));
+    }
+}
+
+/// Law 2 and the guide: a runtime that stands still at times hides no outage, in which requests learn at once that there
+/// is no token.
+#[tokio::test(start_paused = true)]
+async fn an_outage_is_one_although_the_runtime_stands_still_at_times() {
+    let server = AuthServer::new();
+    server.hold();
+    let cache = TokenCache::new(server.clone());
+    let waiting = caller(&cache);
+    for _ in 0..5 {
+        time::sleep(secs(5)).await;
+        // The clock goes on, and no task does.
+        let _ = poll_once(pin!(time::advance(secs(2))));
+    }
+    assert!(waiting.await.unwrap().unwrap_err().is_timeout());
+    assert_eq!(server.requests(), 3);
+    // Only who starts the next one waits for it.
+    caller(&cache);
+    until(|| server.in_flight() == 1).await;
+    assert!(now(cache.get()).unwrap_err().is_timeout());
+}
+
 /// Starts a flight on `parked` and leaves it once `begun` is one, has a caller served on another runtime, opens
 /// the gate that the flight is held at, and drives it again.
 fn park_and_drive_again(parked: &Runtime, cache: &TokenCache, begun: &AtomicU32, gate: &Semaphore) {
