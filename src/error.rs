@@ -211,12 +211,15 @@ impl TokenError {
         }
     }
 
+    /// Whether other credentials may do: these cannot be sent, or the server does not know the client by them.
+    pub(crate) fn is_of_credentials(&self) -> bool {
+        self.0.kind == Kind::Credentials || self.is_of_unknown_client()
+    }
+
     /// Whether it is about who asks, whatever was asked for.
     pub(crate) fn is_of_client(&self) -> bool {
         // What cannot be sent as it is cannot be sent to any server, nor for any key.
-        self.0.kind == Kind::Credentials
-            || self.is_of_unknown_client()
-            || self.oauth_error() == Some("unauthorized_client")
+        self.is_of_credentials() || self.oauth_error() == Some("unauthorized_client")
     }
 
     /// Returns `true` if the request was not sent because its URI may not carry a token.

@@ -156,9 +156,10 @@ impl ClientCredentialsBuilder {
     /// Sets the certificate that the default client presents to the server, for [`AuthMethod::TlsClientAuth`] or
     /// beside another method (RFC 8705): its chain, the certificate itself first, and its key, in PEM.
     ///
-    /// They are read for every token request. Both have to fit together; a pair that does not, since only one of them
-    /// has been replaced so far, is an error that is looked into again as soon as the files have changed, or when the
-    /// next attempt is due.
+    /// They are read for every token request. Both have to fit together. A pair that does not is read once more, since
+    /// it may have been replaced between the reading of the one and the other. If it still does not, since only one of
+    /// them has been replaced so far, that is an error that is looked into again as soon as the files have changed, or
+    /// when the next attempt is due.
     #[cfg(feature = "rustls")]
     pub fn client_certificate(
         mut self,

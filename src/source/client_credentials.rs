@@ -131,7 +131,7 @@ enum Request<'a> {
 
 impl Inner {
     /// Makes one token request, or two if the server does not know the client and the client has other
-    /// credentials by now.
+    /// credentials by now. Credentials that cannot be sent are asked for again in the same way.
     async fn exchange<T>(
         &self,
         request: Request<'_>,
@@ -155,18 +155,17 @@ impl Inner {
         // RFC 6749 section 5.2: what a refresh token is worth after a failure is not told.
         let mut last = matches!(request, Request::RefreshToken(_));
         loop {
-            let (proof, transport) = match self.equip(method, &held, endpoints) {
-                Ok(equipped) => equipped,
-                Err(error) => {
-                    held.refuse();
-                    self.refused.set(&held);
-                    return Err(TokenError::new(Kind::Credentials).with_source(error));
+            let outcome = match self.equip(method, &held, endpoints) {
+                Ok((proof, transport)) => {
+                    let watch = self.place.watch();
+                    let answer = self.send(request, asked, endpoints, proof, transport).await;
+                    let outcome = answer.and_then(&judge);
+                    watch.end(outcome.as_ref().err());
+                    outcome
                 }
+                // A certificate and a key that were replaced between the reading of both, for example.
+                Err(error) => Err(TokenError::new(Kind::Credentials).with_source(error)),
             };
-            let watch = self.place.watch();
-            let answer = self.send(request, asked, endpoints, proof, transport).await;
-            let outcome = answer.and_then(&judge);
-            watch.end(outcome.as_ref().err());
             let error = match outcome {
                 Ok(success) => {
                     self.refused.clear();
@@ -174,7 +173,7 @@ impl Inner {
                 }
                 Err(error) => error,
             };
-            if !error.is_of_unknown_client() {
+            if !error.is_of_credentials() {
                 // What another one has left behind is no reason to ask again once this was refused for good.
                 if !error.is_transient() {
                     self.refused.clear();

@@ -472,6 +472,57 @@ mod mutual_tls {
         }
     }
 
+    /// Law 7: the one is read before the other, and they are replaced in between.
+    #[tokio::test]
+    async fn a_pair_that_is_replaced_while_it_is_read_fails_no_request() {
+        let (own, one, other) = (certified(), certified(), certified());
+        let (url, seen) = endpoint(&own, &[&one, &other]).await;
+        let directory = Directory::new("tls-between");
+        let file = directory.write("tls.crt", &one.cert.pem());
+        let asked = Arc::new(AtomicUsize::new(0));
+        let (path, count) = (file.clone(), asked.clone());
+        let (certificate, key) = (other.cert.pem(), other.signing_key.serialize_pem());
+        let replacing = Credential::from_fn(move || {
+            count.fetch_add(1, Ordering::SeqCst);
+            fs::write(&path, &certificate).unwrap();
+            let key = key.clone();
+            async move { Ok(key) }
+        });
+        let source = ClientCredentials::builder(url, "id")
+            .client_certificate(Credential::file(&file), replacing)
+            .root_certificates(own.cert.pem())
+            .build()
+            .unwrap();
+        source.fetch(Fetch::new()).await.unwrap();
+        assert!(!source.has_new_credentials());
+        assert_eq!(seen.lock().unwrap()[0].0, *other.cert.der());
+        assert_eq!(asked.load(Ordering::SeqCst), 2);
+    }
+
+    /// A pair that stays broken is looked at twice, and no more.
+    #[tokio::test]
+    async fn a_pair_that_never_fits_is_not_asked_for_over_and_over() {
+        let (own, one, other) = (certified(), certified(), certified());
+        let (url, seen) = endpoint(&own, &[&one, &other]).await;
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = asked.clone();
+        // Another one each time, and never the right one.
+        let keys = [&own, &other].map(|certified| certified.signing_key.serialize_pem());
+        let wrong = Credential::from_fn(move || {
+            let key = keys[count.fetch_add(1, Ordering::SeqCst) % 2].clone();
+            async move { Ok(key) }
+        });
+        let source = ClientCredentials::builder(url, "id")
+            .client_certificate(one.cert.pem(), wrong)
+            .root_certificates(own.cert.pem())
+            .build()
+            .unwrap();
+        let error = source.fetch(Fetch::new()).await.unwrap_err();
+        assert!(!error.is_transient() && !error.is_rejected(), "{error:?}");
+        assert_eq!(asked.load(Ordering::SeqCst), 2);
+        assert!(seen.lock().unwrap().is_empty());
+    }
+
     #[tokio::test]
     async fn a_server_that_does_not_know_the_certificate_gives_no_token() {
         let (own, one, other) = (certified(), certified(), certified());
