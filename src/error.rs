@@ -326,13 +326,24 @@ impl TokenError {
     /// How the connection to the token endpoint failed, by a word that is known to hold no secret: what a client writes
     /// into its errors is not.
     fn breakage(&self) -> Option<&'static str> {
-        if self.0.kind != Kind::Transport {
-            return None;
-        }
-        let error = self.0.source.as_deref()? as &(dyn std::error::Error + 'static);
-        std::iter::successors(Some(error), |error| error.source())
+        self.io_errors().find_map(breakage)
+    }
+
+    /// Whether the server ended the TLS connection by an alert (RFC 8446 section 6.2): there is no other word for a
+    /// client certificate that it does not accept, or no longer.
+    #[cfg(feature = "rustls")]
+    pub(crate) fn is_of_tls_alert(&self) -> bool {
+        let alert = |error: &rustls::Error| matches!(error, rustls::Error::AlertReceived(_));
+        self.io_errors().filter_map(tls_error).any(alert)
+    }
+
+    /// What a connection to the token endpoint failed with.
+    fn io_errors(&self) -> impl Iterator<Item = &io::Error> {
+        let source = self.0.source.as_deref();
+        let source = source.filter(|_| self.0.kind == Kind::Transport);
+        let source = source.map(|error| error as &(dyn std::error::Error + 'static));
+        std::iter::successors(source, |error| error.source())
             .filter_map(|error| error.downcast_ref())
-            .find_map(breakage)
     }
 }
 
@@ -345,15 +356,22 @@ fn breakage(error: &io::Error) -> Option<&'static str> {
         ErrorKind::NetworkUnreachable => Some("network unreachable"),
         ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe => Some("connection closed"),
         _ => {
-            // One I/O error in another is not among its sources.
-            let inner = error.get_ref()?;
             #[cfg(feature = "rustls")]
-            if inner.is::<rustls::Error>() {
+            if tls_error(error).is_some() {
                 return Some("no TLS connection");
             }
-            breakage(inner.downcast_ref()?)
+            // One I/O error in another is not among its sources.
+            breakage(error.get_ref()?.downcast_ref()?)
         }
     }
+}
+
+#[cfg(feature = "rustls")]
+fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
+    let inner = error.get_ref()?;
+    inner
+        .downcast_ref()
+        .or_else(|| tls_error(inner.downcast_ref()?))
 }
 
 impl std::error::Error for TokenError {

@@ -298,6 +298,12 @@ impl Held {
         self.iter().for_each(Given::refuse);
     }
 
+    /// Has another token request ask for another certificate.
+    #[cfg(feature = "rustls")]
+    pub(super) fn refuse_certificate(&self) {
+        self.certificates().for_each(Given::refuse);
+    }
+
     pub(super) fn is_as(&self, other: &Self) -> bool {
         self.iter()
             .map(Given::text)
@@ -305,9 +311,13 @@ impl Held {
     }
 
     fn iter(&self) -> impl Iterator<Item = &Given> {
-        let certificate = self.certificate.iter();
-        let certificate = certificate.flat_map(|(chain, key)| [chain, key]);
-        self.shared.iter().chain(certificate)
+        self.shared.iter().chain(self.certificates())
+    }
+
+    /// The chain and its key.
+    fn certificates(&self) -> impl Iterator<Item = &Given> {
+        let pair = self.certificate.iter();
+        pair.flat_map(|(chain, key)| [chain, key])
     }
 }
 

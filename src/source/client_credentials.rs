@@ -174,6 +174,10 @@ impl Inner {
                 Err(error) => error,
             };
             if !error.is_of_credentials() {
+                #[cfg(feature = "rustls")]
+                if error.is_of_tls_alert() {
+                    held.refuse_certificate();
+                }
                 // What another one has left behind is no reason to ask again once this was refused for good.
                 if !error.is_transient() {
                     self.refused.clear();

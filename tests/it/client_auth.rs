@@ -523,6 +523,31 @@ mod mutual_tls {
         assert!(seen.lock().unwrap().is_empty());
     }
 
+    /// Law 7: a certificate that has expired, for example. The server refuses it without a word of OAuth.
+    #[tokio::test]
+    async fn a_function_is_asked_for_another_certificate_when_the_server_refuses_it() {
+        let (own, one, other) = (certified(), certified(), certified());
+        let (url, seen) = endpoint(&own, &[&other]).await;
+        let giving = |texts: [String; 2]| {
+            let asked = AtomicUsize::new(0);
+            Credential::from_fn(move || {
+                let text = texts[asked.fetch_add(1, Ordering::SeqCst).min(1)].clone();
+                async move { Ok(text) }
+            })
+        };
+        let source = ClientCredentials::builder(url, "id")
+            .client_certificate(
+                giving([one.cert.pem(), other.cert.pem()]),
+                giving([&one, &other].map(|certified| certified.signing_key.serialize_pem())),
+            )
+            .root_certificates(own.cert.pem())
+            .build()
+            .unwrap();
+        let cache = TokenCache::new(source);
+        cache.get().await.unwrap();
+        assert_eq!(seen.lock().unwrap()[0].0, *other.cert.der());
+    }
+
     #[tokio::test]
     async fn a_server_that_does_not_know_the_certificate_gives_no_token() {
         let (own, one, other) = (certified(), certified(), certified());
