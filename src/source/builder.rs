@@ -154,7 +154,8 @@ impl ClientCredentialsBuilder {
     }
 
     /// Sets the certificate that the default client presents to the server, for [`AuthMethod::TlsClientAuth`] or
-    /// beside another method (RFC 8705): its chain, the certificate itself first, and its key, in PEM.
+    /// beside another method (RFC 8705): its chain, the certificate itself first, and its key, in PEM (PKCS#8, PKCS#1 or
+    /// SEC 1, not encrypted).
     ///
     /// They are read for every token request. Both have to fit together. A pair that does not is read once more, since
     /// it may have been replaced between the reading of the one and the other. If it still does not, since only one of

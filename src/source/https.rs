@@ -108,8 +108,9 @@ impl Dialer {
             .ok()
             .filter(|chain| !chain.is_empty())
             .ok_or_else(|| ConfigError::new("the client certificate is not valid PEM"))?;
-        let key = PrivateKeyDer::from_pem_slice(key.as_bytes())
-            .map_err(|_| ConfigError::new("the client certificate's key is not valid PEM"))?;
+        let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).map_err(|_| {
+            ConfigError::new("the client certificate's key is not valid PEM, or is encrypted")
+        })?;
         config.with_client_auth_cert(chain, key).map_err(|error| {
             ConfigError::new("the client certificate cannot be used with its key")
                 .with_source(error)

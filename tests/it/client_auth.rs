@@ -388,6 +388,7 @@ mod mutual_tls {
     };
 
     use super::*;
+    use crate::support::everything;
 
     /// A server that gives a token to those who present a certificate it knows, and tells which it was.
     async fn endpoint(
@@ -560,6 +561,21 @@ mod mutual_tls {
         let error = source.fetch(Fetch::new()).await.unwrap_err();
         assert!(error.is_transport(), "{error:?}");
         assert!(seen.lock().unwrap().is_empty());
+    }
+
+    /// Its PEM is as it should be, so the error says what else is wrong.
+    #[test]
+    fn an_encrypted_key_is_told_and_not_shown() {
+        let one = certified();
+        let key = one.signing_key.serialize_pem();
+        let key = key.replace("PRIVATE KEY", "ENCRYPTED PRIVATE KEY");
+        let builder = builder()
+            .client_certificate(one.cert.pem(), key.clone())
+            .root_certificates(one.cert.pem());
+        let error = builder.build().unwrap_err();
+        assert!(error.to_string().ends_with("or is encrypted"), "{error}");
+        let shown = everything(&error);
+        assert!(!key.lines().any(|line| shown.contains(line)), "{shown}");
     }
 
     #[test]
