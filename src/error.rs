@@ -329,12 +329,17 @@ impl TokenError {
         self.io_errors().find_map(breakage)
     }
 
-    /// Whether the server ended the TLS connection by an alert (RFC 8446 section 6.2): there is no other word for a
-    /// client certificate that it does not accept, or no longer.
+    /// Whether the server may not accept the client's certificate, or no longer: it ended the TLS connection by an alert
+    /// (RFC 8446 section 6.2), or what stands before it answered with a page, as nginx does.
     #[cfg(feature = "rustls")]
-    pub(crate) fn is_of_tls_alert(&self) -> bool {
+    pub(crate) fn may_be_of_certificate(&self) -> bool {
+        let is_page = self.is_unavailable()
+            && matches!(
+                self.status(),
+                Some(StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
+            );
         let alert = |error: &rustls::Error| matches!(error, rustls::Error::AlertReceived(_));
-        self.io_errors().filter_map(tls_error).any(alert)
+        is_page || self.io_errors().filter_map(tls_error).any(alert)
     }
 
     /// What a connection to the token endpoint failed with.

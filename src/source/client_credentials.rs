@@ -175,7 +175,7 @@ impl Inner {
             };
             if !error.is_of_credentials() {
                 #[cfg(feature = "rustls")]
-                if error.is_of_tls_alert() {
+                if error.may_be_of_certificate() {
                     held.refuse_certificate();
                 }
                 // What another one has left behind is no reason to ask again once this was refused for good.

@@ -29,7 +29,8 @@ use crate::{
 /// request. A function is asked once, and what it gave is kept until the server refuses it. When the server answers
 /// `invalid_client`, or with status 401 `unauthorized_client` or `access_denied`, the credential is asked for again
 /// within the same attempt, and if it has changed the token request is sent once more. A client certificate can be
-/// refused by a TLS alert alone: then the next attempt asks for it and its key again.
+/// refused by a TLS alert, or by the page of a proxy with status 400, 401 or 403: then the next attempt asks for it and
+/// its key again.
 ///
 /// A constant is taken as it is, line breaks included. No text is ever printed, and it is wiped from memory on drop.
 ///

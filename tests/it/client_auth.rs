@@ -388,7 +388,10 @@ mod mutual_tls {
     };
 
     use super::*;
-    use crate::support::everything;
+    use crate::{
+        hostile::{End, Hostile, Reply},
+        support::everything,
+    };
 
     /// A server that gives a token to those who present a certificate it knows, and tells which it was.
     async fn endpoint(
@@ -561,6 +564,43 @@ mod mutual_tls {
         let error = source.fetch(Fetch::new()).await.unwrap_err();
         assert!(error.is_transport(), "{error:?}");
         assert!(seen.lock().unwrap().is_empty());
+    }
+
+    /// nginx ends no connection over a certificate, and answers with a page. Any other failure says nothing of it.
+    #[tokio::test]
+    async fn a_page_instead_of_an_answer_may_be_about_the_certificate() {
+        for (reply, asked_again) in [
+            (
+                Reply::new(400, "", "<h1>The SSL certificate error</h1>"),
+                true,
+            ),
+            (Reply::new(401, "", ""), true),
+            (Reply::new(403, "", ""), true),
+            (Reply::new(400, "", r#"{"error":"invalid_scope"}"#), false),
+            (Reply::new(404, "", ""), false),
+            (Reply::new(503, "", ""), false),
+            (Reply::raw("").end(End::Reset), false),
+        ] {
+            let server = Hostile::start_tls(reply);
+            let one = certified();
+            let asked = Arc::new(AtomicUsize::new(0));
+            let (count, chain) = (asked.clone(), one.cert.pem());
+            let certificate = Credential::from_fn(move || {
+                count.fetch_add(1, Ordering::SeqCst);
+                let chain = chain.clone();
+                async move { Ok(chain) }
+            });
+            let source = server
+                .client()
+                .client_certificate(certificate, one.signing_key.serialize_pem())
+                .build()
+                .unwrap();
+            let error = source.fetch(Fetch::new()).await.unwrap_err();
+            server.set(Reply::token("token"));
+            source.fetch(Fetch::new()).await.unwrap();
+            let times = 1 + usize::from(asked_again);
+            assert_eq!(asked.load(Ordering::SeqCst), times, "{error:?}");
+        }
     }
 
     /// Its PEM is as it should be, so the error says what else is wrong.
