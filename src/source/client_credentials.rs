@@ -303,8 +303,8 @@ impl ClientCredentials {
     /// Starts a source for the client `client_id` at the authorization server of this issuer, which says by itself
     /// where its token endpoint is and what it understands.
     ///
-    /// The metadata are fetched with the first token: those of RFC 8414, or else those of OpenID Connect Discovery
-    /// 1.0. Their `issuer` must be the one that is given here, letter by letter, or they are not used; so it is written
+    /// The metadata are fetched with the first token, without a client certificate, since they are public: those of
+    /// RFC 8414, or else those of OpenID Connect Discovery 1.0. Their `issuer` must be the one that is given here, letter by letter, or they are not used; so it is written
     /// as the server writes it, with or without a slash at its end. Taken from them are the token endpoint, or its
     /// alias for clients with a certificate (RFC 8705 section 5); the revocation endpoint; and, for what the
     /// builder was not told, the method of client authentication: for a secret the first that the server supports of
