@@ -70,7 +70,7 @@ pub(crate) enum Kind {
     Credentials,
     /// The source panicked.
     Panicked,
-    /// The token request ended with the runtime that ran it.
+    /// The runtime that ran the token request ended, or was not driven.
     Abandoned,
     /// A custom source said so.
     Custom { transient: bool },
@@ -307,7 +307,7 @@ impl fmt::Display for TokenError {
             Kind::Malformed => "the answer to the token request is not a token response",
             Kind::Credentials => "the client's credentials cannot be used",
             Kind::Panicked => "the token source panicked",
-            Kind::Abandoned => "the token request ended with the runtime that ran it",
+            Kind::Abandoned => "the runtime that ran the token request ended, or stood still",
             Kind::Custom { .. } => "the token source failed",
         })?;
         match (self.0.status, &self.0.oauth_error) {
