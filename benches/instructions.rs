@@ -103,7 +103,9 @@ fn run(case: &str, count: u64) {
     let bearer = BearerAuthLayer::new(cache);
     let bare = service_fn(inner);
     let fixed = AddAuthorizationLayer::bearer(&token);
-    let pinned = bearer.clone().origins(["https://api.example.com"]);
+    // The last one is looked for.
+    let pinned = ["https://login.example.com", "https://api.example.com"];
+    let pinned = bearer.clone().origins(pinned);
     match case {
         "bare, kept" => kept(bare, request, count),
         KEYED => kept(fixed.layer(bare), keyed_request, count),
