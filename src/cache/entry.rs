@@ -262,6 +262,12 @@ impl Entry {
 
     /// The token, if there is one that may be attached; starts nothing.
     pub(super) fn peek(&self) -> Option<AccessToken> {
+        // Without a lock: callers that cannot wait, such as a gRPC interceptor, look here for each request.
+        self.fresh().or_else(|| self.peek_closely())
+    }
+
+    /// As [`peek`](Self::peek), if there is none that is fresh.
+    fn peek_closely(&self) -> Option<AccessToken> {
         let now = Now::read();
         let state = self.state.lock();
         let shared = self.endpoint.gate.lock();
@@ -661,6 +667,23 @@ mod tests {
         cache::TokenCache,
         source::{SharedSource, TokenResponse, source_fn},
     };
+
+    #[tokio::test]
+    async fn a_fresh_token_is_peeked_at_without_a_lock() {
+        let cache = TokenCache::new(source_fn(|_| async { TokenResponse::new("token") }));
+        let key = TokenRequest::new().scope("a");
+        cache.get().await.unwrap();
+        cache.get_for(&key).await.unwrap();
+        for entry in [Arc::clone(&cache.plain), cache.entry(&key).unwrap()] {
+            let locked = entry.state.lock();
+            let (done, peeked) = mpsc::channel();
+            let same = Arc::clone(&entry);
+            let peeks = thread::spawn(move || done.send(same.peek().is_some()));
+            assert_eq!(peeked.recv_timeout(Duration::from_secs(2)), Ok(true));
+            drop(locked);
+            peeks.join().unwrap().unwrap();
+        }
+    }
 
     /// Law 4: in an outage, too, requests neither wait for one another nor for a lock.
     #[tokio::test(start_paused = true)]
