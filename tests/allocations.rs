@@ -1,7 +1,7 @@
 //! A request that finds a token allocates nothing but what `http` needs to insert a header.
 //!
-//! The first requests are left out: with them a service makes itself a copy of each new token, one for itself and one
-//! for its clones.
+//! The first requests are left out: with them a service makes itself a copy of each new token, one for its clones and, if
+//! it is called often, one for itself.
 //!
 //! A binary of its own, with one test, because the allocator counts for the whole process.
 
@@ -34,6 +34,8 @@ fn answer(request: Request<()>) -> Ready<Result<Response<()>, Infallible>> {
 struct Blocks {
     kept: u64,
     cloned: u64,
+    /// By clones of which each is called a few times.
+    few: u64,
     keyed: u64,
 }
 
@@ -49,14 +51,16 @@ where
         request
     };
     Blocks {
-        kept: least(&service, plain, false).await,
-        cloned: least(&service, plain, true).await,
-        keyed: least(&service, keyed, false).await,
+        kept: least(&service, plain, usize::MAX).await,
+        cloned: least(&service, plain, 1).await,
+        few: least(&service, plain, 5).await,
+        keyed: least(&service, keyed, usize::MAX).await,
     }
 }
 
-/// The least of three times, since the harness has a thread of its own that allocates too.
-async fn least<S>(service: &S, request: impl Fn() -> Request<()>, cloned: bool) -> u64
+/// The least of three times, since the harness has a thread of its own that allocates too. After so many `calls` of a
+/// clone the next one follows.
+async fn least<S>(service: &S, request: impl Fn() -> Request<()>, calls: usize) -> u64
 where
     S: Service<Request<()>, Response = Response<()>> + Clone,
     S::Error: std::fmt::Debug,
@@ -65,15 +69,14 @@ where
     for _ in 0..3 {
         let mut kept = service.clone();
         let mut before = 0;
-        for number in 0..1_003 {
-            if number == 3 {
+        for number in 0..WARM_UP + 1_000 {
+            if number == WARM_UP {
                 before = dhat::HeapStats::get().total_blocks;
             }
-            if cloned {
-                once(&mut kept.clone(), request()).await;
-            } else {
-                once(&mut kept, request()).await;
+            if number % calls == 0 {
+                kept = service.clone();
             }
+            once(&mut kept, request()).await;
         }
         least = least.min(dhat::HeapStats::get().total_blocks - before);
     }
@@ -90,8 +93,8 @@ where
     let mut least = u64::MAX;
     for _ in 0..3 {
         let mut before = 0;
-        for number in 0..1_003 {
-            if number == 3 {
+        for number in 0..WARM_UP + 1_000 {
+            if number == WARM_UP {
                 before = dhat::HeapStats::get().total_blocks;
             }
             let clone = service.clone();
@@ -113,6 +116,8 @@ where
     let response = service.call(request).await;
     response.expect("the service answers");
 }
+
+const WARM_UP: usize = 20;
 
 static KEY: LazyLock<TokenRequest> = LazyLock::new(|| TokenRequest::new().scope("sims:read"));
 
