@@ -1,10 +1,12 @@
 //! [`BearerAuthLayer`]: the configuration, and the [`Layer`] that applies it.
 
+use std::fmt;
+
 use tower_layer::Layer;
 
 use crate::{
-    cache::TokenCache, error::ConfigError, origin::Origins, replay::Never, service::BearerAuth,
-    settings::Settings,
+    cache::TokenCache, error::ConfigError, origin::Origins, ready::Door, replay::Never,
+    service::BearerAuth, settings::Settings,
 };
 
 /// Attaches an `Authorization: Bearer` header to each request, and keeps its token valid.
@@ -39,9 +41,10 @@ use crate::{
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct BearerAuthLayer<R = Never> {
-    settings: Settings,
+    /// Its services find the token as the clones of one service do: some programs apply the layer for each request.
+    door: Door,
     replay: R,
 }
 
@@ -52,12 +55,12 @@ impl BearerAuthLayer<Never> {
     #[must_use]
     pub fn new(cache: impl Into<TokenCache>) -> Self {
         Self {
-            settings: Settings {
+            door: Door::new(Settings {
                 cache: cache.into(),
                 origins: Origins::default(),
                 keep_existing: false,
                 heed_unexplained: true,
-            },
+            }),
             replay: Never,
         }
     }
@@ -72,7 +75,7 @@ impl<R> BearerAuthLayer<R> {
     #[must_use]
     pub fn replay<R2>(self, replay: R2) -> BearerAuthLayer<R2> {
         BearerAuthLayer {
-            settings: self.settings,
+            door: self.door,
             replay,
         }
     }
@@ -87,12 +90,12 @@ impl<R> BearerAuthLayer<R> {
     /// # Errors
     ///
     /// If an entry is not an origin, or there is none.
-    pub fn origins<I>(mut self, origins: I) -> Result<Self, ConfigError>
+    pub fn origins<I>(self, origins: I) -> Result<Self, ConfigError>
     where
         I: IntoIterator<Item: AsRef<str>>,
     {
-        self.settings.origins = self.settings.origins.pin(origins)?;
-        Ok(self)
+        let origins = self.door.settings().origins.clone().pin(origins)?;
+        Ok(self.with(|settings| settings.origins = origins))
     }
 
     /// Lets the token go over plain http to other hosts than this one: default `false`.
@@ -100,9 +103,8 @@ impl<R> BearerAuthLayer<R> {
     /// Anybody on the way can read and use it (RFC 6750 section 5.3). Without this setting such a request
     /// fails with [`TokenError::is_insecure_uri`](crate::TokenError::is_insecure_uri) before it is sent.
     #[must_use]
-    pub fn dangerous_plain_http(mut self, allow: bool) -> Self {
-        self.settings.origins = self.settings.origins.plain_http(allow);
-        self
+    pub fn dangerous_plain_http(self, allow: bool) -> Self {
+        self.with(|settings| settings.origins = settings.origins.clone().plain_http(allow))
     }
 
     /// Lets requests keep an `Authorization` header that they bring along: default `false`, which replaces it.
@@ -110,9 +112,8 @@ impl<R> BearerAuthLayer<R> {
     /// The default serves gateways, which must not pass their users' credentials on as their own. Such a
     /// request waits for no token, and a 401 to it says nothing about ours.
     #[must_use]
-    pub const fn keep_existing(mut self, keep: bool) -> Self {
-        self.settings.keep_existing = keep;
-        self
+    pub fn keep_existing(self, keep: bool) -> Self {
+        self.with(|settings| settings.keep_existing = keep)
     }
 
     /// Sets whether a 401 that does not say what is wrong counts against the token: default `true`.
@@ -121,14 +122,22 @@ impl<R> BearerAuthLayer<R> {
     /// (unauthenticated) is read like a 401, and mostly comes without one. RFC 6750 section 3.1 wants
     /// `invalid_token` for a token that expired or was revoked; many servers do not say it.
     #[must_use]
-    pub const fn refresh_on_unexplained_401(mut self, refresh: bool) -> Self {
-        self.settings.heed_unexplained = refresh;
-        self
+    pub fn refresh_on_unexplained_401(self, refresh: bool) -> Self {
+        self.with(|settings| settings.heed_unexplained = refresh)
     }
 
     /// Returns the cache that feeds this layer.
-    pub const fn cache(&self) -> &TokenCache {
-        &self.settings.cache
+    pub fn cache(&self) -> &TokenCache {
+        &self.door.settings().cache
+    }
+
+    fn with(self, change: impl FnOnce(&mut Settings)) -> Self {
+        let mut settings = Settings::clone(self.door.settings());
+        change(&mut settings);
+        Self {
+            door: Door::new(settings),
+            replay: self.replay,
+        }
     }
 }
 
@@ -136,6 +145,15 @@ impl<S, R: Clone> Layer<S> for BearerAuthLayer<R> {
     type Service = BearerAuth<S, R>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        BearerAuth::new(inner, self.settings.clone(), self.replay.clone())
+        BearerAuth::new(inner, self.door.clone(), self.replay.clone())
+    }
+}
+
+impl<R: fmt::Debug> fmt::Debug for BearerAuthLayer<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BearerAuthLayer")
+            .field("settings", self.door.settings())
+            .field("replay", &self.replay)
+            .finish()
     }
 }

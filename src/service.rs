@@ -18,7 +18,6 @@ use crate::{
     origin::{self, Passage},
     ready::{Door, Mark, Ready},
     replay::Replay,
-    settings::Settings,
     source::TokenRequest,
 };
 
@@ -57,11 +56,11 @@ pub struct BearerAuth<S, R> {
 }
 
 impl<S, R> BearerAuth<S, R> {
-    pub(crate) fn new(inner: S, settings: Settings, replay: R) -> Self {
+    pub(crate) fn new(inner: S, door: Door, replay: R) -> Self {
         Self {
             inner,
-            takes_usual: settings.take_usual(),
-            door: Door::new(settings),
+            takes_usual: door.settings().take_usual(),
+            door,
             replay,
         }
     }

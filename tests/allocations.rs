@@ -15,7 +15,7 @@ use std::{
 };
 
 use http::{Request, Response};
-use tower::{Layer, Service, service_fn};
+use tower::{Layer, Service, service_fn, util::ServiceFn};
 use tower_bearer::{
     BearerAuthLayer, TokenCache, TokenEvent, TokenRequest, TokenResponse, source_fn,
 };
@@ -24,7 +24,9 @@ use tower_http::auth::AddAuthorizationLayer;
 #[global_allocator]
 static ALLOCATOR: dhat::Alloc = dhat::Alloc;
 
-fn answer(request: Request<()>) -> Ready<Result<Response<()>, Infallible>> {
+type Answer = Ready<Result<Response<()>, Infallible>>;
+
+fn answer(request: Request<()>) -> Answer {
     black_box(request);
     ready(Ok(Response::new(())))
 }
@@ -105,6 +107,28 @@ where
     least
 }
 
+/// What a thousand requests allocate to each of which the layer is applied anew; the least of three times.
+async fn layered<L, S>(layer: &L) -> u64
+where
+    L: Layer<ServiceFn<fn(Request<()>) -> Answer>, Service = S>,
+    S: Service<Request<()>, Response = Response<()>>,
+    S::Error: std::fmt::Debug,
+{
+    let mut least = u64::MAX;
+    for _ in 0..3 {
+        let mut before = 0;
+        for number in 0..WARM_UP + 1_000 {
+            if number == WARM_UP {
+                before = dhat::HeapStats::get().total_blocks;
+            }
+            let client = service_fn(answer as fn(_) -> _);
+            once(&mut layer.layer(client), Request::new(())).await;
+        }
+        least = least.min(dhat::HeapStats::get().total_blocks - before);
+    }
+    least
+}
+
 async fn once<S>(service: &mut S, request: Request<()>)
 where
     S: Service<Request<()>, Response = Response<()>>,
@@ -131,12 +155,17 @@ async fn a_request_that_finds_a_token_allocates_no_more_than_a_static_header() {
     cache.get().await.unwrap();
     cache.get_for(&KEY).await.unwrap();
     // The origin of a relative URI is the service's own.
-    let ours = BearerAuthLayer::new(cache.clone()).layer(service_fn(answer));
-    let fixed = AddAuthorizationLayer::bearer("token").layer(service_fn(answer));
+    let layers = (
+        BearerAuthLayer::new(cache.clone()),
+        AddAuthorizationLayer::bearer("token"),
+    );
+    let ours = layers.0.layer(service_fn(answer));
+    let fixed = layers.1.layer(service_fn(answer));
     let mut giving_way = (ours.clone(), fixed.clone());
     let (ours, fixed) = (blocks(ours).await, blocks(fixed).await);
     assert!(fixed.kept > 0, "the allocator does not count");
     assert_eq!(ours, fixed);
+    assert_eq!(layered(&layers.0).await, layered(&layers.1).await);
 
     assert_eq!(gives_way(&mut giving_way.0).await, fixed.kept);
     assert_eq!(gives_way(&mut giving_way.1).await, fixed.kept);
