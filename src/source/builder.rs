@@ -259,7 +259,7 @@ impl ClientCredentialsBuilder {
     /// # Errors
     ///
     /// As [`build_with`](Self::build_with), and if there is no root certificate to trust or one that was
-    /// added cannot be used (the roots matter only if the token URL is `https`); if the client certificate
+    /// added cannot be used (the roots matter only if one of the URLs is `https`); if the client certificate
     /// cannot be used with its key, or the token URL is not `https` though the client is to present one.
     #[cfg(feature = "rustls")]
     pub fn build(mut self) -> Result<ClientCredentials, ConfigError> {
@@ -268,8 +268,15 @@ impl ClientCredentialsBuilder {
             Spot::Told(endpoints) => endpoints.token_url.url().scheme() == "https",
             Spot::Issuer(issuer) => issuer.uses_tls(),
         };
+        let revocation_url = match &parts.spot {
+            Spot::Told(endpoints) => &endpoints.revocation_url,
+            Spot::Issuer(issuer) => &issuer.revocation_url,
+        };
+        let revokes_by_tls = revocation_url
+            .as_ref()
+            .is_some_and(|url| url.scheme() == "https");
         let tls = match &parts.spot {
-            _ if uses_tls => https::Tls::Needed,
+            _ if uses_tls || revokes_by_tls => https::Tls::Needed,
             Spot::Issuer(_) => https::Tls::Possible,
             Spot::Told(_) => https::Tls::Unused,
         };

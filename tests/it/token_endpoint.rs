@@ -237,6 +237,25 @@ async fn a_root_certificate_is_trusted_once_it_is_added() {
     assert_eq!(server.requests().len(), 1);
 }
 
+/// The token endpoint may be reached by a proxy on this host, and the other one without it.
+#[tokio::test]
+async fn tokens_are_revoked_over_https_though_they_come_over_http() {
+    let (server, other) = (
+        Hostile::start(Reply::token("token")),
+        Hostile::start_tls(Reply::ok("")),
+    );
+    let source = server
+        .client()
+        .root_certificates(hostile::certificate().cert.pem())
+        .revocation_url(other.url())
+        .build()
+        .unwrap();
+    let cache = TokenCache::new(source);
+    cache.get().await.unwrap();
+    cache.shutdown_and_revoke().await.unwrap();
+    assert!(other.requests()[0].contains("token=token"));
+}
+
 /// An operator who has the log alone learns which wire to look at.
 #[tokio::test]
 async fn a_connection_that_fails_is_told_by_a_word() {
