@@ -8,6 +8,7 @@ use hyper_util::{
     rt::TokioExecutor,
 };
 use rustls::{ClientConfig, RootCertStore};
+use rustls_native_certs::{CertificateResult, ErrorKind, load_native_certs};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use secrecy::{ExposeSecret, SecretString};
 
@@ -26,26 +27,28 @@ impl Settings {
     pub(super) fn dialer(&self, tls: Tls) -> Result<Dialer, ConfigError> {
         // Plain http must work where there are no roots, and reading the system's takes a while.
         let roots = match tls {
-            Tls::Needed | Tls::Possible => self.trusted_roots()?,
+            Tls::Needed | Tls::Possible => self.trusted_roots(tls, load_native_certs())?,
             Tls::Unused => RootCertStore::empty(),
         };
-        if roots.is_empty() && matches!(tls, Tls::Needed) {
-            return Err(ConfigError::new(
-                "the system trusts no root certificate and none was added",
-            ));
-        }
         Ok(Dialer {
             connect_timeout: self.connect_timeout,
             roots: Arc::new(roots),
         })
     }
 
-    fn trusted_roots(&self) -> Result<RootCertStore, ConfigError> {
+    fn trusted_roots(
+        &self,
+        tls: Tls,
+        native: CertificateResult,
+    ) -> Result<RootCertStore, ConfigError> {
         let mut roots = RootCertStore::empty();
         // One broken file in the system's store does not spoil the others.
-        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        roots.add_parsable_certificates(native.certs);
         for pem in &self.roots {
             add_pem(&mut roots, pem)?;
+        }
+        if roots.is_empty() && matches!(tls, Tls::Needed) {
+            return Err(no_roots(native.errors));
         }
         Ok(roots)
     }
@@ -166,26 +169,51 @@ impl Default for Settings {
     }
 }
 
+/// The system's store may be empty, or out of reach: `SSL_CERT_FILE` may name a file that is not there.
+fn no_roots(problems: Vec<rustls_native_certs::Error>) -> ConfigError {
+    let error = ConfigError::new("the system trusts no root certificate and none was added");
+    match problems.into_iter().next() {
+        // PEM errors quote the text they stumbled over.
+        Some(problem) if matches!(problem.kind, ErrorKind::Pem(_)) => {
+            error.with_source(problem.context)
+        }
+        Some(problem) => error.with_source(problem),
+        None => error,
+    }
+}
+
 /// Unlike the system's roots these were named one by one, so each has to be good.
 fn add_pem(roots: &mut RootCertStore, pem: &[u8]) -> Result<(), ConfigError> {
     let before = roots.len();
     let pem = pem.strip_prefix(BYTE_ORDER_MARK).unwrap_or(pem);
-    for certificate in CertificateDer::pem_slice_iter(pem) {
+    for (certificate, number) in CertificateDer::pem_slice_iter(pem).zip(1..) {
         // PEM errors quote the text they stumbled over, which may be the key of a bundle.
-        let certificate =
-            certificate.map_err(|_| ConfigError::new("a root certificate is not valid PEM"))?;
+        let certificate = certificate.map_err(|_| {
+            ConfigError::new(format!(
+                "root certificate {number} of its file is not valid PEM"
+            ))
+        })?;
         roots.add(certificate).map_err(|error| {
-            ConfigError::new("a root certificate cannot be used").with_source(error)
+            ConfigError::new(format!(
+                "root certificate {number} of its file cannot be used"
+            ))
+            .with_source(error)
         })?;
     }
     if roots.len() == before {
-        return Err(ConfigError::new("a root certificate file holds none"));
+        return Err(ConfigError::new(
+            "a root certificate file holds none in PEM",
+        ));
     }
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{error::Error, path::Path};
+
+    use rustls_native_certs::load_certs_from_paths;
+
     use super::*;
 
     #[test]
@@ -199,6 +227,40 @@ mod tests {
             let result = add_pem(&mut RootCertStore::empty(), pem.as_bytes());
             assert!(result.is_err(), "{pem}");
         }
+    }
+
+    /// One among hundreds is not found by trying.
+    #[test]
+    fn a_root_that_cannot_be_used_is_numbered() {
+        let good = rcgen::generate_simple_self_signed([]).unwrap().cert.pem();
+        for bad in ["AAAA", "%%%"] {
+            let pem =
+                format!("{good}-----BEGIN CERTIFICATE-----\n{bad}\n-----END CERTIFICATE-----\n");
+            let error = add_pem(&mut RootCertStore::empty(), pem.as_bytes()).unwrap_err();
+            assert!(
+                error.to_string().starts_with("root certificate 2 "),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_system_without_roots_says_what_kept_them_away() {
+        let native = |file| load_certs_from_paths(Some(Path::new(file)), None);
+        let missing = native("/no/such/file");
+        let trust = |native| Settings::default().trusted_roots(Tls::Needed, native);
+        let error = trust(missing).unwrap_err();
+        let source = error.source().unwrap().to_string();
+        assert!(source.contains("/no/such/file"), "{source}");
+        // This one can be read, and holds none.
+        assert!(trust(native("Cargo.toml")).unwrap_err().source().is_none());
+
+        let missing = native("/no/such/file");
+        assert!(
+            Settings::default()
+                .trusted_roots(Tls::Possible, missing)
+                .is_ok()
+        );
     }
 
     /// A parser passes over a certificate that does not begin its line.
