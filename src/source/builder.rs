@@ -222,7 +222,12 @@ impl ClientCredentialsBuilder {
 
     /// Sets for how long the default client tries to open a TCP connection, 3 s by default.
     ///
-    /// The TLS handshake and the answer are bounded by the timeout of the whole attempt, 10 s in the cache.
+    /// A host with several addresses has them tried one after the other, each for an equal share of this: with six, for
+    /// 500 ms each. IPv4 and IPv6 are tried side by side, the second of them from 300 ms on, and each has the whole time
+    /// for its own addresses.
+    ///
+    /// The look-up of the name, the TLS handshake and the answer are bounded by the timeout of the whole attempt, 10 s in
+    /// the cache.
     /// [`build_with`](Self::build_with) ignores this.
     #[cfg(feature = "rustls")]
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
@@ -232,7 +237,8 @@ impl ClientCredentialsBuilder {
 
     /// Adds root certificates, in PEM, to those of the system that the default client trusts.
     ///
-    /// All of them are read once, when the source is built.
+    /// All of them are read once, when the source is built. A certificate that signs itself is accepted as a server's
+    /// only if it is not marked as that of an authority (`CA:TRUE`), as `openssl req -x509` marks them.
     /// [`build_with`](Self::build_with) ignores this.
     #[cfg(feature = "rustls")]
     pub fn root_certificates(mut self, pem: impl Into<Vec<u8>>) -> Self {
@@ -254,6 +260,9 @@ impl ClientCredentialsBuilder {
     ///
     /// The client speaks HTTP/1.1, trusts the system's roots and those of
     /// [`root_certificates`](Self::root_certificates), keeps no connection open and follows no redirect.
+    /// `SSL_CERT_FILE` and `SSL_CERT_DIR`, where one is set, take the place of the system's roots. It connects to the
+    /// server itself, whatever `HTTPS_PROXY` and its kin say: to go by a proxy, give
+    /// [`build_with`](Self::build_with) a client that does.
     /// Building needs no runtime and sends nothing.
     ///
     /// # Errors
