@@ -1,6 +1,8 @@
 //! What can go wrong: [`TokenError`] while a token is fetched, [`ConfigError`] while the crate is set up.
 
 use std::{
+    borrow::Cow,
+    error::Error as StdError,
     fmt,
     io::{self, ErrorKind},
     sync::Arc,
@@ -323,10 +325,22 @@ impl fmt::Display for TokenError {
 }
 
 impl TokenError {
-    /// How the connection to the token endpoint failed, by a word that is known to hold no secret: what a client writes
+    /// How the connection to the token endpoint failed, by words that are known to hold no secret: what a client writes
     /// into its errors is not.
-    fn breakage(&self) -> Option<&'static str> {
-        self.io_errors().find_map(breakage)
+    fn breakage(&self) -> Option<Cow<'static, str>> {
+        match self.0.kind {
+            Kind::Transport => self.sources().find_map(breakage),
+            #[cfg(feature = "rustls")]
+            Kind::Timeout => {
+                let client = |error: &(dyn StdError + 'static)| {
+                    error
+                        .downcast_ref::<hyper_util::client::legacy::Error>()
+                        .is_some_and(|error| error.is_connect())
+                };
+                self.sources().any(client).then_some("no connection".into())
+            }
+            _ => None,
+        }
     }
 
     /// Whether the server may not accept the client's certificate, or no longer: it ended the TLS connection by an alert
@@ -339,37 +353,83 @@ impl TokenError {
                 Some(StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
             );
         let alert = |error: &rustls::Error| matches!(error, rustls::Error::AlertReceived(_));
-        is_page || self.io_errors().filter_map(tls_error).any(alert)
+        let io_errors = self.sources().filter_map(|error| error.downcast_ref());
+        is_page || (self.is_transport() && io_errors.filter_map(tls_error).any(alert))
     }
 
-    /// What a connection to the token endpoint failed with.
-    fn io_errors(&self) -> impl Iterator<Item = &io::Error> {
-        let source = self.0.source.as_deref();
-        let source = source.filter(|_| self.0.kind == Kind::Transport);
-        let source = source.map(|error| error as &(dyn std::error::Error + 'static));
-        std::iter::successors(source, |error| error.source())
-            .filter_map(|error| error.downcast_ref())
+    fn sources(&self) -> impl Iterator<Item = &(dyn StdError + 'static)> {
+        std::iter::successors(StdError::source(self), |&error| error.source())
     }
 }
 
-fn breakage(error: &io::Error) -> Option<&'static str> {
-    match error.kind() {
-        ErrorKind::ConnectionRefused => Some("connection refused"),
-        ErrorKind::ConnectionReset => Some("connection reset"),
-        ErrorKind::ConnectionAborted => Some("connection aborted"),
-        ErrorKind::HostUnreachable => Some("host unreachable"),
-        ErrorKind::NetworkUnreachable => Some("network unreachable"),
-        ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe => Some("connection closed"),
-        _ => {
-            #[cfg(feature = "rustls")]
-            if tls_error(error).is_some() {
-                return Some("no TLS connection");
-            }
-            // One I/O error in another is not among its sources.
-            breakage(error.get_ref()?.downcast_ref()?)
+fn breakage(error: &(dyn StdError + 'static)) -> Option<Cow<'static, str>> {
+    #[cfg(feature = "rustls")]
+    if let Some(error) = error.downcast_ref::<hyper::Error>() {
+        if error.is_incomplete_message() {
+            return Some("connection closed".into());
+        }
+        if error.is_parse() {
+            return Some("invalid HTTP".into());
         }
     }
+    #[cfg(feature = "rustls")]
+    if let Some(Unresolved(error)) = error.downcast_ref() {
+        return io_breakage(error).or(Some("host name not resolved".into()));
+    }
+    io_breakage(error.downcast_ref()?)
 }
+
+fn io_breakage(error: &io::Error) -> Option<Cow<'static, str>> {
+    let words = match error.kind() {
+        ErrorKind::ConnectionRefused => "connection refused",
+        ErrorKind::ConnectionReset => "connection reset",
+        ErrorKind::ConnectionAborted => "connection aborted",
+        ErrorKind::HostUnreachable => "host unreachable",
+        ErrorKind::NetworkUnreachable => "network unreachable",
+        ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe => "connection closed",
+        _ => {
+            #[cfg(feature = "rustls")]
+            if let Some(error) = tls_error(error) {
+                return Some(tls_breakage(error));
+            }
+            // One I/O error in another is not among its sources.
+            return match error.get_ref() {
+                Some(inner) => io_breakage(inner.downcast_ref()?),
+                // The system's own words, such as those of too many open files.
+                None => error.raw_os_error().map(|_| error.to_string().into()),
+            };
+        }
+    };
+    Some(words.into())
+}
+
+/// Names are the registered ones, or numbers.
+#[cfg(feature = "rustls")]
+fn tls_breakage(error: &rustls::Error) -> Cow<'static, str> {
+    use rustls::{CertificateError as Bad, Error};
+    let words = match error {
+        Error::AlertReceived(alert) => return format!("TLS alert {alert:?}").into(),
+        Error::InvalidCertificate(Bad::Expired | Bad::ExpiredContext { .. }) => {
+            "certificate expired"
+        }
+        Error::InvalidCertificate(Bad::NotValidYet | Bad::NotValidYetContext { .. }) => {
+            "certificate not valid yet"
+        }
+        Error::InvalidCertificate(Bad::NotValidForName | Bad::NotValidForNameContext { .. }) => {
+            "certificate of another host"
+        }
+        Error::InvalidCertificate(Bad::UnknownIssuer) => "certificate of an unknown issuer",
+        Error::InvalidCertificate(_) => "certificate not accepted",
+        _ => "no TLS connection",
+    };
+    words.into()
+}
+
+/// The host's name could not be resolved, which the error does not say of itself.
+#[cfg(feature = "rustls")]
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub(crate) struct Unresolved(pub(crate) io::Error);
 
 #[cfg(feature = "rustls")]
 fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
@@ -407,5 +467,44 @@ impl ConfigError {
     pub(crate) fn with_source(mut self, source: impl Into<BoxError>) -> Self {
         self.source = Some(source.into());
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(error: io::Error) -> String {
+        let error = TokenError::new(Kind::Transport).with_source(error);
+        let text = error.to_string();
+        text.replace("the token endpoint could not be reached", "")
+    }
+
+    #[test]
+    fn a_breakage_is_told_by_words_of_the_system_and_no_others() {
+        let of_system = shown(io::Error::from_raw_os_error(22));
+        assert!(of_system.contains("22"), "{of_system}");
+        assert_eq!(shown(io::Error::other("CANARY")), "");
+        let inner = io::Error::from(ErrorKind::ConnectionReset);
+        assert_eq!(shown(io::Error::other(inner)), " (connection reset)");
+    }
+
+    #[cfg(feature = "rustls")]
+    #[test]
+    fn what_is_wrong_with_a_certificate_is_told() {
+        use rustls::{AlertDescription, CertificateError as Bad, Error, OtherError};
+        let canary = OtherError(Arc::new(io::Error::other("CANARY")));
+        for (error, expected) in [
+            (Bad::Expired.into(), " (certificate expired)"),
+            (Bad::NotValidYet.into(), " (certificate not valid yet)"),
+            (Bad::Other(canary).into(), " (certificate not accepted)"),
+            (
+                Error::AlertReceived(AlertDescription::CertificateRequired),
+                " (TLS alert CertificateRequired)",
+            ),
+            (Error::General("CANARY".to_owned()), " (no TLS connection)"),
+        ] {
+            assert_eq!(shown(io::Error::other(error)), expected);
+        }
     }
 }

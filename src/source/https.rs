@@ -4,16 +4,23 @@ use std::{sync::Arc, time::Duration};
 
 use hyper_rustls::HttpsConnectorBuilder;
 use hyper_util::{
-    client::legacy::{Client, connect::HttpConnector},
+    client::legacy::{
+        Client,
+        connect::{HttpConnector, dns::GaiResolver},
+    },
     rt::TokioExecutor,
 };
 use rustls::{ClientConfig, RootCertStore};
 use rustls_native_certs::{CertificateResult, ErrorKind, load_native_certs};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use secrecy::{ExposeSecret, SecretString};
+use tower::ServiceExt;
 
 use super::{response::BYTE_ORDER_MARK, transport::Transport};
-use crate::{error::ConfigError, sync::Mutex};
+use crate::{
+    error::{ConfigError, Unresolved},
+    sync::Mutex,
+};
 
 /// What the default client is made of.
 pub(super) struct Settings {
@@ -79,7 +86,8 @@ impl Dialer {
         &self,
         certificate: Option<(&str, &str)>,
     ) -> Result<Transport, ConfigError> {
-        let mut tcp = HttpConnector::new();
+        let resolver = GaiResolver::new().map_err(Unresolved);
+        let mut tcp = HttpConnector::new_with_resolver(resolver);
         tcp.set_connect_timeout(Some(self.connect_timeout));
         tcp.enforce_http(false);
         let connector = HttpsConnectorBuilder::new()

@@ -1,17 +1,24 @@
 //! What becomes of a token endpoint's answers, over real sockets.
 
 #![cfg(feature = "rustls")]
-use std::time::{Duration, Instant, SystemTime};
+use std::{
+    io,
+    time::{Duration, Instant, SystemTime},
+};
 
-use http::StatusCode;
+use http::{StatusCode, Uri};
+use hyper_util::{
+    client::legacy::Client,
+    rt::{TokioExecutor, TokioIo},
+};
 use tokio::{
     io::AsyncWriteExt,
     net::{TcpListener, TcpStream},
     task::JoinHandle,
 };
 use tower_bearer::{
-    AccessToken, ClientCredentials, Fetch, RefreshPolicy, TokenCache, TokenError, TokenResponse,
-    TokenSource,
+    AccessToken, ClientCredentials, ClientCredentialsBuilder, Fetch, RefreshPolicy, TokenCache,
+    TokenError, TokenResponse, TokenSource,
 };
 
 use crate::{
@@ -259,11 +266,13 @@ async fn tokens_are_revoked_over_https_though_they_come_over_http() {
 /// An operator who has the log alone learns which wire to look at.
 #[tokio::test]
 async fn a_connection_that_fails_is_told_by_a_word() {
-    async fn failure(url: String) -> String {
-        let source = ClientCredentials::builder(url, "client-id").client_secret(SECRET);
+    async fn failure(builder: ClientCredentialsBuilder) -> String {
         let policy = RefreshPolicy::new().attempts(1);
-        let cache = TokenCache::with_policy(source.build().unwrap(), policy);
+        let cache = TokenCache::with_policy(builder.build().unwrap(), policy);
         cache.get().await.unwrap_err().to_string()
+    }
+    fn at(url: String) -> ClientCredentialsBuilder {
+        ClientCredentials::builder(url, "client-id").client_secret(SECRET)
     }
 
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -273,16 +282,54 @@ async fn a_connection_that_fails_is_told_by_a_word() {
         let (mut stream, _) = listener.accept().await.unwrap();
         let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
     });
-    let text = failure(format!("https://{address}/token")).await;
-    assert_eq!(
-        text,
-        "the token endpoint could not be reached (no TLS connection)"
-    );
+    let rude = Hostile::start(Reply::raw("220 CANARY ESMTP\r\n"));
+    let silent = Hostile::start(Reply::raw(""));
+    let tls = Hostile::start_tls(Reply::token("token"));
+    let by_address = tls.url().replace("localhost", "127.0.0.1");
+    let root = hostile::certificate().cert.pem();
+    // No label of a name is that long, so nobody is asked for it.
+    let nameless = format!("http://{}/token", "a".repeat(64));
+    let nobody = format!("http://{}/token", Bystander::new().address());
+    let transport = "the token endpoint could not be reached";
+    for (builder, expected) in [
+        (at(nobody), format!("{transport} (connection refused)")),
+        (
+            at(nameless).dangerous_plain_http(true),
+            format!("{transport} (host name not resolved)"),
+        ),
+        (
+            at(format!("https://{address}/token")),
+            format!("{transport} (no TLS connection)"),
+        ),
+        (
+            at(tls.url().to_owned()),
+            format!("{transport} (certificate of an unknown issuer)"),
+        ),
+        (
+            at(by_address).root_certificates(root),
+            format!("{transport} (certificate of another host)"),
+        ),
+        (rude.client(), format!("{transport} (invalid HTTP)")),
+        (silent.client(), format!("{transport} (connection closed)")),
+    ] {
+        assert_eq!(failure(builder).await, expected);
+    }
     plain.await.unwrap();
-    // Nobody listens there any more.
-    let text = failure(format!("http://{address}/token")).await;
+}
+
+#[tokio::test]
+async fn a_connection_that_is_not_made_in_time_is_told() {
+    let connector = tower::service_fn(|_: Uri| {
+        let late = io::Error::from(io::ErrorKind::TimedOut);
+        std::future::ready(Err::<TokioIo<TcpStream>, _>(late))
+    });
+    let client = Client::builder(TokioExecutor::new()).build(connector);
+    let source = ClientCredentials::builder("http://localhost/token", "client-id");
+    let source = source.build_with(client).unwrap();
+    let error = source.fetch(Fetch::new()).await.unwrap_err();
+    assert!(error.is_timeout(), "{error:?}");
     assert_eq!(
-        text,
-        "the token endpoint could not be reached (connection refused)"
+        error.to_string(),
+        "the token request timed out (no connection)"
     );
 }
