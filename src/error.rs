@@ -38,10 +38,29 @@ pub struct TokenError(Arc<Inner>);
 #[derive(Clone)]
 struct Inner {
     kind: Kind,
+    request: Request,
     status: Option<StatusCode>,
     oauth_error: Option<Box<str>>,
     retry_after: Option<Duration>,
     source: Option<Arc<dyn std::error::Error + Send + Sync>>,
+}
+
+/// What was asked of the authorization server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Request {
+    Token,
+    Metadata,
+    Revocation,
+}
+
+impl fmt::Display for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Token => "token",
+            Self::Metadata => "metadata",
+            Self::Revocation => "revocation",
+        })
+    }
 }
 
 /// What happened, in the order in which a token request can fail.
@@ -136,6 +155,7 @@ impl TokenError {
     pub(crate) fn new(kind: Kind) -> Self {
         Self(Arc::new(Inner {
             kind,
+            request: Request::Token,
             status: None,
             oauth_error: None,
             retry_after: None,
@@ -145,6 +165,10 @@ impl TokenError {
 
     pub(crate) fn with_source(self, source: impl Into<BoxError>) -> Self {
         self.map(|inner| inner.source = Some(Arc::from(source.into())))
+    }
+
+    pub(crate) fn with_request(self, request: Request) -> Self {
+        self.map(|inner| inner.request = request)
     }
 
     pub(crate) fn with_status(self, status: StatusCode) -> Self {
@@ -283,6 +307,7 @@ impl fmt::Debug for TokenError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TokenError")
             .field("kind", &self.0.kind)
+            .field("request", &self.0.request)
             .field("status", &self.0.status)
             .field("oauth_error", &self.0.oauth_error)
             .field("retry_after", &self.0.retry_after)
@@ -293,25 +318,35 @@ impl fmt::Debug for TokenError {
 
 impl fmt::Display for TokenError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self.0.kind {
-            Kind::Insecure => {
+        let request = self.0.request;
+        match self.0.kind {
+            Kind::Insecure => f.write_str(
                 "the request's URI may not carry a token: it is neither https nor loopback, \
-                 and the setting `dangerous_plain_http` is off"
+                 and the setting `dangerous_plain_http` is off",
+            ),
+            Kind::NoRuntime => f.write_str("a token can be fetched within a tokio runtime only"),
+            Kind::Overloaded => f.write_str("too many requests are waiting for a token"),
+            Kind::TooManyKeys => f.write_str("the cache is full of tokens that are in use"),
+            Kind::ShutDown => f.write_str("the token cache was shut down"),
+            Kind::Transport => write!(f, "the {request} endpoint could not be reached"),
+            Kind::Timeout => write!(f, "the {request} request timed out"),
+            Kind::Rejected { .. } => {
+                write!(f, "the authorization server refused the {request} request")
             }
-            Kind::NoRuntime => "a token can be fetched within a tokio runtime only",
-            Kind::Overloaded => "too many requests are waiting for a token",
-            Kind::TooManyKeys => "the cache is full of tokens that are in use",
-            Kind::ShutDown => "the token cache was shut down",
-            Kind::Transport => "the token endpoint could not be reached",
-            Kind::Timeout => "the token request timed out",
-            Kind::Rejected { .. } => "the authorization server refused the token request",
-            Kind::Unavailable => "the token endpoint is not available",
-            Kind::Malformed => "the answer to the token request is not a token response",
-            Kind::Credentials => "the client's credentials cannot be used",
-            Kind::Panicked => "the token source panicked",
-            Kind::Abandoned => "the runtime that ran the token request ended, or stood still",
-            Kind::Custom { .. } => "the token source failed",
-        })?;
+            Kind::Unavailable => write!(f, "the {request} endpoint is not available"),
+            Kind::Malformed | Kind::Custom { .. } if request == Request::Metadata => {
+                f.write_str("the authorization server's metadata cannot be used")
+            }
+            Kind::Malformed => {
+                f.write_str("the answer to the token request is not a token response")
+            }
+            Kind::Credentials => f.write_str("the client's credentials cannot be used"),
+            Kind::Panicked => f.write_str("the token source panicked"),
+            Kind::Abandoned => {
+                f.write_str("the runtime that ran the token request ended, or stood still")
+            }
+            Kind::Custom { .. } => f.write_str("the token source failed"),
+        }?;
         match (self.0.status, &self.0.oauth_error) {
             (Some(status), Some(code)) => write!(f, " ({code}, status {})", status.as_u16()),
             (Some(status), None) => write!(f, " (status {})", status.as_u16()),

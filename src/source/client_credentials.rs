@@ -23,7 +23,7 @@ use super::{
     transport::{Authorization, Channel, Transport},
 };
 use crate::{
-    error::{ConfigError, Kind, TokenError},
+    error::{self, ConfigError, Kind, TokenError},
     telemetry,
     token::AccessToken,
 };
@@ -471,6 +471,7 @@ impl TokenSource for ClientCredentials {
             let revoked = time::timeout(REVOCATION_LIMIT, revoking)
                 .await
                 .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout)));
+            let revoked = revoked.map_err(|error| error.with_request(error::Request::Revocation));
             outcome = outcome.and(revoked);
         }
         outcome

@@ -14,7 +14,7 @@ use super::{
     turn::Turn,
 };
 use crate::{
-    error::{ConfigError, Kind, TokenError},
+    error::{ConfigError, Kind, Request, TokenError},
     sync::Mutex,
 };
 
@@ -75,7 +75,8 @@ impl Issuer {
         let mut failure = None;
         for url in &self.documents {
             let metadata = transport.get(url).await.and_then(Answer::into_metadata);
-            match metadata.and_then(|metadata| self.read(&metadata)) {
+            let endpoints = metadata.and_then(|metadata| self.read(&metadata));
+            match endpoints.map_err(|error| error.with_request(Request::Metadata)) {
                 Ok(endpoints) => return Ok(endpoints),
                 // The other document is on the same host.
                 Err(error)
@@ -495,6 +496,43 @@ mod tests {
             assert!(error.is_transient(), "{status} {error:?}");
             assert_eq!(server.paths(), [OAUTH, OPENID]);
         }
+    }
+
+    /// Or an operator looks for what is wrong at an endpoint that was never asked.
+    #[tokio::test]
+    async fn what_is_wrong_with_metadata_is_not_told_of_the_token_endpoint() {
+        let other = json!({"issuer": "https://other.example"}).to_string();
+        for (status, body, expected) in [
+            (
+                404,
+                "",
+                "the metadata endpoint is not available (status 404)",
+            ),
+            (
+                200,
+                "<html>",
+                "the authorization server's metadata cannot be used (status 200)",
+            ),
+            (
+                200,
+                &other,
+                "the authorization server's metadata cannot be used",
+            ),
+        ] {
+            let server = Server::new();
+            server.answer(OAUTH, status, body);
+            server.answer(OPENID, status, body);
+            let error = fetch(&server.source(builder())).await.unwrap_err();
+            assert_eq!(error.to_string(), expected);
+        }
+        // That one has been found.
+        let server = Server::with(OAUTH, &metadata());
+        server.answer("/token", 404, "");
+        let error = fetch(&server.source(builder())).await.unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the token endpoint is not available (status 404)"
+        );
     }
 
     /// Law 9: metadata make no exception for where the secret may go.

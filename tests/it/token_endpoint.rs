@@ -263,6 +263,20 @@ async fn tokens_are_revoked_over_https_though_they_come_over_http() {
     assert!(other.requests()[0].contains("token=token"));
 }
 
+#[tokio::test]
+async fn what_is_wrong_with_a_revocation_is_not_told_of_the_token_endpoint() {
+    let server = Hostile::start(Reply::token("token"));
+    let other = Hostile::start(Reply::new(503, "", ""));
+    let source = server.client().revocation_url(other.url()).build().unwrap();
+    let cache = TokenCache::new(source);
+    cache.get().await.unwrap();
+    let error = cache.shutdown_and_revoke().await.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the revocation endpoint is not available (status 503)"
+    );
+}
+
 /// An operator who has the log alone learns which wire to look at.
 #[tokio::test]
 async fn a_connection_that_fails_is_told_by_a_word() {
