@@ -286,7 +286,8 @@ pub(crate) fn malformed(reason: impl Into<String>) -> TokenError {
 }
 
 fn is_busy(status: StatusCode) -> bool {
-    status.is_server_error()
+    // RFC 9110 section 15: a status beyond 599 is to be taken for a 5xx.
+    status.as_u16() >= 500
         || matches!(
             status,
             StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY | StatusCode::TOO_MANY_REQUESTS
@@ -523,6 +524,7 @@ mod tests {
             (429, r#"{"error":"slow_down"}"#, false, true, Some("slow_down")),
             (500, r#"{"error":"Internal Server Error"}"#, false, true, None),
             (503, "<html>", false, true, None),
+            (999, r#"{"error":"invalid_client"}"#, false, true, Some("invalid_client")),
             (400, "", false, true, None),
             (401, "", false, true, None),
             (403, "<html>blocked</html>", false, true, None),
