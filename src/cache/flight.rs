@@ -217,6 +217,7 @@ pin_project! {
     #[derive(Debug)]
     pub(crate) struct Waiter {
         seat: Seat,
+        // Of the runtime on which it was polled last.
         #[pin]
         timer: Sleep,
     }
@@ -239,9 +240,14 @@ impl Future for Waiter {
     type Output = Option<End>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let this = self.project();
+        let mut this = self.project();
         if let Poll::Ready(end) = this.seat.poll_end(cx) {
             return Poll::Ready(Some(end));
+        }
+        // Anew each time: whoever waits may have moved here from a runtime that is parked or gone by now.
+        if Handle::try_current().is_ok() {
+            let until = this.timer.deadline();
+            this.timer.set(time::sleep_until(until));
         }
         ready!(this.timer.poll(cx));
         Poll::Ready(None)

@@ -217,6 +217,31 @@ fn callers_are_served_when_the_flights_runtime_is_parked_and_its_late_result_cou
     }
 }
 
+/// Law 6: whoever waits may be polled on one runtime and then on another, and the first one tells no time any more.
+#[test]
+fn a_caller_that_moves_to_another_runtime_takes_its_deadline_along() {
+    for dropped in [true, false] {
+        let server = AuthServer::new();
+        server.hold();
+        let policy = RefreshPolicy::new().flight_timeout(millis(200));
+        let cache = TokenCache::with_policy(server.clone(), policy);
+        let parked = current_thread();
+        parked.block_on(async {
+            caller(&cache);
+            until(|| server.in_flight() == 1).await;
+        });
+        let mut moves = Box::pin(async move { cache.get().await });
+        let first = current_thread();
+        first.block_on(async { assert!(poll_once(moves.as_mut()).is_pending()) });
+        let first = (!dropped).then_some(first);
+        server.release();
+        let token = current_thread().block_on(async { time::timeout(secs(5), moves).await });
+        let token = token.expect("it is served").unwrap();
+        assert_eq!(token.expose_secret(), "token-2");
+        drop(first);
+    }
+}
+
 /// Laws 6 and 7: a program that blocks on one request after the other drives no token request in between, as does a
 /// process that is frozen then. The time for it runs out, or whoever is at the other end gives up.
 #[test]
