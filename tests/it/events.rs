@@ -1,6 +1,11 @@
 //! What a cache tells programs: [`TokenCache::events`].
 
-use std::pin::pin;
+use std::{
+    future::Future,
+    pin::pin,
+    sync::Arc,
+    task::{Context, Wake, Waker},
+};
 
 use tokio::{task, time};
 use tokio_stream::StreamExt;
@@ -260,4 +265,36 @@ async fn a_dropped_wait_for_an_event_loses_none() {
         names(&told(&mut events)),
         ["FlightStarted", "TokenReceived"]
     );
+}
+
+/// What woke whoever waited may have panicked.
+#[tokio::test(start_paused = true)]
+async fn a_waker_that_panics_keeps_no_event_back() {
+    struct Panics;
+
+    impl Wake for Panics {
+        fn wake(self: Arc<Self>) {
+            panic!("the scripted waker panics");
+        }
+    }
+
+    let server = AuthServer::new();
+    for ends in ["TokenReceived", "ShutDown"] {
+        server.hold();
+        let cache = TokenCache::new(server.clone());
+        let mut events = cache.events();
+        let waker = Waker::from(Arc::new(Panics));
+        let mut waits = [0; 2].map(|_| Box::pin(cache.get()));
+        for wait in &mut waits {
+            let polled = wait.as_mut().poll(&mut Context::from_waker(&waker));
+            assert!(polled.is_pending());
+        }
+        settle().await;
+        match ends {
+            "ShutDown" => cache.shutdown(),
+            _ => server.release(),
+        }
+        settle().await;
+        assert_eq!(names(&told(&mut events)), ["FlightStarted", ends]);
+    }
 }
