@@ -262,6 +262,10 @@ pub(crate) fn launch(runtime: &Handle, entry: Arc<Entry>, flight: Arc<Flight>, p
             // Whoever is told of it, and what is dropped with it, is foreign code: a panic of theirs ends no watch.
             let mut flown = pin!(flown.instrument(span));
             poll_fn(|cx| {
+                // Or the end of the cache would pass for an attempt that has timed out.
+                if entry.closing().is_cancelled() {
+                    return Poll::Ready(());
+                }
                 panic::catch_unwind(AssertUnwindSafe(|| flown.as_mut().poll(cx)))
                     .unwrap_or(Poll::Ready(()))
             })

@@ -195,6 +195,29 @@ async fn token_requests_are_counted_by_grant_and_outcome_and_flights_are_timed()
     assert!(took.len() == 1 && took[0] >= 0.75, "{took:?}");
 }
 
+/// A token request that the end of its cache has cut short is no timeout.
+#[tokio::test(start_paused = true)]
+async fn a_token_request_that_a_shutdown_ends_has_not_failed() {
+    let recorder = DebuggingRecorder::new();
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    let server = AuthServer::new();
+    server.set(Answer::Hang);
+    let cache = TokenCache::new(server.clone());
+    let waits = caller(&cache);
+    time::sleep(millis(250)).await;
+    assert_eq!(server.in_flight(), 1);
+    cache.shutdown();
+    assert!(waits.await.unwrap().unwrap_err().is_shut_down());
+    settle().await;
+    let read = Read::from(&recorder.snapshotter());
+    let counted = read.0.keys().find(|name| name.contains("token_requests"));
+    assert_eq!(counted, None);
+    assert_eq!(
+        read.histogram("flight_duration_seconds,cache=default,outcome=shut_down"),
+        [0.25]
+    );
+}
+
 /// A refresh token that brings nothing is a token request as well.
 #[tokio::test(start_paused = true)]
 async fn token_requests_are_counted_by_the_grant_that_was_used() {
