@@ -22,7 +22,7 @@ use super::{
     registry,
     state::{Decision, Plan, Refusal, State},
     status::{Status, TokenState},
-    teller::{Landing, Teller},
+    teller::{Landing, Teller, quietly},
     watch::Watched,
 };
 use crate::{
@@ -451,7 +451,7 @@ impl Entry {
         if let Some(flight) = flight {
             let end = End::Failed(TokenError::new(Kind::ShutDown));
             flight.end(end.clone());
-            self.teller.landed(&flight, &end, &self.gone(now));
+            quietly(|| self.teller.landed(&flight, &end, &self.gone(now)));
         }
         self.teller.opened();
         revocation

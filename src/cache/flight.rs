@@ -38,7 +38,7 @@ use tokio::{
 };
 use tracing::{Instrument, Span};
 
-use super::{entry::Entry, state::Plan, watch};
+use super::{entry::Entry, state::Plan, teller::quietly, watch};
 use crate::{
     error::{Kind, TokenError},
     policy,
@@ -126,7 +126,7 @@ impl Flight {
         drop(inner);
         for (_, waker) in waiters {
             // A waker is foreign code: a panic of one keeps back neither the others nor whoever ends the flight.
-            let _ = panic::catch_unwind(AssertUnwindSafe(|| waker.wake()));
+            quietly(|| waker.wake());
         }
     }
 
@@ -290,10 +290,9 @@ impl Drop for Ending {
             return;
         }
         // A subscriber is foreign code: if it panicked while a panic unwinds, it would end the process.
-        let catch = |end: &dyn Fn()| drop(panic::catch_unwind(AssertUnwindSafe(end)));
-        catch(&|| self.entry.land(&self.flight, Outcome::Lost));
+        quietly(|| self.entry.land(&self.flight, Outcome::Lost));
         // If the flight was off the record already, because landing it panicked.
-        catch(&|| self.flight.end(End::Abandoned));
+        self.flight.end(End::Abandoned);
     }
 }
 

@@ -1,6 +1,7 @@
 //! [`Teller`]: tells what becomes of a key's token, to the log, to the metrics and to whoever listens.
 
 use std::{
+    panic::{self, AssertUnwindSafe},
     sync::Arc,
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
@@ -60,8 +61,8 @@ impl News {
     }
 
     pub(super) fn shut_down(&self) {
-        telemetry::shut_down();
-        self.bus.send(|| TokenEvent::ShutDown);
+        quietly(telemetry::shut_down);
+        quietly(|| self.bus.send(|| TokenEvent::ShutDown));
         self.bus.close();
     }
 }
@@ -278,6 +279,11 @@ impl Drop for Teller {
     fn drop(&mut self) {
         self.opened();
     }
+}
+
+/// Calls foreign code where more is left to do than is worth its panic, which has said so itself.
+pub(super) fn quietly(call: impl FnOnce()) {
+    let _ = panic::catch_unwind(AssertUnwindSafe(call));
 }
 
 /// What is to be told of a flight that has landed, beside its end.

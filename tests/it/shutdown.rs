@@ -3,7 +3,10 @@
 use std::{
     future::Future,
     pin::pin,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Wake, Waker},
 };
 
@@ -17,8 +20,11 @@ use tower_bearer::{
     TokenEvent, TokenRequest, TokenResponse, TokenSource,
 };
 
+use tracing_subscriber::layer::{self, SubscriberExt};
+
 use crate::support::{
-    Answer, Api, AuthServer, caller, get, millis, now, poll_once, secs, settle, timed, token_error,
+    Answer, Api, AuthServer, caller, enable_tracing, get, millis, now, poll_once, secs, settle,
+    timed, token_error,
 };
 
 /// A source that revokes, slowly, and remembers what.
@@ -214,6 +220,48 @@ async fn what_is_dead_is_not_revoked() {
     cache.shutdown_and_revoke().await.unwrap();
     cache.get().await.unwrap_err();
     assert!(source.revoked.lock().unwrap().is_empty());
+}
+
+/// A log that panics keeps no token from its revocation, and nobody who listens from the end.
+#[tokio::test(start_paused = true)]
+async fn a_log_that_panics_leaves_no_shutdown_half_done() {
+    struct Broken(Arc<AtomicBool>);
+
+    impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Broken {
+        fn on_event(&self, _: &tracing::Event<'_>, _: layer::Context<'_, S>) {
+            assert!(!self.0.load(Ordering::SeqCst), "the log panics");
+        }
+
+        fn on_record(
+            &self,
+            _: &tracing::Id,
+            _: &tracing::span::Record<'_>,
+            _: layer::Context<'_, S>,
+        ) {
+            assert!(!self.0.load(Ordering::SeqCst), "the log panics");
+        }
+    }
+
+    enable_tracing();
+    let panics = Arc::new(AtomicBool::new(false));
+    let log = tracing_subscriber::registry().with(Broken(Arc::clone(&panics)));
+    let _guard = tracing::subscriber::set_default(log);
+    let source = Revoking::default();
+    let cache = TokenCache::new(source.clone());
+    let keys = ["1", "2"].map(|scope| TokenRequest::new().scope(scope));
+    let mut tokens = Vec::new();
+    for key in &keys {
+        tokens.push(cache.get_for(key).await.unwrap());
+    }
+    // One of them has a flight to be told of.
+    cache.invalidate(&tokens[0]);
+    let mut events = cache.events();
+    panics.store(true, Ordering::SeqCst);
+    let revoked = cache.shutdown_and_revoke().await;
+    panics.store(false, Ordering::SeqCst);
+    revoked.unwrap();
+    assert_eq!(source.revoked.lock().unwrap().len(), 2);
+    assert!(matches!(now(events.next()), Some(TokenEvent::ShutDown)));
 }
 
 /// A server that does not answer keeps nobody for ever.
