@@ -49,9 +49,9 @@ pub(crate) struct State<F> {
     invalid: bool,
     /// The token has used its exemption from the gate.
     exempted: bool,
-    refresh_token: Option<(RefreshToken, Option<Deadline>)>,
-    /// The refresh token that was handed out last.
-    spent: Option<RefreshToken>,
+    refresh_token: Option<Expiring>,
+    /// The refresh token that was handed out last. It is not to be sent again, but its session may go on.
+    spent: Option<Expiring>,
     /// No unforced flight sends before this.
     floor: Option<Deadline>,
     flight: Option<OnRecord<F>>,
@@ -63,6 +63,9 @@ pub(crate) struct State<F> {
     gate: OwnGate,
     cooldown: Cooldown,
 }
+
+/// A refresh token, and when it expires if the server has said so.
+type Expiring = (RefreshToken, Option<Deadline>);
 
 #[derive(Debug)]
 struct OnRecord<F> {
@@ -259,12 +262,11 @@ impl<F: Clone + PartialEq> State<F> {
         // Each refresh token is handed out once, whatever becomes of it: servers that rotate them take a
         // second use for theft, and a lost answer cannot be told from a lost request.
         let refresh_token = self.refresh_token.take();
-        let refresh_token = refresh_token
-            .filter(|(_, expiry)| !expiry.is_some_and(|expiry| expiry.has_come(now)))
-            .map(|(token, _)| token);
+        let refresh_token = refresh_token.filter(|token| lives(token, now));
         if let Some(token) = &refresh_token {
             self.spent = Some(token.clone());
         }
+        let refresh_token = refresh_token.map(|(token, _)| token);
         self.record(shared, make, false, delay, refresh_token, now)
     }
 
@@ -298,16 +300,16 @@ impl<F: Clone + PartialEq> State<F> {
         self.invalid = false;
         let first = self.floor.is_none();
         let schedule = self.policy.schedule(&response, first, &mut self.rng);
-        // A server that does not rotate its refresh tokens sends the one that it got.
-        let spent = self.spent.as_ref();
-        let refresh_token = response
-            .refresh_token
-            .take()
-            .filter(|token| spent.is_none_or(|spent| !spent.same_text(token)));
-        self.refresh_token = refresh_token.map(|token| {
+        self.refresh_token = response.refresh_token.take().map(|token| {
             let expiry = token.expires_in.map(|after| sent.after(after));
             (token, expiry)
         });
+        // A server that does not rotate its refresh tokens sends the one that it got, or none.
+        let again = self.refresh_token.take_if(|(token, _)| {
+            let spent = self.spent.as_ref();
+            spent.is_some_and(|(spent, _)| spent.same_text(token))
+        });
+        self.spent = again.or(self.spent.take());
         let id = TokenId::new(self.gate.key(), self.flights);
         let token = AccessToken::new(response, id, self.request.clone(), schedule, sent, now);
         let last = self.token.replace(token.clone());
@@ -511,11 +513,11 @@ impl<F: Clone + PartialEq> State<F> {
     pub(crate) fn close_for_good(&mut self, now: Now) -> (Option<F>, Revocation) {
         let flight = self.flight.take().map(|record| record.flight);
         let token = self.token.take();
-        let refresh_token = self.refresh_token.take();
-        let lives = |expiry: Option<Deadline>| expiry.is_none_or(|expiry| !expiry.has_come(now));
+        let spent = self.spent.take();
+        let refresh_token = self.refresh_token.take().or(spent);
         let revocation = Revocation {
             refresh_token: refresh_token
-                .filter(|(_, expiry)| lives(*expiry))
+                .filter(|token| lives(token, now))
                 .map(|(token, _)| token),
             access_token: token.filter(|token| token.is_alive(now)),
         };
@@ -614,6 +616,10 @@ impl Cooldown {
             self.calm = Some(now.after(length * policy::RECURRENCE));
         }
     }
+}
+
+fn lives((_, expiry): &Expiring, now: Now) -> bool {
+    expiry.is_none_or(|expiry| !expiry.has_come(now))
 }
 
 fn remaining(deadline: Option<Deadline>, now: Now) -> Duration {
@@ -1133,6 +1139,52 @@ mod tests {
         assert!(revocation.refresh_token.is_none());
         assert!(case.land(flight, "late", 300).is_none());
         assert_eq!(case.acquire(), "start");
+    }
+
+    /// RFC 6749 section 6: a refresh token that no other one has replaced counts on, and so does its session.
+    #[test]
+    fn a_refresh_token_that_was_sent_and_not_replaced_is_left_to_be_revoked() {
+        let hour = Duration::from_secs(3_600);
+        let refresh = |text: &str| Some(RefreshToken::new(text).expires_in(hour));
+        let grant = |case: &mut Case, refresh_token| {
+            let (flight, _) = case.begin();
+            let mut response = hinted("token");
+            response.refresh_token = refresh_token;
+            let (shared, now) = (&mut case.shared, case.now);
+            case.state
+                .succeeded(shared, &flight, response, now, now)
+                .unwrap();
+        };
+        let revoked = |mut case: Case| {
+            let (_, revocation) = case.state.close_for_good(case.now);
+            let left = revocation.refresh_token;
+            left.map(|token| token.expose_secret().to_owned())
+        };
+        // Nor is it lost while the answer is to come, or if there is none.
+        for fails in [false, true] {
+            let mut case = Case::new();
+            grant(&mut case, refresh("first"));
+            case.pass(750.0);
+            let (flight, _) = case.begin();
+            if fails {
+                case.fail(flight, &down());
+            }
+            assert_eq!(revoked(case).as_deref(), Some("first"));
+        }
+        for (answered, later, expected) in [
+            (None, 0.0, Some("first")),
+            (None, 3_000.0, None),
+            // Sent again, it lives on.
+            (refresh("first"), 3_000.0, Some("first")),
+            (refresh("second"), 3_000.0, Some("second")),
+        ] {
+            let mut case = Case::new();
+            grant(&mut case, refresh("first"));
+            case.pass(750.0);
+            grant(&mut case, answered);
+            case.pass(later);
+            assert_eq!(revoked(case).as_deref(), expected);
+        }
     }
 
     #[test]
