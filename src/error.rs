@@ -89,6 +89,10 @@ pub(crate) enum Kind {
     Malformed,
     /// There is something about the client's credentials that keeps them from being sent.
     Credentials,
+    /// The client's secret, key or certificate is not where it should be, for now.
+    NoCredential,
+    /// What a server says of itself is not what the issuer that was named would say.
+    OtherIssuer,
     /// The source panicked.
     Panicked,
     /// The runtime that ran the token request ended, or was not driven.
@@ -108,9 +112,14 @@ impl Kind {
             | Self::Timeout
             | Self::Unavailable
             | Self::Malformed
+            | Self::NoCredential
             | Self::Panicked
             | Self::Abandoned => true,
-            Self::Insecure | Self::NoRuntime | Self::ShutDown | Self::Credentials => false,
+            Self::Insecure
+            | Self::NoRuntime
+            | Self::ShutDown
+            | Self::Credentials
+            | Self::OtherIssuer => false,
         }
     }
 }
@@ -341,6 +350,10 @@ impl fmt::Display for TokenError {
                 f.write_str("the answer to the token request is not a token response")
             }
             Kind::Credentials => f.write_str("the client's credentials cannot be used"),
+            Kind::NoCredential => f.write_str("the client's credential could not be obtained"),
+            Kind::OtherIssuer => {
+                f.write_str("the authorization server's metadata are those of another issuer")
+            }
             Kind::Panicked => f.write_str("the token source panicked"),
             Kind::Abandoned => {
                 f.write_str("the runtime that ran the token request ended, or stood still")

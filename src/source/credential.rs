@@ -18,7 +18,7 @@ use zeroize::Zeroizing;
 
 use super::turn::Turn;
 use crate::{
-    error::{BoxError, TokenError},
+    error::{BoxError, Kind, TokenError},
     sync::Mutex,
 };
 
@@ -240,10 +240,10 @@ impl Function {
         if let Some(text) = kept {
             return Ok(text);
         }
-        let text = (self.ask)().await.map_err(TokenError::transient)?;
+        let text = (self.ask)().await.map_err(missing)?;
         if text.is_empty() {
             // Nothing to be kept: the next token request asks again.
-            return Err(TokenError::transient("the function gave an empty text"));
+            return Err(missing("the function gave an empty text"));
         }
         let text = Arc::new(SecretString::from(text));
         *self.kept.lock() = Kept {
@@ -283,13 +283,13 @@ async fn read_off_runtime(path: PathBuf) -> Result<(SecretString, Stamp), TokenE
     let reading = tokio::task::spawn_blocking(move || {
         read_file(&path).map_err(|error| {
             let problem = format!("the file {path:?} cannot be read");
-            TokenError::transient(Unreadable { problem, error })
+            missing(Unreadable { problem, error })
         })
     });
     match reading.await {
         Ok(read) => read,
         // The runtime shuts down.
-        Err(error) => Err(TokenError::transient(error)),
+        Err(error) => Err(missing(error)),
     }
 }
 
@@ -324,7 +324,12 @@ fn read_env(name: &OsStr) -> Result<SecretString, TokenError> {
         Err(env::VarError::NotUnicode(_)) => "is not UTF-8",
     };
     let problem = format!("the environment variable {name:?} {problem}");
-    Err(TokenError::transient(problem))
+    Err(missing(problem))
+}
+
+/// The error of a credential that cannot be had, for want of what `source` says.
+fn missing(source: impl Into<BoxError>) -> TokenError {
+    TokenError::new(Kind::NoCredential).with_source(source)
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -410,6 +415,11 @@ mod tests {
             }
             let error = Credential::file(&file.0).get().await.unwrap_err();
             assert!(error.is_transient());
+            // Whoever has the log alone learns that it is not the server.
+            assert_eq!(
+                error.to_string(),
+                "the client's credential could not be obtained"
+            );
             assert!(!format!("{error:?}").contains("CANARY"), "{error:?}");
         }
         let large = Temporary::new("large");

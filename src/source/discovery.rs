@@ -97,9 +97,7 @@ impl Issuer {
     fn read(&self, metadata: &Map<String, Value>) -> Result<Endpoints, TokenError> {
         // RFC 8414 section 3.3: or anybody could have our secret sent to them.
         if text(metadata, "issuer") != Some(&*self.identifier) {
-            return Err(TokenError::terminal(
-                "the metadata of the authorization server are those of another issuer",
-            ));
+            return Err(TokenError::new(Kind::OtherIssuer));
         }
         let aliases = match metadata.get("mtls_endpoint_aliases") {
             Some(Value::Object(aliases)) if self.mutual => Some(aliases),
@@ -466,6 +464,11 @@ mod tests {
                 let server = Server::with(place, &other);
                 let error = fetch(&server.source(builder())).await.unwrap_err();
                 assert!(!error.is_transient(), "{issuer}");
+                // Whoever has the log alone learns it too.
+                assert_eq!(
+                    error.to_string(),
+                    "the authorization server's metadata are those of another issuer"
+                );
                 assert_eq!(server.paths(), [OAUTH, OPENID]);
             }
         }
@@ -516,7 +519,7 @@ mod tests {
             (
                 200,
                 &other,
-                "the authorization server's metadata cannot be used",
+                "the authorization server's metadata are those of another issuer",
             ),
         ] {
             let server = Server::new();

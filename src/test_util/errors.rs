@@ -128,12 +128,28 @@ pub fn no_runtime() -> TokenError {
 
 /// The client's key or certificate is of no use, so nothing was sent: terminal.
 ///
-/// No predicate is true of it. A credential that cannot be had, such as a file that is not there, is a
-/// [`TokenError::transient`] instead.
+/// No predicate is true of it.
 #[must_use]
 pub fn credentials() -> TokenError {
     TokenError::new(Kind::Credentials)
         .with_source(ConfigError::new("the private key cannot be read"))
+}
+
+/// A [`Credential`](crate::Credential) could not be had, such as a file that is not there: transient.
+///
+/// No predicate is true of it.
+#[must_use]
+pub fn no_credential() -> TokenError {
+    TokenError::new(Kind::NoCredential)
+        .with_source("the environment variable \"CLIENT_SECRET\" is not set")
+}
+
+/// The metadata of a [discovered](crate::ClientCredentials::discover) server are those of another issuer: terminal.
+///
+/// No predicate is true of it.
+#[must_use]
+pub fn other_issuer() -> TokenError {
+    TokenError::new(Kind::OtherIssuer)
 }
 
 /// One error of each kind, for a test that none is forgotten. More may follow in later versions.
@@ -154,6 +170,8 @@ pub fn all() -> Vec<TokenError> {
         shut_down(),
         no_runtime(),
         credentials(),
+        no_credential(),
+        other_issuer(),
         TokenError::transient("the source failed, perhaps not for long"),
         TokenError::terminal("the source failed for good"),
     ]
