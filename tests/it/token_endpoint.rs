@@ -13,7 +13,7 @@ use hyper_util::{
 };
 use tokio::{
     io::AsyncWriteExt,
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     task::JoinHandle,
 };
 use tower_bearer::{
@@ -169,6 +169,32 @@ async fn an_endpoint_that_nobody_listens_at_is_a_transport_failure() {
         .unwrap_err();
     assert!(error.is_transport() && error.is_transient(), "{error:?}");
     assert_eq!(error.status(), None);
+}
+
+/// Law 6, the transport's part. The clock jumps to the timeout, since there is nothing else to wait for.
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_does_not_come_about_is_given_up_after_three_seconds() {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = socket.listen(1).unwrap();
+    let address = listener.local_addr().unwrap();
+    // Nobody takes them in, so that there is no room for another one soon, and no answer to it.
+    let mut queue = Vec::new();
+    while let Ok(stream) = std::net::TcpStream::connect_timeout(&address, millis(100)) {
+        queue.push(stream);
+    }
+    let client = || ClientCredentials::builder(format!("http://{address}/token"), "client-id");
+    for (client, patience) in [
+        (client(), secs(3)),
+        (client().connect_timeout(secs(7)), secs(7)),
+    ] {
+        let source = client.build().unwrap();
+        let began = tokio::time::Instant::now();
+        let error = source.fetch(Fetch::new()).await.unwrap_err();
+        let took = began.elapsed();
+        assert!(took >= patience && took < patience + millis(10), "{took:?}");
+        assert!(error.is_timeout() && error.is_transient(), "{error:?}");
+    }
 }
 
 #[tokio::test]
