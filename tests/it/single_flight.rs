@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use tower::{Layer, ServiceExt};
+use tokio::time;
+use tower::{Layer, Service, ServiceExt};
 use tower_bearer::{BearerAuthLayer, TokenCache};
 
 use crate::support::{AuthServer, api, echo, get};
@@ -20,6 +21,27 @@ async fn ten_thousand_cold_requests_share_one_token_request() {
         assert_eq!(request.await.unwrap().unwrap().body(), "token-1");
     }
     assert_eq!(server.requests(), 1);
+}
+
+/// Law 1 (T1): the same when a token has died that all of them have sent before.
+#[tokio::test(start_paused = true)]
+async fn ten_thousand_requests_after_a_tokens_death_share_one_token_request() {
+    let server = AuthServer::new();
+    server.set_latency(Duration::from_millis(50));
+    let client = BearerAuthLayer::new(server.clone()).layer(api(echo));
+    let mut clients = vec![client; 10_000];
+    for client in &mut clients[..100] {
+        assert_eq!(client.call(get()).await.unwrap().body(), "token-1");
+    }
+    time::sleep(Duration::from_secs(290)).await;
+    let requests: Vec<_> = clients
+        .into_iter()
+        .map(|client| tokio::spawn(client.oneshot(get())))
+        .collect();
+    for request in requests {
+        assert_eq!(request.await.unwrap().unwrap().body(), "token-2");
+    }
+    assert_eq!(server.requests(), 2);
 }
 
 /// Law 1: layers that share a cache share its flight, and so do callers without a layer.
