@@ -15,6 +15,7 @@ mod client_auth;
 mod collect;
 mod copies;
 mod events;
+mod fleet;
 mod guide;
 #[cfg(feature = "rustls")]
 mod hostile;
