@@ -1031,6 +1031,17 @@ mod tests {
         assert_eq!(case.acquire(), "fail");
         case.pass(0.6);
         assert_eq!(case.acquire(), "start");
+        // The same after a suspension: what was to be waited for is over.
+        let mut case = Case::new();
+        let (flight, _) = case.begin();
+        case.fail(
+            flight,
+            &TokenError::transient("busy").with_retry_after(hour),
+        );
+        case.now.wall += Duration::from_secs(299);
+        assert_eq!(case.acquire(), "fail");
+        case.now.wall += hour;
+        assert_eq!(case.acquire(), "start");
     }
 
     fn hinted(text: &str) -> TokenResponse {
