@@ -184,6 +184,7 @@ fn insert(items: &mut Vec<String>, item: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::source::{TokenResponse, source_fn};
 
     #[test]
     fn what_cannot_change_the_token_does_not_tell_requests_apart() {
@@ -210,8 +211,15 @@ mod tests {
     #[test]
     fn what_can_change_the_token_does() {
         let new = TokenRequest::new;
+        let [one, other] = ["one", "other"].map(|text| {
+            SharedSource::new(source_fn(move |_| async move { TokenResponse::new(text) }))
+        });
         let all = [
             new(),
+            // Another client, or another certificate, is another source.
+            new().source(one.clone()),
+            new().source(other),
+            new().source(one).scope("a"),
             new().scope("a"),
             new().scope("A"),
             new().scope("a").scope("b"),
