@@ -185,7 +185,7 @@ impl Origin {
         if !matches!(uri.path(), "" | "/") || uri.query().is_some() || text.contains('#') {
             return Err("has a path, a query or a fragment");
         }
-        let port = port(authority, default_port).ok_or("has no valid port after its host")?;
+        let port = port(authority, host, default_port).ok_or("has no valid port after its host")?;
         Ok(Self {
             scheme: scheme.clone(),
             authority: authority.as_str().into(),
@@ -198,14 +198,16 @@ impl Origin {
     /// Which of these origins a URI with this authority is of.
     fn find<'a>(pinned: &'a [Self], uri: &Uri, authority: &Authority) -> Option<&'a Self> {
         let scheme = uri.scheme()?;
-        let mut known = pinned.iter().filter(|origin| origin.scheme == *scheme);
         // First by the usual spelling: to take an authority apart costs as much as the header does, so that is done once
-        // and not for each origin.
-        let spelt = |origin: &&Self| *origin.authority == *authority.as_str();
-        known.clone().find(spelt).or_else(|| {
-            let port = port(authority, default_port(scheme)?)?;
+        // and not for each origin. The scheme comes last, being the same most often.
+        let spelt =
+            |origin: &&Self| *origin.authority == *authority.as_str() && origin.scheme == *scheme;
+        pinned.iter().find(spelt).or_else(|| {
             let host = authority.host();
-            known.find(|origin| origin.port == port && is_same_host(&origin.host, host))
+            let port = port(authority, host, default_port(scheme)?)?;
+            pinned.iter().find(|origin| {
+                origin.port == port && is_same_host(&origin.host, host) && origin.scheme == *scheme
+            })
         })
     }
 }
@@ -230,15 +232,14 @@ fn default_port(scheme: &Scheme) -> Option<u16> {
     }
 }
 
-/// The port of an authority, or `None` if what follows the host is none.
-fn port(authority: &Authority, default: u16) -> Option<u16> {
+/// The port of an authority with this host, or `None` if what follows the host is none.
+fn port(authority: &Authority, host: &str, default: u16) -> Option<u16> {
     // `port_u16` does not tell a port that is absent from one that is out of range, and what a connector
     // makes of the latter is anybody's guess.
-    let host_and_port = authority.as_str().rsplit('@').next();
-    if host_and_port == Some(authority.host()) {
-        Some(default)
-    } else {
-        authority.port_u16()
+    let host_and_port = authority.as_str().rsplit('@').next()?;
+    match host_and_port.strip_prefix(host)? {
+        "" => Some(default),
+        rest => rest.strip_prefix(':')?.parse().ok(),
     }
 }
 

@@ -1,13 +1,12 @@
 //! [`BearerAuth`]: the service that the layer makes.
 
 use std::{
-    borrow::Cow,
     fmt, mem,
     sync::Arc,
     task::{Context, Poll},
 };
 
-use http::{Uri, header::AUTHORIZATION};
+use http::header::AUTHORIZATION;
 use tower_service::Service;
 
 use crate::{
@@ -148,25 +147,33 @@ impl<S, R> BearerAuth<S, R> {
         Req: HttpRequest,
     {
         // What most requests come to, past all that is to be asked of the others.
-        let usual = (self.takes_usual && request.is_usual()) || self.takes(request);
-        let ready = if usual { self.door.last() } else { None };
+        let passage = match self.takes_usual && request.is_usual() {
+            true => Some(Passage::Carry),
+            false => self.judge(request),
+        };
+        let ready = match passage {
+            Some(Passage::Carry) => self.door.last(),
+            _ => None,
+        };
         let Some(ready) = ready else {
-            return self.sign_closely(request, copy);
+            return self.sign_closely(request, copy, passage);
         };
         let sent = Sent::new(ready.mark, copy, || (self.inner.clone(), Arc::clone(ready)));
         request.headers_mut().insert(AUTHORIZATION, ready.header());
         Ok(sent)
     }
 
-    /// Whether a request carries the token that is for nothing in particular.
+    /// How a request goes out, if its URI alone says so: with the token that is for nothing in particular, or without.
     #[inline(never)]
-    fn takes<Req: HttpRequest>(&self, request: &Req) -> bool {
+    fn judge<Req: HttpRequest>(&self, request: &Req) -> Option<Passage> {
         let settings = self.door.settings();
-        let judge = |uri: Cow<'_, Uri>| settings.origins.judge(&uri);
-        !settings.keep_existing
-            && request.extension::<WithoutToken>().is_none()
-            && request.extension::<TokenRequest>().is_none()
-            && request.uri().map(judge) == Some(Passage::Carry)
+        if settings.keep_existing
+            || request.extension::<WithoutToken>().is_some()
+            || request.extension::<TokenRequest>().is_some()
+        {
+            return None;
+        }
+        request.uri().map(|uri| settings.origins.judge(&uri))
     }
 
     /// As [`sign`](Self::sign), after a look at all that the request and the settings say.
@@ -175,13 +182,14 @@ impl<S, R> BearerAuth<S, R> {
         &mut self,
         request: &mut Req,
         copy: &mut Option<R::Copied>,
+        passage: Option<Passage>,
     ) -> Result<Sent<S, R>, Obstacle>
     where
         S: Clone,
         R: Replay<Req>,
         Req: HttpRequest,
     {
-        if !self.admits(request)? {
+        if !self.admits(request, passage)? {
             discard(copy);
             return Ok(Sent::bare());
         }
@@ -205,30 +213,36 @@ impl<S, R> BearerAuth<S, R> {
         Ok(sent)
     }
 
-    /// Whether a request is to carry a token of ours.
-    fn admits<Req: HttpRequest>(&self, request: &Req) -> Result<bool, Obstacle> {
+    /// Whether a request is to carry a token of ours; `passage` is what its URI says, if that is known.
+    fn admits<Req: HttpRequest>(
+        &self,
+        request: &Req,
+        passage: Option<Passage>,
+    ) -> Result<bool, Obstacle> {
         let settings = self.door.settings();
         let requests = || settings.cache.meters().requests();
-        if request.extension::<WithoutToken>().is_some()
-            || (settings.keep_existing && request.headers().contains_key(AUTHORIZATION))
-        {
-            requests().bare();
-            return Ok(false);
-        }
-        // What is no URI cannot be sent: the error is the inner service's.
-        let Some(uri) = request.uri() else {
-            return Ok(false);
+        let is_bare = || {
+            request.extension::<WithoutToken>().is_some()
+                || (settings.keep_existing && request.headers().contains_key(AUTHORIZATION))
         };
-        match settings.origins.judge(&uri) {
-            Passage::Carry => Ok(true),
-            Passage::Bare => {
+        let passage = match passage {
+            None if is_bare() => Some(Passage::Bare),
+            None => request.uri().map(|uri| settings.origins.judge(&uri)),
+            known => known,
+        };
+        match passage {
+            Some(Passage::Carry) => Ok(true),
+            Some(Passage::Bare) => {
                 requests().bare();
                 Ok(false)
             }
-            Passage::Refuse => {
+            Some(Passage::Refuse) => {
                 requests().refused();
+                let uri = request.uri().expect("it was judged by its URI");
                 Err(Obstacle::Refused(origin::refusal(&uri)))
             }
+            // What is no URI cannot be sent: the error is the inner service's.
+            None => Ok(false),
         }
     }
 
