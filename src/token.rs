@@ -213,6 +213,12 @@ impl AccessToken {
         self.0.due.earliest(self.0.expiry)
     }
 
+    /// Whether that is still to come, by a coarse reading of the wall clock and an exact one of the other.
+    #[cfg(feature = "metrics")]
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.0.is_coarsely_fresh() && self.0.is_fresh_otherwise(0, Instant::now())
+    }
+
     /// The same by the wall clock, to compare with a coarse reading of it.
     #[inline]
     pub(crate) fn coarsely_until(&self) -> Coarse {

@@ -162,9 +162,9 @@ impl Requests {
 
     /// A request leaves with a token that was looked at.
     pub(crate) fn looked(&self, token: &AccessToken) {
-        match token.fresh_until().has_come(Now::read()) {
-            true => self.0.due.increment(1),
-            false => self.0.fresh.increment(1),
+        match token.is_fresh() {
+            true => self.0.fresh.increment(1),
+            false => self.0.due.increment(1),
         }
         self.sample(token);
     }
