@@ -20,6 +20,7 @@ use axum::{
 use http::{
     StatusCode, Uri, Version,
     header::{AUTHORIZATION, HOST, RETRY_AFTER},
+    uri::PathAndQuery,
 };
 use hyper::body::Incoming;
 use hyper_util::{
@@ -93,6 +94,9 @@ fn retarget(mut request: Request, api: &Uri) -> Request {
     let mut parts = request.uri().clone().into_parts();
     parts.scheme = api.scheme().cloned();
     parts.authority = api.authority().cloned();
+    // A `CONNECT` names no path, and a URI with a scheme has one.
+    let root = PathAndQuery::from_static("/");
+    parts.path_and_query.get_or_insert(root);
     *request.uri_mut() = Uri::from_parts(parts).expect("the API's URI has scheme and authority");
     // The users' version of HTTP and their name for the gateway are none of the API's.
     *request.version_mut() = Version::default();

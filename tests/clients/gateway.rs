@@ -20,12 +20,17 @@ use bytes::Bytes;
 use http::{
     HeaderMap, Request, StatusCode, Uri,
     header::{AUTHORIZATION, HOST, RETRY_AFTER, WWW_AUTHENTICATE},
-    uri::{Authority, Scheme},
+    uri::{Authority, PathAndQuery, Scheme},
 };
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
-use tokio::{net::TcpListener, sync::mpsc, time};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::mpsc,
+    time,
+};
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 use tower::ServiceBuilder;
 use tower_bearer::{BearerAuthLayer, BoxError, EmptyBody, TokenCache, TokenError};
@@ -96,6 +101,9 @@ fn retarget(mut request: Request<Body>, upstream: &Authority) -> Request<Body> {
     let mut parts = request.uri().clone().into_parts();
     parts.scheme = Some(Scheme::HTTP);
     parts.authority = Some(upstream.clone());
+    // A `CONNECT` names no path, and a URI with a scheme has one.
+    let root = PathAndQuery::from_static("/");
+    parts.path_and_query.get_or_insert(root);
     *request.uri_mut() = Uri::from_parts(parts).unwrap();
     request.headers_mut().remove(HOST);
     request
@@ -211,6 +219,27 @@ async fn bodies_stream_through_in_both_directions() {
     }
     drop(sender);
     assert!(body.frame().await.is_none());
+}
+
+/// RFC 9112 section 3.2: a user may name anything as the target, and `CONNECT` names no path at all.
+#[tokio::test]
+async fn every_form_of_a_target_is_answered_by_the_api() {
+    let world = World::start(&AuthServer::new()).await;
+    for line in [
+        "GET /sims HTTP/1.1",
+        "GET http://elsewhere.example HTTP/1.1",
+        "OPTIONS * HTTP/1.1",
+        "CONNECT elsewhere.example:443 HTTP/1.1",
+    ] {
+        let mut user = TcpStream::connect(world.gateway).await.unwrap();
+        let request = format!("{line}\r\nhost: elsewhere.example\r\n\r\n");
+        user.write_all(request.as_bytes()).await.unwrap();
+        let mut status = [0; 15];
+        let read = time::timeout(Duration::from_secs(5), user.read_exact(&mut status)).await;
+        read.expect("it is answered").unwrap();
+        assert_eq!(&status, b"HTTP/1.1 200 OK", "{line}");
+    }
+    assert_eq!(world.upstream.seen(), ["token-1"; 4]);
 }
 
 #[tokio::test]
