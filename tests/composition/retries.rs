@@ -14,8 +14,8 @@ use tower_bearer::{BearerAuthLayer, BoxError, CloneBody, TokenError};
 use crate::{
     service::is_clone,
     support::{
-        Answer, Api, AuthServer, INVALID_TOKEN, echo, get, millis, secs, timed, token_error,
-        unauthorized,
+        Answer, Api, AuthServer, INVALID_TOKEN, echo, get, millis, secs, settle, timed,
+        token_error, unauthorized,
     },
 };
 
@@ -172,7 +172,7 @@ async fn a_retry_above_leaves_a_terminal_failure_alone() {
     assert_eq!(server.requests(), 1);
 }
 
-/// Retry, above: A 401 that was not replayed is followed by a try with another token.
+/// Retry, above: A 401 with `invalid_token` that was not replayed is followed by a try with another token.
 ///
 /// Law 8.
 #[tokio::test(start_paused = true)]
@@ -187,6 +187,31 @@ async fn a_retry_above_gets_another_token_after_a_refusal() {
     assert_eq!(client.oneshot(get()).await.unwrap().body(), "token-2");
     assert_eq!(api.tokens(), ["token-1", "token-2"]);
     assert_eq!(server.requests(), 2);
+}
+
+/// Retry, above: After one without a reason the old token goes on until there is another, so let the try come after a
+/// pause, or leave it to the layer's replay.
+///
+/// Law 4.
+#[tokio::test(start_paused = true)]
+async fn a_retry_above_comes_too_early_after_a_refusal_without_a_reason() {
+    let refused = StatusCode::UNAUTHORIZED;
+    for (pause, status, second) in [
+        (Duration::ZERO, refused, "token-1"),
+        (secs(1), StatusCode::OK, "token-2"),
+    ] {
+        let server = AuthServer::new();
+        server.set_latency(Duration::from_millis(100));
+        let api = Api::refusing("token-1", || unauthorized("Bearer"));
+        let client = ServiceBuilder::new()
+            .layer(on(refused, pause))
+            .layer(BearerAuthLayer::new(server.clone()))
+            .service(api.clone());
+        assert_eq!(client.oneshot(get()).await.unwrap().status(), status);
+        assert_eq!(api.tokens(), ["token-1", second]);
+        settle().await;
+        assert_eq!(server.requests(), 2);
+    }
 }
 
 /// Retry, below: It resends the signed request, with its old token if that has died meanwhile.
