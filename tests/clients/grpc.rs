@@ -26,7 +26,9 @@ use tonic::{
     service::interceptor::InterceptedService,
     transport::{Channel, Endpoint, Server},
 };
-use tower::{BoxError, ServiceBuilder, service_fn, util::BoxCloneSyncService};
+use tower::{
+    BoxError, ServiceBuilder, service_fn, timeout::error::Elapsed, util::BoxCloneSyncService,
+};
 use tower_bearer::{
     BearerAuth, BearerAuthLayer, CloneBody, CollectBodyLayer, CollectedBody, EmptyBody, Never,
     TokenCache, TokenError, TokenRequest, WithoutToken,
@@ -398,6 +400,36 @@ async fn a_call_that_waits_for_a_token_holds_no_place_in_the_channel() {
     assert_eq!(auth.requests(), 1);
 }
 
+/// A deadline is the channel's to keep, from when a call gets there: the first time and the second.
+#[tokio::test]
+async fn the_deadline_of_a_call_leaves_out_the_wait_for_a_token() {
+    let api = Api::start().await;
+    api.refuse("token-1");
+    let auth = AuthServer::new();
+    auth.set_latency(Duration::from_millis(700));
+    let mut client = api.collecting_client(&auth);
+    let mut request = Request::new(text("hello"));
+    request.set_timeout(Duration::from_millis(500));
+    client.say(request).await.unwrap();
+    assert_eq!(api.seen(), ["token-1", "token-2"]);
+}
+
+/// What covers all of a call is a timeout above.
+#[tokio::test]
+async fn a_timeout_above_covers_a_calls_wait_for_a_token() {
+    let api = Api::start().await;
+    let auth = AuthServer::new();
+    auth.hold();
+    let channel = ServiceBuilder::new()
+        .map_err(to_status)
+        .timeout(Duration::from_millis(100))
+        .layer(BearerAuthLayer::new(auth))
+        .service(api.channel());
+    let call = EchoClient::new(channel).say(text("hello")).await;
+    assert_eq!(call.unwrap_err().code(), Code::DeadlineExceeded);
+    assert!(api.seen().is_empty());
+}
+
 /// The extensions of a call are those of its request.
 #[tokio::test]
 async fn a_call_says_what_its_token_is_for() {
@@ -548,6 +580,7 @@ fn to_status(error: BoxError) -> Status {
             status.set_source(Arc::new(*error));
             status
         }
+        Err(error) if error.is::<Elapsed>() => Status::deadline_exceeded(error.to_string()),
         Err(error) => Status::from_error(error),
     }
 }
