@@ -21,7 +21,7 @@ use tower::{
     load_shed::error::Overloaded,
     spawn_ready::SpawnReady,
 };
-use tower_bearer::{BearerAuthLayer, CloneBody, TokenError, WithoutToken};
+use tower_bearer::{BearerAuthLayer, BoxError, CloneBody, TokenError, WithoutToken};
 
 use crate::{
     service::{is_clone, ready},
@@ -342,4 +342,48 @@ async fn a_readiness_that_is_spawned_below_needs_a_buffer() {
         .service(api.clone());
     assert_eq!(client.oneshot(get()).await.unwrap().body(), "token-2");
     assert_eq!(api.arrivals()[1].headers[AUTHORIZATION], "Bearer token-2");
+}
+
+/// AsyncFilter, above: It keeps what is below ready while it decides: a request that it holds back holds a permit of a
+/// limit below. What it rejects costs no token request.
+#[tokio::test(start_paused = true)]
+async fn an_async_filter_above_holds_readiness_and_no_token() {
+    let server = AuthServer::new();
+    let permits = Arc::new(Semaphore::new(1));
+    let mut client = ServiceBuilder::new()
+        .filter_async(|_| async {
+            time::sleep(secs(1)).await;
+            Err::<Request<String>, _>("rejected")
+        })
+        .layer(BearerAuthLayer::new(server.clone()))
+        .layer(GlobalConcurrencyLimitLayer::with_semaphore(permits.clone()))
+        .service(Api::echoing());
+    let waiting = tokio::spawn(ready(&mut client).await.unwrap().call(get()));
+    settle().await;
+    assert_eq!(permits.available_permits(), 0);
+    let error = waiting.await.unwrap().unwrap_err();
+    assert_eq!(error.to_string(), "rejected");
+    assert_eq!(permits.available_permits(), 1);
+    assert_eq!(server.requests(), 0);
+}
+
+/// AsyncFilter, below: It does the same with a signed request, whose token may die meanwhile.
+#[tokio::test(start_paused = true)]
+async fn an_async_filter_below_holds_a_signed_request_and_a_permit() {
+    let server = AuthServer::new();
+    server.set(Answer::Grant(secs(60)));
+    let permits = Arc::new(Semaphore::new(1));
+    let client = ServiceBuilder::new()
+        .layer(BearerAuthLayer::new(server.clone()))
+        .filter_async(|request: Request<String>| async {
+            time::sleep(secs(100)).await;
+            Ok::<_, BoxError>(request)
+        })
+        .layer(GlobalConcurrencyLimitLayer::with_semaphore(permits.clone()))
+        .service(Api::echoing());
+    let waiting = tokio::spawn(client.oneshot(get()));
+    time::sleep(secs(99)).await;
+    assert_eq!(permits.available_permits(), 0);
+    assert_eq!(waiting.await.unwrap().unwrap().body(), "token-1");
+    assert_eq!(server.requests(), 1);
 }
