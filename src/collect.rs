@@ -32,8 +32,9 @@ use crate::{
 /// read here at all.
 ///
 /// Nothing is sent before that, however long it takes, which is for a timeout above to bound. A body whose end waits for
-/// the answer, as that of a gRPC call that streams in both directions or of a WebSocket over HTTP/2 (RFC 8441), is never
-/// sent: such requests go round this layer.
+/// the answer, as that of a gRPC call that streams in both directions, is never sent: such requests go round this layer.
+/// The request of a WebSocket passes, over HTTP/2 (RFC 8441) as well, where it comes from hyper: the stream is an upgrade
+/// there, and the body empty.
 ///
 /// # Memory
 ///

@@ -23,8 +23,11 @@ use http::{
     uri::{Authority, PathAndQuery, Scheme},
 };
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
-use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use hyper::{body::Incoming, client::conn::http2, ext::Protocol};
+use hyper_util::{
+    client::legacy::Client,
+    rt::{TokioExecutor, TokioIo},
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -32,8 +35,11 @@ use tokio::{
     time,
 };
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
-use tower::ServiceBuilder;
-use tower_bearer::{BearerAuthLayer, BoxError, EmptyBody, TokenCache, TokenError};
+use tower::{ServiceBuilder, service_fn};
+use tower_bearer::{
+    BearerAuthLayer, BoxError, CloneBody, CollectBodyLayer, CollectedBody, EmptyBody, TokenCache,
+    TokenError,
+};
 
 use crate::support::{Answer, AuthServer, INVALID_TOKEN, until};
 
@@ -268,6 +274,51 @@ async fn a_request_with_a_body_is_sent_once_and_the_token_is_replaced() {
         "order"
     );
     assert_eq!(world.upstream.seen(), ["token-1", "token-2"]);
+}
+
+/// RFC 8441: hyper tells such a request as one without a body, and hands its stream out by an upgrade.
+#[tokio::test]
+async fn a_websocket_over_http_2_does_not_wait_for_a_body_to_be_collected() {
+    let (sender, mut seen) = mpsc::unbounded_channel();
+    let api = service_fn(move |request: Request<CollectedBody<Body>>| {
+        let protocol = request.extensions().get::<Protocol>().cloned();
+        let token = bearer(request.headers());
+        let status = match &*token {
+            "token-1" => StatusCode::UNAUTHORIZED,
+            _ => StatusCode::OK,
+        };
+        sender.send((protocol, token)).unwrap();
+        async move { Ok::<_, Infallible>(status.into_response()) }
+    });
+    let stack = ServiceBuilder::new()
+        .layer(HandleErrorLayer::new(|_: BoxError| async {
+            StatusCode::BAD_GATEWAY
+        }))
+        .layer(CollectBodyLayer::new(100))
+        .layer(BearerAuthLayer::new(AuthServer::new()).replay(CloneBody))
+        .service(api);
+    let gateway = serve(Router::new().route_service("/chat", stack)).await;
+
+    let stream = TokioIo::new(TcpStream::connect(gateway).await.unwrap());
+    let (mut user, connection) = http2::handshake(TokioExecutor::new(), stream)
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    let target = |path| format!("http://{gateway}{path}");
+    // With the first answer comes the gateway's word that it takes such requests.
+    let request = Request::get(target("/")).body(Body::empty()).unwrap();
+    user.send_request(request).await.unwrap();
+    let websocket = Protocol::from_static("websocket");
+    let request = Request::connect(target("/chat"))
+        .extension(websocket.clone())
+        .body(Body::empty())
+        .unwrap();
+    let response = time::timeout(Duration::from_secs(5), user.send_request(request)).await;
+    assert_eq!(response.unwrap().unwrap().status(), StatusCode::OK);
+    for token in ["token-1", "token-2"] {
+        let sent = (Some(websocket.clone()), token.to_owned());
+        assert_eq!(seen.recv().await.unwrap(), sent);
+    }
 }
 
 #[tokio::test]
