@@ -288,3 +288,48 @@ async fn a_boxed_inner_service_works() {
     assert_eq!(response.unwrap().body(), "token-2");
     assert_eq!(api.tokens(), ["token-1", "token-2"].repeat(2));
 }
+
+/// BearerAuth, above: With `.origins([..])` on both, each origin is given the token of its own layer, and a 401 counts
+/// against that token alone.
+///
+/// Laws 8 and 9.
+#[tokio::test(start_paused = true)]
+async fn two_layers_with_origins_of_their_own_keep_to_their_origins() {
+    let servers = [AuthServer::new(), AuthServer::new()];
+    servers[0].set(Answer::Text("other", secs(300)));
+    let [above, below] = servers.clone().map(BearerAuthLayer::new);
+    let client = ServiceBuilder::new()
+        .layer(above.origins(["https://other.example"]).unwrap())
+        .layer(below.origins(["https://api.example"]).unwrap())
+        .service(Api::refusing("token-1", || unauthorized(INVALID_TOKEN)));
+    let ask = async |origin| {
+        let request = Request::get(origin).body(String::new()).unwrap();
+        client.clone().oneshot(request).await.unwrap()
+    };
+    assert_eq!(ask("https://other.example").await.body(), "other");
+    assert_eq!(ask("https://evil.example").await.body(), "anonymous");
+    let response = ask("https://api.example").await;
+    assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
+    assert_eq!(ask("https://api.example").await.body(), "token-2");
+    assert_eq!(servers.map(|server| server.requests()), [1, 2]);
+}
+
+/// BearerAuth, below: Without them, its token takes the place of the one from above, and a 401 that it cannot mend counts
+/// against both.
+///
+/// Law 8.
+#[tokio::test(start_paused = true)]
+async fn a_second_layer_below_displaces_the_token() {
+    let servers = [AuthServer::new(), AuthServer::new()];
+    servers[0].set(Answer::Text("displaced", secs(300)));
+    let [above, below] = servers.clone().map(BearerAuthLayer::new);
+    let api = Api::new(|_| unauthorized(INVALID_TOKEN));
+    let client = ServiceBuilder::new()
+        .layer(above.replay(CloneBody))
+        .layer(below.replay(CloneBody))
+        .service(api.clone());
+    let response = client.oneshot(get()).await.unwrap();
+    assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
+    assert_eq!(api.tokens(), ["token-1", "token-2"]);
+    assert_eq!(servers.map(|server| server.requests()), [2, 2]);
+}
