@@ -5,7 +5,7 @@
 use std::{error::Error, fmt, time::Duration};
 
 use http::{Request, Response};
-use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
+use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn, util::BoxCloneSyncService};
 use tower_bearer::{BearerAuthLayer, BoxError, CloneBody, TokenCache, TokenError};
 
 use crate::support::{Answer, Api, AuthServer, get};
@@ -98,4 +98,22 @@ async fn an_error_of_the_inner_service_passes_through_with_its_type() {
             assert_eq!(error.downcast::<Broken>().unwrap().0, 7);
         }
     }
+}
+
+/// In an `async` block that is spawned, the compiler cannot tell that a `BoxError` which the type of a service names goes
+/// into a `BoxError`, with tower's layers as little as with this one: a box around the whole takes that out of sight.
+#[tokio::test(start_paused = true)]
+async fn a_stack_over_a_boxed_client_is_used_in_spawned_tasks() {
+    type Client = BoxCloneSyncService<Request<String>, Response<String>, BoxError>;
+    let client = ServiceBuilder::new()
+        .map_err(BoxError::from)
+        .service(Api::echoing());
+    let client = Client::new(client);
+    let api = BearerAuthLayer::new(AuthServer::new()).layer(client);
+    let response = tokio::spawn(api.clone().oneshot(get())).await.unwrap();
+    assert_eq!(response.unwrap().body(), "token-1");
+
+    let api = Client::new(api);
+    let response = tokio::spawn(async move { api.oneshot(get()).await });
+    assert_eq!(response.await.unwrap().unwrap().body(), "token-1");
 }
