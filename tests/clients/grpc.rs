@@ -23,7 +23,7 @@ use tonic::{
     Code, Request, Status,
     body::Body,
     metadata::MetadataMap,
-    service::interceptor::InterceptedService,
+    service::interceptor::{InterceptedService, InterceptorLayer},
     transport::{Channel, Endpoint, Server},
 };
 use tower::{
@@ -683,6 +683,32 @@ async fn an_interceptor_takes_its_token_from_the_cache() {
     cache.get().await.unwrap();
     client.say(text("hello")).await.unwrap();
     assert_eq!(api.seen(), ["token-1", "token-1", "token-2"]);
+}
+
+/// What an interceptor refuses is a response of headers only, as the API's refusal is.
+#[tokio::test]
+async fn a_refusal_of_an_interceptor_below_counts_against_the_token() {
+    let api = Api::start().await;
+    let refuse = |_: Request<()>| Err(Status::unauthenticated("not you"));
+    let intercept = InterceptorLayer::new(refuse);
+
+    let auth = AuthServer::new();
+    let above = ServiceBuilder::new()
+        .layer(intercept)
+        .layer(BearerAuthLayer::new(auth.clone()))
+        .service(api.channel());
+    let status = EchoClient::new(above).say(text("hello")).await;
+    assert_eq!(status.unwrap_err().message(), "not you");
+    assert_eq!(auth.requests(), 0);
+
+    let below = ServiceBuilder::new()
+        .layer(BearerAuthLayer::new(auth.clone()))
+        .layer(intercept)
+        .service(api.channel());
+    let status = EchoClient::new(below).say(text("hello")).await;
+    assert_eq!(status.unwrap_err().message(), "not you");
+    until(|| auth.requests() == 2).await;
+    assert!(api.seen().is_empty());
 }
 
 /// A call's metadata is the other place for a token, where one can wait.
