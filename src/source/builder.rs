@@ -1,14 +1,16 @@
 //! What [`ClientCredentials`] are made of, checked before anything is sent.
 
+use std::fmt;
 #[cfg(feature = "rustls")]
-use std::time::Duration;
-use std::{fmt, sync::Arc};
+use std::{mem, time::Duration};
 
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Body;
 use http_body_util::Full;
-use oauth2::{AuthType, TokenUrl, url::Url};
+#[cfg(feature = "rustls")]
+use oauth2::url::Url;
+use oauth2::{AuthType, TokenUrl};
 #[cfg(feature = "rustls")]
 use secrecy::ExposeSecret;
 use tower_service::Service;
@@ -19,9 +21,9 @@ use super::{
     AuthMethod, ClientCredentials, Credential,
     asked::{Asked, names},
     auth::{Means, Refused},
-    client_credentials::{Client, Inner, Way},
-    discovery::{Discovery, Issuer, Place},
-    endpoints::{Endpoints, check_url},
+    client_credentials::{Client, Inner},
+    discovery::{Issuer, Place},
+    endpoints::{Endpoints, check_url, parse_url},
     grant::Grant,
     transport::Transport,
 };
@@ -32,7 +34,7 @@ use crate::error::{BoxError, ConfigError};
 /// Whom a builder is about.
 pub(super) enum Target {
     /// The client of this id at this token endpoint.
-    Client { id: String, token_url: TokenUrl },
+    Client { id: String, token_url: String },
     /// The client of this id at the server of this issuer.
     Issuer { id: String, issuer: String },
     /// A client of `oauth2`, with whatever it knows of itself.
@@ -46,7 +48,7 @@ pub(super) enum Target {
 /// [`build_with`](Self::build_with).
 #[must_use = "a builder does nothing until it is built"]
 pub struct ClientCredentialsBuilder {
-    target: Result<Target, ConfigError>,
+    target: Target,
     means: Means,
     #[cfg(feature = "jwt")]
     issuer: Option<String>,
@@ -60,7 +62,7 @@ pub struct ClientCredentialsBuilder {
 }
 
 impl ClientCredentialsBuilder {
-    pub(super) fn new(target: Result<Target, ConfigError>) -> Self {
+    pub(super) fn new(target: Target) -> Self {
         Self {
             target,
             means: Means::default(),
@@ -272,27 +274,28 @@ impl ClientCredentialsBuilder {
     /// cannot be used with its key, or the token URL is not `https` though the client is to present one.
     #[cfg(feature = "rustls")]
     pub fn build(mut self) -> Result<ClientCredentials, ConfigError> {
+        let settings = mem::take(&mut self.https);
         let parts = self.checked(false)?;
-        let uses_tls = match &parts.spot {
-            Spot::Told(endpoints) => endpoints.token_url.url().scheme() == "https",
-            Spot::Issuer(issuer) => issuer.uses_tls(),
+        let (url, revocation_url, otherwise) = match &parts.place {
+            Place::Told(endpoints) => {
+                let url = endpoints.token_url.url();
+                (url, &endpoints.revocation_url, https::Tls::Unused)
+            }
+            Place::Found(discovery) => {
+                let issuer = &discovery.issuer;
+                (issuer.url(), &issuer.revocation_url, https::Tls::Possible)
+            }
         };
-        let revocation_url = match &parts.spot {
-            Spot::Told(endpoints) => &endpoints.revocation_url,
-            Spot::Issuer(issuer) => &issuer.revocation_url,
+        let is_https = |url: &Url| url.scheme() == "https";
+        let uses_tls = is_https(url);
+        let tls = match uses_tls || revocation_url.as_ref().is_some_and(is_https) {
+            true => https::Tls::Needed,
+            false => otherwise,
         };
-        let revokes_by_tls = revocation_url
-            .as_ref()
-            .is_some_and(|url| url.scheme() == "https");
-        let tls = match &parts.spot {
-            _ if uses_tls || revokes_by_tls => https::Tls::Needed,
-            Spot::Issuer(_) => https::Tls::Possible,
-            Spot::Told(_) => https::Tls::Unused,
-        };
-        let dialer = self.https.dialer(tls)?;
+        let dialer = settings.dialer(tls)?;
         let transport = dialer.transport(None)?;
-        let way = match &self.means.certificate {
-            None => Way::Fixed(transport.clone()),
+        let mutual = match &parts.means.certificate {
+            None => None,
             Some(_) if !uses_tls => {
                 return Err(ConfigError::new(
                     "a client_certificate can be presented to an https URL only",
@@ -303,10 +306,13 @@ impl ClientCredentialsBuilder {
                 if let (Some(chain), Some(key)) = (chain.constant(), key.constant()) {
                     mutual.transport(chain.expose_secret(), key.expose_secret())?;
                 }
-                Way::Mutual(mutual)
+                Some(mutual)
             }
         };
-        Ok(self.assembled(parts, transport, way))
+        Ok(ClientCredentials::new(Inner {
+            mutual,
+            ..parts.over(transport)
+        }))
     }
 
     /// Builds the source with any HTTP service as the way to the token endpoint.
@@ -332,7 +338,7 @@ impl ClientCredentialsBuilder {
     /// - An assertion: it is addressed to an issuer that is not known, or its key is, and cannot be used or not with the
     ///   algorithm that was set.
     /// - A client certificate: it is for the service to present by itself.
-    pub fn build_with<S, B>(mut self, service: S) -> Result<ClientCredentials, ConfigError>
+    pub fn build_with<S, B>(self, service: S) -> Result<ClientCredentials, ConfigError>
     where
         S: Service<Request<Full<Bytes>>, Response = Response<B>> + Clone + Send + 'static,
         S::Error: Into<BoxError>,
@@ -346,49 +352,71 @@ impl ClientCredentialsBuilder {
                 "the service given to build_with would not present the client_certificate",
             ));
         }
-        let parts = self.checked(true)?;
         let transport = Transport::new(service);
-        let way = Way::Fixed(transport.clone());
-        Ok(self.assembled(parts, transport, way))
+        Ok(ClientCredentials::new(self.checked(true)?.over(transport)))
     }
 
     /// Checks all settings but those of the transport.
-    fn checked(&mut self, certificate_elsewhere: bool) -> Result<Parts, ConfigError> {
-        let target = std::mem::replace(&mut self.target, Err(ConfigError::new("it is taken")))?;
-        let (client, spot) = match target {
+    fn checked(self, certificate_elsewhere: bool) -> Result<Parts, ConfigError> {
+        let Self {
+            target,
+            mut means,
+            plain_http,
+            ..
+        } = self;
+        let revocation_url = self
+            .revocation_url
+            .map(|url| parse_url(&url, "revocation", plain_http))
+            .transpose()?;
+        let told = |token_url: TokenUrl| {
+            check_url(token_url.url(), "token", plain_http)?;
+            Ok::<_, ConfigError>(Endpoints {
+                token_url,
+                revocation_url: revocation_url.clone(),
+                #[cfg(feature = "jwt")]
+                issuer: self.issuer.clone(),
+                auth_methods: None,
+                #[cfg(feature = "jwt")]
+                algorithms: None,
+            })
+        };
+        let (client, place) = match target {
             Target::Client { id, token_url } => {
-                (Client::Own(id), Spot::Told(self.endpoints(token_url)?))
+                let token_url = TokenUrl::new(token_url).map_err(|error| {
+                    ConfigError::new("the token URL cannot be parsed").with_source(error)
+                })?;
+                (Client::Own(id), Place::told(told(token_url)?))
             }
             Target::Whole(client) => {
-                let (client, token_url) = self.own(client);
-                (client, Spot::Told(self.endpoints(token_url)?))
+                let endpoints = told(client.token_url().clone())?;
+                (own(client, &mut means), Place::told(endpoints))
             }
             Target::Issuer { id, issuer } => {
                 #[cfg(feature = "jwt")]
                 if self.issuer.is_some() {
                     return Err(ConfigError::new("the issuer is set twice"));
                 }
-                let mutual = self.means.present_certificate();
-                let mut issuer = Issuer::new(&issuer, self.plain_http, mutual)?;
-                issuer.revocation_url = self.checked_revocation_url()?;
-                (Client::Own(id), Spot::Issuer(issuer))
+                let mutual = means.present_certificate();
+                let mut issuer = Issuer::new(&issuer, plain_http, mutual)?;
+                issuer.revocation_url = revocation_url;
+                (Client::Own(id), Place::found(issuer))
             }
         };
         if client.id().is_empty() {
             return Err(ConfigError::new("the client id is empty"));
         }
-        if self.means.raw_basic && client.id().contains(':') {
+        if means.raw_basic && client.id().contains(':') {
             // RFC 7617 section 2: the first colon ends the id.
             return Err(ConfigError::new(
                 "a client id with a colon cannot be sent in raw_basic_credentials",
             ));
         }
         if let Client::Own(_) = client {
-            let endpoints = match &spot {
-                Spot::Told(endpoints) => Some(endpoints),
-                Spot::Issuer(_) => None,
+            let endpoints = match &place {
+                Place::Told(endpoints) => Some(&**endpoints),
+                Place::Found(_) => None,
             };
-            self.means.check(endpoints, certificate_elsewhere)?;
+            means.check(endpoints, certificate_elsewhere)?;
         }
         let asked = Asked::new(
             self.scopes.iter().map(String::as_str),
@@ -397,84 +425,49 @@ impl ClientCredentialsBuilder {
         )?;
         Ok(Parts {
             client,
-            spot,
-            asked,
-        })
-    }
-
-    fn endpoints(&self, token_url: TokenUrl) -> Result<Endpoints, ConfigError> {
-        check_url(token_url.url(), "token", self.plain_http)?;
-        Ok(Endpoints {
-            token_url,
-            revocation_url: self.checked_revocation_url()?,
-            #[cfg(feature = "jwt")]
-            issuer: self.issuer.clone(),
-            auth_methods: None,
-            #[cfg(feature = "jwt")]
-            algorithms: None,
-        })
-    }
-
-    fn checked_revocation_url(&self) -> Result<Option<Url>, ConfigError> {
-        let Some(url) = &self.revocation_url else {
-            return Ok(None);
-        };
-        let url = Url::parse(url).map_err(|error| {
-            ConfigError::new("the revocation URL cannot be parsed").with_source(error)
-        })?;
-        check_url(&url, "revocation", self.plain_http)?;
-        Ok(Some(url))
-    }
-
-    /// Takes a client of `oauth2` apart if its way to prove its identity is set here.
-    fn own(&mut self, client: Box<dyn Grant>) -> (Client, TokenUrl) {
-        let token_url = client.token_url().clone();
-        if self.means.take_over() {
-            if matches!(client.auth_type(), AuthType::RequestBody) && self.means.secret.is_some() {
-                let method = self.means.method;
-                self.means.method = method.or(Some(AuthMethod::ClientSecretPost));
-            }
-            return (Client::Own(client.client_id().to_owned()), token_url);
-        }
-        let client = match self.means.method {
-            Some(AuthMethod::ClientSecretBasic) => client.with_auth_type(AuthType::BasicAuth),
-            Some(AuthMethod::ClientSecretPost) => client.with_auth_type(AuthType::RequestBody),
-            _ => client,
-        };
-        (Client::Whole(client), token_url)
-    }
-
-    fn assembled(self, parts: Parts, transport: Transport, way: Way) -> ClientCredentials {
-        let Parts {
-            client,
-            spot,
-            asked,
-        } = parts;
-        let place = match spot {
-            Spot::Told(endpoints) => Place::Told(Arc::new(endpoints)),
-            Spot::Issuer(issuer) => Place::Found(Box::new(Discovery::new(issuer, transport))),
-        };
-        ClientCredentials::new(Inner {
-            client,
             place,
             asked,
-            means: self.means,
-            refused: Refused::new(),
-            way,
+            means,
         })
     }
+}
+
+/// Takes a client of `oauth2` apart if its way to prove its identity is set here.
+fn own(client: Box<dyn Grant>, means: &mut Means) -> Client {
+    if means.take_over() {
+        if matches!(client.auth_type(), AuthType::RequestBody) && means.secret.is_some() {
+            means.method = means.method.or(Some(AuthMethod::ClientSecretPost));
+        }
+        return Client::Own(client.client_id().to_owned());
+    }
+    Client::Whole(match means.method {
+        Some(AuthMethod::ClientSecretBasic) => client.with_auth_type(AuthType::BasicAuth),
+        Some(AuthMethod::ClientSecretPost) => client.with_auth_type(AuthType::RequestBody),
+        _ => client,
+    })
 }
 
 /// What has been checked.
 struct Parts {
     client: Client,
-    spot: Spot,
+    place: Place,
     asked: Asked,
+    means: Means,
 }
 
-enum Spot {
-    Told(Endpoints),
-    Issuer(Issuer),
+impl Parts {
+    fn over(self, transport: Transport) -> Inner {
+        Inner {
+            client: self.client,
+            place: self.place,
+            asked: self.asked,
+            means: self.means,
+            refused: Refused::new(),
+            transport,
+            #[cfg(feature = "rustls")]
+            mutual: None,
+        }
+    }
 }
 
 impl fmt::Debug for ClientCredentialsBuilder {

@@ -4,7 +4,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use oauth2::{
     AuthType, ClientId, ClientSecret, EndpointSet, EndpointState, ErrorResponse, RevocableToken,
-    TokenIntrospectionResponse, TokenUrl, basic::BasicClient, url::Url,
+    TokenIntrospectionResponse, basic::BasicClient, url::Url,
 };
 use secrecy::ExposeSecret;
 use tokio::time::{self, Instant};
@@ -71,7 +71,10 @@ pub(super) struct Inner {
     pub(super) asked: Asked,
     pub(super) means: Means,
     pub(super) refused: Refused,
-    pub(super) way: Way,
+    pub(super) transport: Transport,
+    /// Takes its place if the client presents a certificate.
+    #[cfg(feature = "rustls")]
+    pub(super) mutual: Option<https::Mutual>,
 }
 
 /// Whoever asks for tokens.
@@ -91,31 +94,6 @@ impl Client {
     }
 }
 
-/// The way to the authorization server.
-pub(super) enum Way {
-    Fixed(Transport),
-    /// A client that presents a certificate.
-    #[cfg(feature = "rustls")]
-    Mutual(https::Mutual),
-}
-
-impl Way {
-    fn transport(&self, held: &Held) -> Result<Transport, ConfigError> {
-        match self {
-            Self::Fixed(transport) => {
-                // Whoever holds one has the other way.
-                let _ = held;
-                Ok(transport.clone())
-            }
-            #[cfg(feature = "rustls")]
-            Self::Mutual(mutual) => {
-                let (chain, key) = held.certificate.as_ref().expect("it was gathered");
-                mutual.transport(chain.text(), key.text())
-            }
-        }
-    }
-}
-
 /// What a request to the authorization server is.
 #[derive(Clone, Copy)]
 enum Request<'a> {
@@ -130,6 +108,10 @@ enum Request<'a> {
 }
 
 impl Inner {
+    async fn endpoints(&self, limit: Duration) -> Result<Arc<Endpoints>, TokenError> {
+        self.place.endpoints(&self.transport, limit).await
+    }
+
     /// Makes one token request, or two if the server does not know the client and the client has other
     /// credentials by now. Credentials that cannot be sent are asked for again in the same way.
     async fn exchange<T>(
@@ -219,7 +201,12 @@ impl Inner {
                 params: Vec::new(),
             },
         };
-        Ok((proof, self.way.transport(held)?))
+        #[cfg(feature = "rustls")]
+        if let Some(mutual) = &self.mutual {
+            let (chain, key) = held.certificate.as_ref().expect("it was gathered");
+            return Ok((proof, mutual.transport(chain.text(), key.text())?));
+        }
+        Ok((proof, self.transport.clone()))
     }
 
     async fn send(
@@ -291,13 +278,10 @@ impl ClientCredentials {
         token_url: impl Into<String>,
         client_id: impl Into<String>,
     ) -> ClientCredentialsBuilder {
-        let target = TokenUrl::new(token_url.into())
-            .map(|token_url| Target::Client {
-                id: client_id.into(),
-                token_url,
-            })
-            .map_err(|error| ConfigError::new("the token URL cannot be parsed").with_source(error));
-        ClientCredentialsBuilder::new(target)
+        ClientCredentialsBuilder::new(Target::Client {
+            id: client_id.into(),
+            token_url: token_url.into(),
+        })
     }
 
     /// Starts a source for the client `client_id` at the authorization server of this issuer, which says by itself
@@ -338,10 +322,10 @@ impl ClientCredentials {
         issuer: impl Into<String>,
         client_id: impl Into<String>,
     ) -> ClientCredentialsBuilder {
-        ClientCredentialsBuilder::new(Ok(Target::Issuer {
+        ClientCredentialsBuilder::new(Target::Issuer {
             id: client_id.into(),
             issuer: issuer.into(),
-        }))
+        })
     }
 
     /// Starts a source from a client of the `oauth2` crate that has a token URL.
@@ -395,7 +379,7 @@ impl ClientCredentials {
         Introspection: EndpointState + Send + Sync + 'static,
         Revocation: EndpointState + Send + Sync + 'static,
     {
-        ClientCredentialsBuilder::new(Ok(Target::Whole(Box::new(client))))
+        ClientCredentialsBuilder::new(Target::Whole(Box::new(client)))
     }
 
     pub(super) fn new(inner: Inner) -> Self {
@@ -411,7 +395,8 @@ impl TokenSource for ClientCredentials {
             .inner
             .asked
             .of(&fetch.request, fetch.claims.as_deref())?;
-        let endpoints = &*self.inner.place.endpoints(fetch.timeout / 4).await?;
+        let limit = fetch.timeout / 4;
+        let endpoints = &*self.inner.endpoints(limit).await?;
         let ask = |request| {
             self.inner
                 .exchange(request, &asked, endpoints, Answer::into_token)
@@ -447,7 +432,7 @@ impl TokenSource for ClientCredentials {
             refresh_token,
             access_token,
         } = revocation;
-        let endpoints = &*self.inner.place.endpoints(DISCOVERY_LIMIT).await?;
+        let endpoints = &*self.inner.endpoints(DISCOVERY_LIMIT).await?;
         let Some(url) = &endpoints.revocation_url else {
             return Err(TokenError::terminal(
                 "the revocation URL of the authorization server is not known",
@@ -520,6 +505,7 @@ mod tests {
     use bytes::Bytes;
     use http::{Request, Response, header::AUTHORIZATION};
     use http_body_util::{BodyExt, Full};
+    use oauth2::TokenUrl;
     use secrecy::ExposeSecret;
 
     use super::*;

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use tokio::time;
 
 use super::{
-    endpoints::{Endpoints, check_url},
+    endpoints::{Endpoints, check_url, parse_url},
     response::{Answer, malformed},
     transport::Transport,
     turn::Turn,
@@ -37,10 +37,7 @@ impl Issuer {
         plain_http: bool,
         mutual: bool,
     ) -> Result<Self, ConfigError> {
-        let url = Url::parse(identifier).map_err(|error| {
-            ConfigError::new("the issuer URL cannot be parsed").with_source(error)
-        })?;
-        check_url(&url, "issuer", plain_http)?;
+        let url = parse_url(identifier, "issuer", plain_http)?;
         if url.query().is_some() {
             // RFC 8414 section 2.
             return Err(ConfigError::new("the issuer URL must not have a query"));
@@ -65,9 +62,10 @@ impl Issuer {
         })
     }
 
+    /// Where it is asked first.
     #[cfg(feature = "rustls")]
-    pub(super) fn uses_tls(&self) -> bool {
-        self.documents[0].scheme() == "https"
+    pub(super) fn url(&self) -> &Url {
+        &self.documents[0]
     }
 
     async fn ask(&self, transport: &Transport) -> Result<Endpoints, TokenError> {
@@ -115,8 +113,7 @@ impl Issuer {
         check_url(token_url.url(), "token", self.plain_http).map_err(TokenError::terminal)?;
         // Nothing but its own use depends on this one.
         let revocation_url = endpoint("revocation_endpoint")
-            .and_then(|url| Url::parse(url).ok())
-            .filter(|url| check_url(url, "revocation", self.plain_http).is_ok());
+            .and_then(|url| parse_url(url, "revocation", self.plain_http).ok());
         Ok(Endpoints {
             token_url,
             revocation_url: self.revocation_url.clone().or(revocation_url),
@@ -136,11 +133,28 @@ pub(super) enum Place {
 }
 
 impl Place {
-    /// Returns what is known, or finds it out. `limit` bounds the search for something newer.
-    pub(super) async fn endpoints(&self, limit: Duration) -> Result<Arc<Endpoints>, TokenError> {
+    pub(super) fn told(endpoints: Endpoints) -> Self {
+        Self::Told(Arc::new(endpoints))
+    }
+
+    pub(super) fn found(issuer: Issuer) -> Self {
+        Self::Found(Box::new(Discovery {
+            issuer,
+            state: Mutex::new(State::default()),
+            turn: Turn::new(),
+        }))
+    }
+
+    /// Returns what is known, or finds it out over `transport`, which presents no client certificate: metadata are
+    /// public. `limit` bounds the search for something newer.
+    pub(super) async fn endpoints(
+        &self,
+        transport: &Transport,
+        limit: Duration,
+    ) -> Result<Arc<Endpoints>, TokenError> {
         match self {
             Self::Told(endpoints) => Ok(endpoints.clone()),
-            Self::Found(discovery) => discovery.endpoints(limit).await,
+            Self::Found(discovery) => discovery.endpoints(transport, limit).await,
         }
     }
 
@@ -167,9 +181,7 @@ impl Place {
 
 /// The metadata of an authorization server, kept until the endpoints fail.
 pub(super) struct Discovery {
-    issuer: Issuer,
-    /// Presents no certificate: the metadata are public.
-    transport: Transport,
+    pub(super) issuer: Issuer,
     state: Mutex<State>,
     /// Had while the server is asked, so that the token requests of many keys ask it once.
     turn: Turn,
@@ -197,16 +209,11 @@ impl State {
 }
 
 impl Discovery {
-    pub(super) fn new(issuer: Issuer, transport: Transport) -> Self {
-        Self {
-            issuer,
-            transport,
-            state: Mutex::new(State::default()),
-            turn: Turn::new(),
-        }
-    }
-
-    async fn endpoints(&self, limit: Duration) -> Result<Arc<Endpoints>, TokenError> {
+    async fn endpoints(
+        &self,
+        transport: &Transport,
+        limit: Duration,
+    ) -> Result<Arc<Endpoints>, TokenError> {
         let rounds = {
             let state = self.state.lock();
             if let (Some(endpoints), false) = (&state.endpoints, state.suspect) {
@@ -223,7 +230,7 @@ impl Discovery {
             }
             state.endpoints.as_ref().map(|_| limit)
         };
-        let asking = self.issuer.ask(&self.transport);
+        let asking = self.issuer.ask(transport);
         let found = match limit {
             Some(limit) => time::timeout(limit, asking)
                 .await

@@ -19,6 +19,15 @@ pub(super) struct Endpoints {
     pub(super) algorithms: Option<Vec<String>>,
 }
 
+/// Reads a URL that secrets are sent to. `what` is how the message names it.
+pub(super) fn parse_url(text: &str, what: &str, plain_http: bool) -> Result<Url, ConfigError> {
+    let url = Url::parse(text).map_err(|error| {
+        ConfigError::new(format!("the {what} URL cannot be parsed")).with_source(error)
+    })?;
+    check_url(&url, what, plain_http)?;
+    Ok(url)
+}
+
 /// Checks a URL that secrets are sent to. `what` is how the message names it.
 pub(super) fn check_url(url: &Url, what: &str, plain_http: bool) -> Result<(), ConfigError> {
     let secure = match url.scheme() {
