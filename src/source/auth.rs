@@ -72,6 +72,28 @@ impl AuthMethod {
             Self::None => "none",
         }
     }
+
+    fn takes(self) -> Takes {
+        match self {
+            Self::ClientSecretBasic | Self::ClientSecretPost => Takes::Secret,
+            #[cfg(feature = "jwt")]
+            Self::ClientSecretJwt => Takes::Secret,
+            #[cfg(feature = "jwt")]
+            Self::PrivateKeyJwt => Takes::PrivateKey,
+            Self::TlsClientAuth | Self::SelfSignedTlsClientAuth => Takes::Certificate,
+            Self::None => Takes::Nothing,
+        }
+    }
+}
+
+/// What a method proves an identity by.
+#[derive(PartialEq)]
+enum Takes {
+    Secret,
+    #[cfg(feature = "jwt")]
+    PrivateKey,
+    Certificate,
+    Nothing,
 }
 
 /// What a client has to prove its identity with.
@@ -104,11 +126,8 @@ impl Means {
 
     /// Whether requests go over a connection with a client certificate.
     pub(super) fn present_certificate(&self) -> bool {
-        let by_method = matches!(
-            self.method,
-            Some(AuthMethod::TlsClientAuth | AuthMethod::SelfSignedTlsClientAuth)
-        );
-        by_method || self.certificate.is_some()
+        let by_method = |method: AuthMethod| method.takes() == Takes::Certificate;
+        self.certificate.is_some() || self.method.is_some_and(by_method)
     }
 
     /// Finds what contradicts itself, and constants that are of no use.
@@ -126,51 +145,32 @@ impl Means {
         }
         let supported = endpoints.and_then(|endpoints| endpoints.auth_methods.as_deref());
         let method = self.method(supported).map_err(ConfigError::new)?;
-        let missing = match method {
-            AuthMethod::ClientSecretBasic | AuthMethod::ClientSecretPost
-                if self.secret.is_none() =>
-            {
-                "a client_secret"
-            }
+        let has_certificate = certificate_elsewhere || self.certificate.is_some();
+        let missing = match method.takes() {
+            Takes::Secret if self.secret.is_none() => Some("a client_secret"),
             #[cfg(feature = "jwt")]
-            AuthMethod::ClientSecretJwt if self.secret.is_none() => "a client_secret",
-            #[cfg(feature = "jwt")]
-            AuthMethod::PrivateKeyJwt if self.private_key().is_none() => "a private_key",
-            AuthMethod::TlsClientAuth | AuthMethod::SelfSignedTlsClientAuth
-                if self.certificate.is_none() && !certificate_elsewhere =>
-            {
-                "a client_certificate"
-            }
-            AuthMethod::None if self.secret.is_some() || self.private_key().is_some() => {
+            Takes::PrivateKey if self.private_key().is_none() => Some("a private_key"),
+            Takes::Certificate if !has_certificate => Some("a client_certificate"),
+            Takes::Nothing if self.secret.is_some() || self.private_key().is_some() => {
                 return Err(ConfigError::new(
                     "the client has a secret or a private key that auth_method does not use",
                 ));
             }
-            _ => "",
+            _ => None,
         };
-        if !missing.is_empty() {
+        if let Some(missing) = missing {
             return Err(ConfigError::new(format!(
                 "the auth_method {} takes {missing}",
                 method.name()
             )));
         }
-        #[cfg(feature = "jwt")]
-        self.check_assertion(method, endpoints)?;
-        Ok(())
-    }
-
-    #[cfg(feature = "jwt")]
-    fn check_assertion(
-        &self,
-        method: AuthMethod,
-        endpoints: Option<&Endpoints>,
-    ) -> Result<(), ConfigError> {
-        let by_key = match method {
-            AuthMethod::PrivateKeyJwt => true,
-            AuthMethod::ClientSecretJwt => false,
-            _ => return Ok(()),
-        };
-        self.assertion.check(by_key, endpoints)
+        match method {
+            #[cfg(feature = "jwt")]
+            AuthMethod::PrivateKeyJwt => self.assertion.check(true, endpoints),
+            #[cfg(feature = "jwt")]
+            AuthMethod::ClientSecretJwt => self.assertion.check(false, endpoints),
+            _ => Ok(()),
+        }
     }
 
     /// Chooses the method, by what the server supports if that is known.
@@ -209,14 +209,10 @@ impl Means {
 
     /// Asks for the credentials that `method` takes.
     pub(super) async fn gather(&self, method: Option<AuthMethod>) -> Result<Held, TokenError> {
-        let shared = match method {
-            Some(AuthMethod::ClientSecretBasic | AuthMethod::ClientSecretPost) => {
-                self.secret.as_ref()
-            }
+        let shared = match method.map(AuthMethod::takes) {
+            Some(Takes::Secret) => self.secret.as_ref(),
             #[cfg(feature = "jwt")]
-            Some(AuthMethod::ClientSecretJwt) => self.secret.as_ref(),
-            #[cfg(feature = "jwt")]
-            Some(AuthMethod::PrivateKeyJwt) => self.private_key(),
+            Some(Takes::PrivateKey) => self.private_key(),
             _ => None,
         };
         let mut held = Held::default();
