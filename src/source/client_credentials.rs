@@ -7,7 +7,7 @@ use oauth2::{
     TokenIntrospectionResponse, basic::BasicClient, url::Url,
 };
 use secrecy::ExposeSecret;
-use tokio::time::{self, Instant};
+use tokio::time::Instant;
 
 #[cfg(feature = "rustls")]
 use super::https;
@@ -21,6 +21,7 @@ use super::{
     grant::{Grant, Sent},
     response::Answer,
     transport::{Authorization, Channel, Transport},
+    within,
 };
 use crate::{
     error::{self, ConfigError, Kind, TokenError},
@@ -405,10 +406,7 @@ impl TokenSource for ClientCredentials {
             // A session is as it is; claims that the API misses in its tokens come with a new one.
             Some(token) if fetch.claims.is_none() => {
                 // Half of the time is left for the other grant, should this one hang.
-                let refreshed = time::timeout(fetch.timeout / 2, ask(Request::RefreshToken(token)))
-                    .await
-                    .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout)));
-                match refreshed {
+                match within(fetch.timeout / 2, ask(Request::RefreshToken(token))).await {
                     Ok(response) => TokenResponse {
                         grant: Some(telemetry::REFRESH_TOKEN),
                         ..response
@@ -453,9 +451,7 @@ impl TokenSource for ClientCredentials {
                 .inner
                 .exchange(request, asked, endpoints, Answer::into_revoked);
             // A request that hangs leaves some of its caller's time for the other token.
-            let revoked = time::timeout(REVOCATION_LIMIT, revoking)
-                .await
-                .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout)));
+            let revoked = within(REVOCATION_LIMIT, revoking).await;
             let revoked = revoked.map_err(|error| error.with_request(error::Request::Revocation));
             outcome = outcome.and(revoked);
         }
@@ -507,6 +503,7 @@ mod tests {
     use http_body_util::{BodyExt, Full};
     use oauth2::TokenUrl;
     use secrecy::ExposeSecret;
+    use tokio::time;
 
     use super::*;
     use crate::TokenRequest;

@@ -5,13 +5,13 @@ use std::{sync::Arc, time::Duration};
 use http::StatusCode;
 use oauth2::{TokenUrl, url::Url};
 use serde_json::{Map, Value};
-use tokio::time;
 
 use super::{
     endpoints::{Endpoints, check_url, parse_url},
     response::{Answer, malformed},
     transport::Transport,
     turn::Turn,
+    within,
 };
 use crate::{
     error::{ConfigError, Kind, Request, TokenError},
@@ -232,9 +232,7 @@ impl Discovery {
         };
         let asking = self.issuer.ask(transport);
         let found = match limit {
-            Some(limit) => time::timeout(limit, asking)
-                .await
-                .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout))),
+            Some(limit) => within(limit, asking).await,
             // Without endpoints there is nothing else to do within the attempt.
             None => asking.await,
         };
@@ -309,6 +307,7 @@ mod tests {
     use http::{Request, Response};
     use http_body_util::{BodyExt, Full};
     use serde_json::json;
+    use tokio::time;
 
     use super::*;
     use crate::{

@@ -26,6 +26,7 @@ use std::{
 };
 
 use secrecy::{ExposeSecret, SecretString};
+use tokio::time;
 
 #[cfg(feature = "jwt")]
 pub use self::assertion::{AssertionAudience, SigningAlgorithm};
@@ -36,7 +37,11 @@ pub use self::{
     credential::Credential, request::TokenRequest, shared::SharedSource,
 };
 pub(crate) use self::{response::malformed, shared::ErasedSource};
-use crate::{error::TokenError, time::Now, token::AccessToken};
+use crate::{
+    error::{Kind, TokenError},
+    time::Now,
+    token::AccessToken,
+};
 
 /// Fetches tokens, one attempt at a time.
 ///
@@ -384,6 +389,16 @@ where
     Fut: Future<Output = Result<TokenResponse, TokenError>> + Send,
 {
     SourceFn { f }
+}
+
+/// Gives a request to the authorization server this much time.
+async fn within<T>(
+    limit: Duration,
+    request: impl Future<Output = Result<T, TokenError>>,
+) -> Result<T, TokenError> {
+    time::timeout(limit, request)
+        .await
+        .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout)))
 }
 
 /// A [`TokenSource`] made of a closure by [`source_fn`].
