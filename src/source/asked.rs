@@ -113,7 +113,7 @@ impl Asked {
     /// The parameters that go with either grant.
     pub(super) fn params(&self) -> impl Iterator<Item = (&str, &str)> {
         let resources = self.resources.iter().map(|uri| ("resource", uri.as_str()));
-        resources.chain(self.params.iter().map(|(name, value)| (&**name, &**value)))
+        resources.chain(pairs(&self.params))
     }
 }
 
@@ -164,6 +164,10 @@ fn check_param(name: &str) -> Result<(), ConfigError> {
         ))),
         None => Ok(()),
     }
+}
+
+pub(super) fn pairs(params: &[(String, String)]) -> impl ExactSizeIterator<Item = (&str, &str)> {
+    params.iter().map(|(name, value)| (&**name, &**value))
 }
 
 /// The names of parameters, whose values may be secret.

@@ -19,7 +19,7 @@ use tower_service::Service;
 use super::assertion::{AssertionAudience, SigningAlgorithm};
 use super::{
     AuthMethod, ClientCredentials, Credential,
-    asked::{Asked, names},
+    asked::{Asked, names, pairs},
     auth::{Means, Refused},
     client_credentials::{Client, Inner},
     discovery::{Issuer, Place},
@@ -480,10 +480,6 @@ impl fmt::Debug for ClientCredentialsBuilder {
             .field("plain_http", &self.plain_http)
             .finish_non_exhaustive()
     }
-}
-
-fn pairs(params: &[(String, String)]) -> impl Iterator<Item = (&str, &str)> {
-    params.iter().map(|(name, value)| (&**name, &**value))
 }
 
 #[cfg(test)]

@@ -6,7 +6,10 @@ use std::{
     sync::{Arc, LazyLock, OnceLock},
 };
 
-use super::{SharedSource, asked::names};
+use super::{
+    SharedSource,
+    asked::{names, pairs},
+};
 
 /// What a request's token is for, if not for what its source asks for by itself.
 ///
@@ -124,11 +127,7 @@ impl TokenRequest {
 
     /// Returns the further parameters, sorted by their names.
     pub fn params(&self) -> impl ExactSizeIterator<Item = (&str, &str)> {
-        self.0
-            .names
-            .params
-            .iter()
-            .map(|(name, value)| (name.as_str(), value.as_str()))
+        pairs(&self.0.names.params)
     }
 
     pub(crate) fn own_source(&self) -> Option<&SharedSource> {
