@@ -16,7 +16,7 @@ use std::{
 use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
 
-use super::turn::Turn;
+use super::{response::without_mark, turn::Turn};
 use crate::{
     error::{BoxError, Kind, TokenError},
     sync::Mutex,
@@ -304,10 +304,9 @@ fn read_file(path: &Path) -> io::Result<(SecretString, Stamp)> {
     if text.len() as u64 > FILE_LIMIT {
         return Err(io::Error::other("it is larger than 1 MiB"));
     }
+    let text = std::str::from_utf8(without_mark(&text));
     // The error would quote nothing, but hold the bytes.
-    let text = std::str::from_utf8(&text).map_err(|_| io::Error::other("it is not UTF-8"))?;
-    // Some editors begin a file with one, and no secret does.
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let text = text.map_err(|_| io::Error::other("it is not UTF-8"))?;
     let text = text.trim_end_matches(['\r', '\n']);
     if text.is_empty() {
         // A file that is being written.

@@ -16,7 +16,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use secrecy::{ExposeSecret, SecretString};
 use tower::ServiceExt;
 
-use super::{response::BYTE_ORDER_MARK, transport::Transport};
+use super::{response::without_mark, transport::Transport};
 use crate::{
     error::{ConfigError, Unresolved},
     sync::Mutex,
@@ -193,8 +193,7 @@ fn no_roots(problems: Vec<rustls_native_certs::Error>) -> ConfigError {
 /// Unlike the system's roots these were named one by one, so each has to be good.
 fn add_pem(roots: &mut RootCertStore, pem: &[u8]) -> Result<(), ConfigError> {
     let before = roots.len();
-    let pem = pem.strip_prefix(BYTE_ORDER_MARK).unwrap_or(pem);
-    for (certificate, number) in CertificateDer::pem_slice_iter(pem).zip(1..) {
+    for (certificate, number) in CertificateDer::pem_slice_iter(without_mark(pem)).zip(1..) {
         // PEM errors quote the text they stumbled over, which may be the key of a bundle.
         let certificate = certificate.map_err(|_| {
             ConfigError::new(format!(

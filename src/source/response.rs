@@ -77,8 +77,7 @@ impl Answer {
     pub(super) fn into_metadata(self) -> Result<Map<String, Value>, TokenError> {
         let status = self.response.status();
         let metadata = if status.is_success() {
-            let body = self.response.body();
-            let body = body.strip_prefix(BYTE_ORDER_MARK).unwrap_or(body);
+            let body = without_mark(self.response.body());
             serde_json::from_slice(body).map_err(|error| {
                 let problem = describe_json_error(&error);
                 malformed(format!("the metadata cannot be read: {problem}"))
@@ -127,7 +126,7 @@ struct Document {
 
 impl Document {
     fn parse(body: &[u8]) -> Result<Self, TokenError> {
-        let body = body.strip_prefix(BYTE_ORDER_MARK).unwrap_or(body);
+        let body = without_mark(body);
         // serde would fill a struct from an array as well.
         if !body.trim_ascii_start().starts_with(b"{") {
             return Err(malformed("the answer is not a JSON object"));
@@ -315,6 +314,11 @@ fn describe_json_error(error: &serde_json::Error) -> String {
     )
 }
 
+/// Leaves out the byte order mark that some editors and servers begin a text with.
+pub(super) fn without_mark(text: &[u8]) -> &[u8] {
+    text.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(text)
+}
+
 /// Reads `Retry-After` in both forms of RFC 9110 section 10.2.3.
 ///
 /// Zero and a moment that has passed ask for nothing.
@@ -329,8 +333,6 @@ fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     };
     (!after.is_zero()).then_some(after)
 }
-
-pub(super) const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 
 /// Two years, which keeps sums in range; the cache has a lower limit of its own.
 const LONGEST_SECONDS: f64 = 2.0 * 365.0 * 24.0 * 60.0 * 60.0;
