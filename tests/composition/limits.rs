@@ -24,10 +24,10 @@ use tower::{
 use tower_bearer::{BearerAuthLayer, BoxError, CloneBody, TokenError, WithoutToken};
 
 use crate::{
-    service::{is_clone, ready},
+    is_clone::is_clone,
     support::{
-        Answer, Api, AuthServer, INVALID_TOKEN, all, echo, get, get_path, secs, settle, timed,
-        token_error, unauthorized,
+        Answer, Api, AuthServer, INVALID_TOKEN, all, echo, get, get_path, ready, secs, settle,
+        timed, token_error, unauthorized,
     },
 };
 
@@ -204,7 +204,7 @@ async fn a_limit_below_is_free_for_others_while_a_token_is_waited_for() {
 /// RateLimit, above: It counts requests: a replay costs nothing.
 #[tokio::test(start_paused = true)]
 async fn a_rate_limit_above_counts_requests() {
-    let api = Api::refusing("token-1", || unauthorized(INVALID_TOKEN));
+    let api = Api::refusing_the_first();
     let mut client = ServiceBuilder::new()
         .rate_limit(1, secs(60))
         .layer(BearerAuthLayer::new(AuthServer::new()).replay(CloneBody))
@@ -220,7 +220,7 @@ async fn a_rate_limit_above_counts_requests() {
 #[tokio::test(start_paused = true)]
 async fn a_rate_limit_below_counts_sends() {
     assert!(!is_clone!(RateLimit<Api>));
-    let api = Api::refusing("token-1", || unauthorized(INVALID_TOKEN));
+    let api = Api::refusing_the_first();
     let client = ServiceBuilder::new()
         .layer(BearerAuthLayer::new(AuthServer::new()).replay(CloneBody))
         .buffer(8)
@@ -289,7 +289,7 @@ async fn load_is_shed_below_after_the_wait_for_a_token() {
         .layer(BearerAuthLayer::new(server.clone()).replay(CloneBody))
         .load_shed()
         .layer(GlobalConcurrencyLimitLayer::with_semaphore(permits.clone()))
-        .service(Api::refusing("token-1", || unauthorized(INVALID_TOKEN)));
+        .service(Api::refusing_the_first());
     for shed in ["the first send", "the replay"] {
         server.hold();
         let waiting = tokio::spawn(client.clone().oneshot(get()));
@@ -333,7 +333,7 @@ async fn a_readiness_that_is_spawned_above_waits_for_no_token() {
 #[tokio::test(start_paused = true)]
 async fn a_readiness_that_is_spawned_below_needs_a_buffer() {
     assert!(!is_clone!(SpawnReady<Api>));
-    let api = Api::refusing("token-1", || unauthorized(INVALID_TOKEN));
+    let api = Api::refusing_the_first();
     let client = ServiceBuilder::new()
         .layer(BearerAuthLayer::new(AuthServer::new()).replay(CloneBody))
         .buffer(8)

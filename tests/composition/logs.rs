@@ -22,7 +22,7 @@ use tower_http::{
 };
 use tracing::Level;
 
-use crate::support::{Api, AuthServer, INVALID_TOKEN, bearer, get, unauthorized};
+use crate::support::{Api, AuthServer, INVALID_TOKEN, bearer, get};
 
 /// Where events are written.
 #[derive(Clone, Default)]
@@ -82,10 +82,6 @@ fn trace() -> TraceLayer<SharedClassifier<ServerErrorsAsFailures>> {
         .on_response(DefaultOnResponse::new().include_headers(true))
 }
 
-fn refusing() -> Api {
-    Api::refusing("token-1", || unauthorized(INVALID_TOKEN))
-}
-
 /// Trace, above: One span holds the wait for a token and both sends; it shows no token. The token request, which all
 /// share, is told of outside.
 ///
@@ -96,7 +92,7 @@ async fn a_trace_above_spans_all_of_a_request() {
         ServiceBuilder::new()
             .layer(trace())
             .layer(BearerAuthLayer::new(AuthServer::new()).replay(CloneBody))
-            .service(refusing())
+            .service(Api::refusing_the_first())
     };
     let _first = collect();
     client().oneshot(get()).await.unwrap();
@@ -122,7 +118,7 @@ async fn a_trace_below_spans_each_send() {
         ServiceBuilder::new()
             .layer(BearerAuthLayer::new(AuthServer::new()).replay(CloneBody))
             .layer(trace())
-            .service(refusing())
+            .service(Api::refusing_the_first())
     };
     let _first = collect();
     client().oneshot(get()).await.unwrap();

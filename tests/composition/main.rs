@@ -11,13 +11,13 @@
     reason = "a test binary exports nothing; `pub` marks what modules share"
 )]
 
+mod is_clone;
 mod limits;
 mod logs;
 mod page;
 mod requests;
 mod retries;
 mod routes;
-mod service;
 #[path = "../it/support.rs"]
 #[expect(dead_code, reason = "the other test binary needs more of it")]
 mod support;

@@ -12,7 +12,7 @@ use tower::{
 use tower_bearer::{BearerAuthLayer, BoxError, CloneBody, TokenError};
 
 use crate::{
-    service::is_clone,
+    is_clone::is_clone,
     support::{
         Answer, Api, AuthServer, INVALID_TOKEN, echo, get, millis, secs, settle, timed,
         token_error, unauthorized,
@@ -179,7 +179,7 @@ async fn a_retry_above_leaves_a_terminal_failure_alone() {
 async fn a_retry_above_gets_another_token_after_a_refusal() {
     let server = AuthServer::new();
     server.set_latency(Duration::from_millis(100));
-    let api = Api::refusing("token-1", || unauthorized(INVALID_TOKEN));
+    let api = Api::refusing_the_first();
     let client = ServiceBuilder::new()
         .layer(once_more())
         .layer(BearerAuthLayer::new(server.clone()))
@@ -232,7 +232,7 @@ async fn a_retry_below_resends_the_signed_request() {
 /// Retry, below: After a 401 that is in vain, so let it retry none.
 #[tokio::test(start_paused = true)]
 async fn a_retry_below_after_a_refusal_sends_the_same_token() {
-    let api = Api::refusing("token-1", || unauthorized(INVALID_TOKEN));
+    let api = Api::refusing_the_first();
     let client = ServiceBuilder::new()
         .layer(BearerAuthLayer::new(AuthServer::new()))
         .layer(on(StatusCode::UNAUTHORIZED, Duration::ZERO))

@@ -24,9 +24,9 @@ use tower::{
 use tower_bearer::{BearerAuthLayer, BoxError, CloneBody, TokenError};
 
 use crate::{
-    service::{is_clone, ready},
+    is_clone::is_clone,
     support::{
-        Answer, Api, AuthServer, INVALID_TOKEN, all, echo, get, get_path, now, secs, settle,
+        Answer, Api, AuthServer, INVALID_TOKEN, all, echo, get, get_path, now, ready, secs, settle,
         token_error, unauthorized,
     },
 };
@@ -78,7 +78,7 @@ async fn a_balance_below_sees_signed_requests_alone() {
     assert!(!is_clone!(Balance<Endpoints<Api>, Request<String>>));
     let server = AuthServer::new();
     server.hold();
-    let apis = [(); 2].map(|()| Api::refusing("token-1", || unauthorized(INVALID_TOKEN)));
+    let apis = [(); 2].map(|()| Api::refusing_the_first());
     let client = ServiceBuilder::new()
         .layer(BearerAuthLayer::new(server.clone()).replay(CloneBody))
         .buffer(8)
@@ -120,7 +120,7 @@ async fn a_steer_above_gives_each_target_its_token() {
 #[tokio::test(start_paused = true)]
 async fn a_steer_below_over_limits_needs_a_buffer() {
     let pick = |_: &Request<String>, _: &[_]| 1;
-    let apis = [(); 2].map(|()| Api::refusing("token-1", || unauthorized(INVALID_TOKEN)));
+    let apis = [(); 2].map(|()| Api::refusing_the_first());
     let client = BearerAuthLayer::new(AuthServer::new())
         .replay(CloneBody)
         .layer(Steer::new(apis.clone(), pick));
@@ -232,7 +232,7 @@ async fn a_reconnect_below_fails_by_itself() {
 /// BoxService, above: It boxes the layer with all that is below.
 #[tokio::test(start_paused = true)]
 async fn the_whole_is_boxed() {
-    let api = Api::refusing("token-1", || unauthorized(INVALID_TOKEN));
+    let api = Api::refusing_the_first();
     let client = BearerAuthLayer::new(AuthServer::new())
         .replay(CloneBody)
         .layer(api.clone());
@@ -248,9 +248,7 @@ async fn a_boxed_service_that_is_not_clone_needs_a_buffer() {
     let client = ServiceBuilder::new()
         .layer(BearerAuthLayer::new(AuthServer::new()).replay(CloneBody))
         .buffer(8)
-        .service(Boxed::new(Api::refusing("token-1", || {
-            unauthorized(INVALID_TOKEN)
-        })));
+        .service(Boxed::new(Api::refusing_the_first()));
     let response = client.oneshot(get()).await.unwrap();
     assert_eq!(response.status(), StatusCode::OK);
     assert_eq!(response.body(), "token-2");
@@ -275,7 +273,7 @@ async fn clones_of_a_boxed_whole_share_the_token() {
 /// BoxCloneService, BoxCloneSyncService, below: It is cloned like any other.
 #[tokio::test(start_paused = true)]
 async fn a_boxed_inner_service_works() {
-    let api = Api::refusing("token-1", || unauthorized(INVALID_TOKEN));
+    let api = Api::refusing_the_first();
     type Boxed = BoxCloneService<Request<String>, Response<String>, Infallible>;
     assert!(is_clone!(Boxed));
     let layer = || BearerAuthLayer::new(AuthServer::new()).replay(CloneBody);
@@ -301,7 +299,7 @@ async fn two_layers_with_origins_of_their_own_keep_to_their_origins() {
     let client = ServiceBuilder::new()
         .layer(above.origins(["https://other.example"]).unwrap())
         .layer(below.origins(["https://api.example"]).unwrap())
-        .service(Api::refusing("token-1", || unauthorized(INVALID_TOKEN)));
+        .service(Api::refusing_the_first());
     let ask = async |origin| {
         let request = Request::get(origin).body(String::new()).unwrap();
         client.clone().oneshot(request).await.unwrap()

@@ -5,19 +5,13 @@ use std::{convert::Infallible, future::Future, sync::Arc, time::Duration};
 use http::{Request, Response, StatusCode};
 use tokio::{sync::Semaphore, time};
 use tower::{
-    Service, ServiceBuilder, ServiceExt, limit::GlobalConcurrencyLimitLayer, service_fn,
+    Service, ServiceBuilder, ServiceExt, limit::GlobalConcurrencyLimitLayer,
     timeout::error::Elapsed,
 };
 use tower_bearer::{BearerAuthLayer, CloneBody};
 use tower_http::timeout::TimeoutLayer;
 
-use crate::{
-    service::ready,
-    support::{
-        Api, AuthServer, INVALID_TOKEN, bearer, echo, get, get_path, secs, settle, timed,
-        unauthorized,
-    },
-};
+use crate::support::{Api, AuthServer, get, get_path, millis, ready, secs, settle, timed};
 
 /// An API that refuses `token-1`, and takes 1.5 s for each answer.
 fn slow() -> impl Service<
@@ -26,13 +20,12 @@ fn slow() -> impl Service<
     Error = Infallible,
     Future: Future<Output = Result<Response<String>, Infallible>> + Send,
 > + Clone {
-    service_fn(|request: Request<String>| async move {
-        time::sleep(Duration::from_millis(1_500)).await;
-        Ok::<_, Infallible>(match bearer(&request) {
-            Some("token-1") => unauthorized(INVALID_TOKEN),
-            token => echo(token),
+    ServiceBuilder::new()
+        .map_future(|answer| async {
+            time::sleep(millis(1_500)).await;
+            answer.await
         })
-    })
+        .service(Api::refusing_the_first())
 }
 
 /// Timeout, above: It covers the wait for a token; the token request survives the callers that it times out.

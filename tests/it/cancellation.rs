@@ -17,8 +17,7 @@ use tower::{Layer, Service, ServiceExt, limit::ConcurrencyLimit, service_fn};
 use tower_bearer::{BearerAuthLayer, BoxError, CloneBody, RefreshPolicy, TokenCache};
 
 use crate::support::{
-    AuthServer, INVALID_TOKEN, api, bearer, caller, echo, get, millis, now, poll_once, secs,
-    settle, unauthorized,
+    Api, AuthServer, bearer, caller, echo, get, millis, now, poll_once, ready, secs, settle,
 };
 
 const LIMIT: u32 = 8;
@@ -165,10 +164,7 @@ async fn a_refused_request_dropped_at_any_poll_leaves_the_others_their_replaceme
         let server = AuthServer::new();
         let client = BearerAuthLayer::new(server.clone())
             .replay(CloneBody)
-            .layer(api(|token| match token {
-                Some("token-1") => unauthorized(INVALID_TOKEN),
-                token => echo(token),
-            }));
+            .layer(Api::refusing_the_first());
         let cache = client.cache().clone();
         cache.get().await.unwrap();
         server.hold();
@@ -227,9 +223,9 @@ async fn a_get_dropped_at_any_poll_leaves_the_others_their_token() {
 #[tokio::test(start_paused = true)]
 async fn a_caller_dropped_before_its_first_poll_costs_no_token_request() {
     let server = AuthServer::new();
-    let mut client = BearerAuthLayer::new(server.clone()).layer(api(echo));
+    let mut client = BearerAuthLayer::new(server.clone()).layer(Api::echoing());
     drop(client.cache().get());
-    drop(client.ready().await.unwrap().call(get()));
+    drop(ready(&mut client).await.unwrap().call(get()));
     time::sleep(secs(1)).await;
     assert_eq!(server.requests(), 0);
     assert_eq!(client.oneshot(get()).await.unwrap().body(), "token-1");

@@ -65,10 +65,6 @@ fn post<B>(body: B) -> Request<B> {
     Request::post("http://localhost/sims").body(body).unwrap()
 }
 
-fn refusing_the_first() -> Api {
-    Api::refusing("token-1", || unauthorized(INVALID_TOKEN))
-}
-
 fn replaying<S>(server: &AuthServer, api: &S) -> BearerAuth<S, CloneBody>
 where
     S: Clone,
@@ -86,7 +82,7 @@ fn panics<T>(f: impl FnOnce() -> T) -> bool {
 #[tokio::test(start_paused = true)]
 async fn only_a_request_with_a_token_keeps_a_copy() {
     let server = AuthServer::new();
-    let api = refusing_the_first();
+    let api = Api::refusing_the_first();
     let mut client = BearerAuthLayer::new(server.clone())
         .origins(["http://localhost"])
         .unwrap()
@@ -132,7 +128,7 @@ async fn only_a_request_with_a_token_keeps_a_copy() {
 #[tokio::test(start_paused = true)]
 async fn a_body_that_panics_when_it_is_cloned_costs_its_request_alone() {
     let server = AuthServer::new();
-    let api = refusing_the_first();
+    let api = Api::refusing_the_first();
     let mut client = replaying(&server, &api);
     let census = Arc::new(Census::default());
     server.hold();

@@ -2,12 +2,12 @@
 
 use http::Request;
 use tokio::{runtime::Builder, time};
-use tower::{Layer, Service, ServiceExt};
+use tower::{Layer, Service};
 use tower_bearer::{
     BearerAuth, BearerAuthLayer, Never, TokenCache, TokenRequest, TokenResponse, source_fn,
 };
 
-use crate::support::{Answer, Api, AuthServer, get, millis, now, secs, settle, token_error};
+use crate::support::{Answer, Api, AuthServer, get, millis, now, ready, secs, settle, token_error};
 
 type Kept = BearerAuth<Api, Never>;
 
@@ -25,7 +25,7 @@ async fn send(service: &mut Kept) -> String {
 }
 
 async fn send_this(service: &mut Kept, request: Request<String>) -> String {
-    let service = ServiceExt::<Request<String>>::ready(service).await.unwrap();
+    let service = ready(service).await.unwrap();
     service.call(request).await.unwrap().into_body()
 }
 

@@ -217,7 +217,7 @@ async fn the_log_of_an_outage_tells_what_happened_in_order() {
     seed(7);
     let (log, _guard) = Log::collect();
     let server = AuthServer::new();
-    let api = Api::refusing("token-1", || unauthorized(INVALID_TOKEN));
+    let api = Api::refusing_the_first();
     let layer = BearerAuthLayer::new(server.clone()).replay(CloneBody);
     let client = layer.layer(api);
 

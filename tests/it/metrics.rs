@@ -31,8 +31,8 @@ use tower_bearer::{
 };
 
 use crate::support::{
-    Answer, Api, AuthServer, INVALID_TOKEN, all, caller, get, get_path, millis, now, poll_once,
-    secs, settle, token_error, unauthorized,
+    Answer, Api, AuthServer, all, caller, get, get_path, millis, now, poll_once, secs, settle,
+    token_error,
 };
 
 /// The metrics that were recorded since they were read the last time, gauges included.
@@ -466,7 +466,7 @@ async fn refusals_are_counted_by_what_was_decided_and_replays() {
     let recorder = DebuggingRecorder::new();
     let read = || Read::from(&recorder.snapshotter());
     let _guard = metrics::set_default_local_recorder(&recorder);
-    let api = Api::refusing("token-1", || unauthorized(INVALID_TOKEN));
+    let api = Api::refusing_the_first();
     let layer = BearerAuthLayer::new(AuthServer::new()).replay(CloneBody);
     let client = layer.layer(api.clone());
     api.hold();
@@ -493,7 +493,7 @@ async fn refusals_are_counted_by_what_was_decided_and_replays() {
 async fn late_refusals_are_counted() {
     let recorder = DebuggingRecorder::new();
     let _guard = metrics::set_default_local_recorder(&recorder);
-    let api = Api::refusing("token-1", || unauthorized(INVALID_TOKEN));
+    let api = Api::refusing_the_first();
     let layer = BearerAuthLayer::new(AuthServer::new());
     let once = layer.layer(api.clone());
     let twice = layer.clone().replay(CloneBody).layer(api.clone());
@@ -574,7 +574,7 @@ async fn a_recorder_that_is_installed_late_is_known_before_the_token_is() {
 async fn every_metric_is_described_and_named_as_prometheus_wants_it() {
     let recorder = DebuggingRecorder::new();
     let _guard = metrics::set_default_local_recorder(&recorder);
-    let api = Api::refusing("token-1", || unauthorized(INVALID_TOKEN));
+    let api = Api::refusing_the_first();
     let layer = BearerAuthLayer::new(AuthServer::new()).replay(CloneBody);
     layer.layer(api).oneshot(get()).await.unwrap();
     let metrics = recorder.snapshotter().snapshot().into_vec();
@@ -633,7 +633,7 @@ async fn a_request_is_counted_once_whenever_the_cache_is_shut_down() {
         let recorder = DebuggingRecorder::new();
         let _guard = metrics::set_default_local_recorder(&recorder);
         let server = AuthServer::new();
-        let api = Api::refusing("token-1", || unauthorized(INVALID_TOKEN));
+        let api = Api::refusing_the_first();
         let permits = Arc::new(Semaphore::new(1));
         let inner = GlobalConcurrencyLimitLayer::with_semaphore(permits.clone()).layer(api);
         let client = BearerAuthLayer::new(server.clone())

@@ -20,7 +20,7 @@ use tower_bearer::{BearerAuthLayer, BoxError, ClientCredentials, CloneBody, Toke
 use tower_test::mock;
 
 use crate::support::{
-    Answer, Api, AuthServer, INVALID_TOKEN, echo, get, get_path, settle, timed, token_error,
+    Answer, Api, AuthServer, INVALID_TOKEN, echo, get, get_path, ready, settle, timed, token_error,
     unauthorized,
 };
 
@@ -182,7 +182,7 @@ async fn a_request_that_waits_for_a_token_holds_no_permit() {
     let mut client = BearerAuthLayer::new(server.clone())
         .keep_existing(true)
         .layer(inner);
-    let ready = ServiceExt::<Request<String>>::ready(&mut client).await;
+    let ready = ready(&mut client).await;
     let waiting = ready.unwrap().call(get());
     // Given back by the call itself, before anybody polls its future.
     assert_eq!(permits.available_permits(), 1);
@@ -206,7 +206,7 @@ async fn a_request_that_is_refused_holds_no_permit() {
     let plain = Request::get("http://api.example.com/")
         .body(String::new())
         .unwrap();
-    let ready = ServiceExt::<Request<String>>::ready(&mut client).await;
+    let ready = ready(&mut client).await;
     let refused = ready.unwrap().call(plain);
     assert_eq!(permits.available_permits(), 1);
     let error = refused.await.unwrap_err();
@@ -219,7 +219,7 @@ async fn a_request_that_is_refused_holds_no_permit() {
 #[tokio::test(start_paused = true)]
 async fn a_request_that_waits_for_another_token_holds_no_permit() {
     let server = AuthServer::new();
-    let api = Api::refusing("token-1", || unauthorized(INVALID_TOKEN));
+    let api = Api::refusing_the_first();
     let permits = Arc::new(Semaphore::new(1));
     let inner = GlobalConcurrencyLimitLayer::with_semaphore(permits.clone()).layer(api.clone());
     let client = BearerAuthLayer::new(server.clone())

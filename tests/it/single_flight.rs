@@ -6,14 +6,14 @@ use tokio::time;
 use tower::{Layer, Service, ServiceExt};
 use tower_bearer::{BearerAuthLayer, TokenCache};
 
-use crate::support::{AuthServer, api, echo, get};
+use crate::support::{Api, AuthServer, get};
 
 /// Law 1 (T1).
 #[tokio::test(start_paused = true)]
 async fn ten_thousand_cold_requests_share_one_token_request() {
     let server = AuthServer::new();
     server.set_latency(Duration::from_millis(50));
-    let client = BearerAuthLayer::new(server.clone()).layer(api(echo));
+    let client = BearerAuthLayer::new(server.clone()).layer(Api::echoing());
     let requests: Vec<_> = (0..10_000)
         .map(|_| tokio::spawn(client.clone().oneshot(get())))
         .collect();
@@ -28,7 +28,7 @@ async fn ten_thousand_cold_requests_share_one_token_request() {
 async fn ten_thousand_requests_after_a_tokens_death_share_one_token_request() {
     let server = AuthServer::new();
     server.set_latency(Duration::from_millis(50));
-    let client = BearerAuthLayer::new(server.clone()).layer(api(echo));
+    let client = BearerAuthLayer::new(server.clone()).layer(Api::echoing());
     let mut clients = vec![client; 10_000];
     for client in &mut clients[..100] {
         assert_eq!(client.call(get()).await.unwrap().body(), "token-1");
@@ -50,8 +50,8 @@ async fn layers_and_direct_callers_share_the_flight_of_their_cache() {
     let server = AuthServer::new();
     server.set_latency(Duration::from_millis(50));
     let cache = TokenCache::new(server.clone());
-    let one = BearerAuthLayer::new(cache.clone()).layer(api(echo));
-    let other = BearerAuthLayer::new(cache.clone()).layer(api(echo));
+    let one = BearerAuthLayer::new(cache.clone()).layer(Api::echoing());
+    let other = BearerAuthLayer::new(cache.clone()).layer(Api::echoing());
     let (one, other, direct) = tokio::join!(one.oneshot(get()), other.oneshot(get()), cache.get());
     assert_eq!(one.unwrap().body(), "token-1");
     assert_eq!(other.unwrap().body(), "token-1");

@@ -23,7 +23,7 @@ use tokio::{
     task::JoinHandle,
     time::{self, Instant},
 };
-use tower::{Service, service_fn};
+use tower::{Service, ServiceExt};
 use tower_bearer::{
     AccessToken, BoxError, Fetch, RefreshToken, TokenCache, TokenError, TokenResponse, TokenSource,
 };
@@ -208,25 +208,6 @@ fn bearer_of(headers: &HeaderMap) -> Option<&str> {
     value.strip_prefix("Bearer ")
 }
 
-/// An API that answers with what `judge` makes of the request's token.
-pub fn api<B, F>(
-    judge: F,
-) -> impl Service<
-    Request<B>,
-    Response = Response<String>,
-    Error = Infallible,
-    Future: Future<Output = Result<Response<String>, Infallible>> + Send,
-> + Clone
-where
-    B: Send + 'static,
-    F: Fn(Option<&str>) -> Response<String> + Clone + Send + 'static,
-{
-    service_fn(move |request: Request<B>| {
-        let response = judge(bearer(&request));
-        async move { Ok(response) }
-    })
-}
-
 /// 200 with the token's text for a body.
 pub fn echo(token: Option<&str>) -> Response<String> {
     Response::new(token.unwrap_or("anonymous").to_owned())
@@ -257,6 +238,11 @@ pub fn enable_tracing() {
         LazyLock::new(|| tracing::Dispatch::new(tracing_subscriber::registry()));
     LazyLock::force(&ENABLED);
     tracing::callsite::rebuild_interest_cache();
+}
+
+/// Waits until a service is ready for requests of [`get`]'s type, where it takes those of any.
+pub async fn ready<S: Service<Request<String>>>(service: &mut S) -> Result<&mut S, S::Error> {
+    service.ready().await
 }
 
 /// Lets every task run until none has anything to do, without time passing.
@@ -311,6 +297,11 @@ impl Api {
     /// 200 with the token's text for a body.
     pub fn echoing() -> Self {
         Self::new(|arrival| echo(arrival.token()))
+    }
+
+    /// Refuses `token-1` for invalid, and sends the others' text for a body.
+    pub fn refusing_the_first() -> Self {
+        Self::refusing("token-1", || unauthorized(INVALID_TOKEN))
     }
 
     /// `refusal` to requests with this token, and the others' text for a body.

@@ -12,7 +12,7 @@ use tower_bearer::{
 };
 
 use crate::support::{
-    api, caller, echo, everything, get, millis, now, secs, settle, token_error,
+    Api, INVALID_TOKEN, caller, everything, get, millis, now, secs, settle, token_error,
     unauthorized as refuse,
 };
 
@@ -144,7 +144,7 @@ async fn a_script_shows_no_token() {
 #[test]
 fn a_fixed_token_needs_no_runtime() {
     let cache = TokenCache::fixed("fixed");
-    let mut client = BearerAuthLayer::new(cache.clone()).layer(api(echo));
+    let mut client = BearerAuthLayer::new(cache.clone()).layer(Api::echoing());
     for _ in 0..3 {
         assert_eq!(now(client.call(get())).unwrap().body(), "fixed");
     }
@@ -174,7 +174,7 @@ async fn a_fixed_token_outlives_time_and_refusals() {
     time::sleep(secs(10 * 365 * 24 * 60 * 60)).await;
     assert_eq!(cache.get().await.unwrap().expose_secret(), "fixed");
 
-    let refusing = api(|_| refuse(r#"Bearer error="invalid_token""#));
+    let refusing = Api::new(|_| refuse(INVALID_TOKEN));
     let client = BearerAuthLayer::new(cache.clone())
         .replay(CloneBody)
         .layer(refusing);
@@ -192,7 +192,7 @@ async fn a_fixed_token_outlives_time_and_refusals() {
 async fn a_refusal_of_a_fixed_token_is_heard() {
     for replays in [false, true] {
         let cache = TokenCache::fixed("fixed");
-        let refusing = api(|_| refuse(r#"Bearer error="invalid_token""#));
+        let refusing = Api::new(|_| refuse(INVALID_TOKEN));
         let layer = BearerAuthLayer::new(cache.clone());
         let answer = match replays {
             true => layer.replay(CloneBody).layer(refusing).oneshot(get()).await,
@@ -207,7 +207,7 @@ async fn a_refusal_of_a_fixed_token_is_heard() {
 #[test]
 fn a_failing_cache_needs_no_runtime() {
     let cache = TokenCache::failing(errors::rejected("invalid_client"));
-    let mut client = BearerAuthLayer::new(cache.clone()).layer(api(echo));
+    let mut client = BearerAuthLayer::new(cache.clone()).layer(Api::echoing());
     for _ in 0..3 {
         let error = now(client.call(get())).unwrap_err();
         assert_eq!(token_error(&error).oauth_error(), Some("invalid_client"));
@@ -253,7 +253,7 @@ async fn made_errors_look_like_met_ones() {
     same(errors::no_runtime(), met.join().unwrap());
 
     // These carry what was met on the way as well.
-    let client = BearerAuthLayer::new(TokenCache::fixed("a")).layer(api(echo));
+    let client = BearerAuthLayer::new(TokenCache::fixed("a")).layer(Api::echoing());
     let elsewhere = Request::get("http://example.com")
         .body(String::new())
         .unwrap();
@@ -349,7 +349,7 @@ async fn a_made_refusal_replaces_the_token() {
 #[tokio::test(start_paused = true)]
 async fn sleeping_past_the_expiry_is_seen_by_the_very_next_request() {
     let source = ScriptedSource::numbered(secs(300));
-    let mut client = BearerAuthLayer::new(source.clone()).layer(api(echo));
+    let mut client = BearerAuthLayer::new(source.clone()).layer(Api::echoing());
     for expected in ["token-1", "token-2", "token-3"] {
         // By the second one the service has the token at hand.
         for _ in 0..3 {

@@ -11,8 +11,8 @@ use tower::{Layer, Service, ServiceExt};
 use tower_bearer::{BearerAuth, BearerAuthLayer, CloneBody, Never, TokenCache, TokenError};
 
 use crate::support::{
-    Answer, Api, AuthServer, INVALID_TOKEN, all, echo, get, get_path, millis, secs, settle, timed,
-    unauthorized,
+    Answer, Api, AuthServer, INVALID_TOKEN, all, echo, get, get_path, millis, ready, secs, settle,
+    timed, unauthorized,
 };
 
 const LIFETIME: Duration = Duration::from_secs(300);
@@ -264,7 +264,7 @@ async fn a_hundred_late_refusals_of_an_older_token_cost_no_token_request() {
 #[tokio::test(start_paused = true)]
 async fn a_late_refusal_is_replayed_within_the_cooldown() {
     let server = AuthServer::new();
-    let api = Api::refusing("token-1", invalid_token);
+    let api = Api::refusing_the_first();
     let client = replaying(&server, &api);
     client.cache().get().await.unwrap();
     api.hold();
@@ -414,7 +414,7 @@ async fn the_held_refusal_is_the_answer_when_no_token_comes() {
 #[tokio::test(start_paused = true)]
 async fn a_forced_refresh_makes_three_attempts() {
     let server = AuthServer::new();
-    let api = Api::refusing("token-1", invalid_token);
+    let api = Api::refusing_the_first();
     let client = replaying(&server, &api);
     client.cache().get().await.unwrap();
     server.set(Answer::Fail(TokenError::transient("down")));
@@ -429,7 +429,7 @@ async fn a_token_that_is_revoked_in_an_outage_is_replaced_soon_after_it() {
     for outage in [1, 5, 20, 36, 76, 200] {
         let server = AuthServer::new();
         server.set(Answer::Grant(secs(3_600)));
-        let api = Api::refusing("token-1", invalid_token);
+        let api = Api::refusing_the_first();
         let client = replaying(&server, &api);
         client.cache().get().await.unwrap();
         server.set(Answer::Fail(TokenError::transient("down")));
@@ -724,7 +724,7 @@ async fn a_proxys_challenge_is_not_read_for_the_apis() {
 #[tokio::test(start_paused = true)]
 async fn a_caller_dropped_while_its_refusal_is_held_leaves_the_refresh_running() {
     let server = AuthServer::new();
-    let api = Api::refusing("token-1", invalid_token);
+    let api = Api::refusing_the_first();
     let client = replaying(&server, &api);
     client.cache().get().await.unwrap();
     server.set_latency(Duration::from_millis(500));
@@ -740,7 +740,7 @@ async fn a_caller_dropped_while_its_refusal_is_held_leaves_the_refresh_running()
 #[tokio::test(start_paused = true)]
 async fn a_token_is_replaced_though_the_service_that_sent_it_is_gone() {
     let server = AuthServer::new();
-    let api = Api::refusing("token-1", invalid_token);
+    let api = Api::refusing_the_first();
     let cache = TokenCache::new(server.clone());
     cache.get().await.unwrap();
     // Each request has a layer and a service of its own, which `oneshot` drops once the request has left.
@@ -757,7 +757,7 @@ async fn a_token_is_replaced_though_the_service_that_sent_it_is_gone() {
 #[tokio::test(start_paused = true)]
 async fn a_refusal_that_nobody_can_make_use_of_costs_no_token_request() {
     let server = AuthServer::new();
-    let api = Api::refusing("token-1", invalid_token);
+    let api = Api::refusing_the_first();
     api.hold();
     let cache = TokenCache::new(server.clone());
     cache.get().await.unwrap();
@@ -776,7 +776,7 @@ async fn a_refusal_that_nobody_can_make_use_of_costs_no_token_request() {
 #[tokio::test(start_paused = true)]
 async fn a_request_is_sent_again_though_its_service_and_its_cache_are_gone() {
     let server = AuthServer::new();
-    let api = Api::refusing("token-1", invalid_token);
+    let api = Api::refusing_the_first();
     let response = replaying(&server, &api).oneshot(get()).await.unwrap();
     assert_eq!(response.body(), "token-2");
 }
@@ -793,7 +793,7 @@ async fn services_and_their_clones_take_up_each_new_token() {
         for _ in 0..4 {
             let response = cloned.clone().oneshot(get()).await.unwrap();
             assert_eq!(*response.body(), expected);
-            let ready = ServiceExt::<Request<String>>::ready(&mut kept_twice);
+            let ready = ready(&mut kept_twice);
             let response = ready.await.unwrap().call(get()).await.unwrap();
             assert_eq!(*response.body(), expected);
             let of_kept = kept_twice.clone().oneshot(get()).await.unwrap();
