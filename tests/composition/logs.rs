@@ -1,10 +1,6 @@
 //! What is seen of requests and answers.
 
-use std::{
-    convert::Infallible,
-    io,
-    sync::{Arc, Mutex},
-};
+use std::convert::Infallible;
 
 use bytes::Bytes;
 use http::{
@@ -20,58 +16,23 @@ use tower_http::{
     sensitive_headers::SetSensitiveRequestHeadersLayer,
     trace::{DefaultMakeSpan, DefaultOnRequest, DefaultOnResponse, TraceLayer},
 };
-use tracing::Level;
 
-use crate::support::{Api, AuthServer, INVALID_TOKEN, bearer, get};
+use crate::{
+    printed::collect,
+    support::{Api, AuthServer, INVALID_TOKEN, bearer, get},
+};
 
-/// Where events are written.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl io::Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Collects all events of this thread, of every target and level.
-///
-/// What is to be collected must have happened once while a subscriber was there: tracing asks about a callsite when
-/// it is reached for the first time, and may then ask the subscriber of another test's thread alone. It asks again
-/// when a subscriber comes.
-fn collect() -> (Log, tracing::subscriber::DefaultGuard) {
-    let log = Log::default();
-    let writer = log.clone();
-    let subscriber = tracing_subscriber::fmt()
-        .with_ansi(false)
-        .with_max_level(Level::TRACE)
-        .with_writer(move || writer.clone())
-        .finish();
-    (log, tracing::subscriber::set_default(subscriber))
-}
-
-impl Log {
-    fn text(&self) -> String {
-        String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
-    }
-
-    /// The statuses of the answers that were logged.
-    fn statuses(&self) -> Vec<String> {
-        let text = self.text();
-        let answers = text
-            .lines()
-            .filter(|line| line.contains("finished processing"));
-        answers
-            .map(|line| {
-                let (_, status) = line.split_once(" status=").unwrap();
-                status.chars().take_while(char::is_ascii_digit).collect()
-            })
-            .collect()
-    }
+/// The statuses of the answers that were logged.
+fn statuses(log: &str) -> Vec<String> {
+    let answers = log
+        .lines()
+        .filter(|line| line.contains("finished processing"));
+    answers
+        .map(|line| {
+            let (_, status) = line.split_once(" status=").unwrap();
+            status.chars().take_while(char::is_ascii_digit).collect()
+        })
+        .collect()
 }
 
 /// With everything that it can show.
@@ -88,18 +49,14 @@ fn trace() -> TraceLayer<SharedClassifier<ServerErrorsAsFailures>> {
 /// Law 9.
 #[tokio::test(start_paused = true)]
 async fn a_trace_above_spans_all_of_a_request() {
-    let client = || {
-        ServiceBuilder::new()
-            .layer(trace())
-            .layer(BearerAuthLayer::new(AuthServer::new()).replay(CloneBody))
-            .service(Api::refusing_the_first())
-    };
-    let _first = collect();
-    client().oneshot(get()).await.unwrap();
     let (log, _guard) = collect();
-    client().oneshot(get()).await.unwrap();
-    assert_eq!(log.statuses(), ["200"]);
+    let client = ServiceBuilder::new()
+        .layer(trace())
+        .layer(BearerAuthLayer::new(AuthServer::new()).replay(CloneBody))
+        .service(Api::refusing_the_first());
+    client.oneshot(get()).await.unwrap();
     let text = log.text();
+    assert_eq!(statuses(&text), ["200"]);
     assert!(!text.contains("authorization"), "{text}");
     assert!(!text.contains("token-"), "{text}");
     // The token request is everybody's, and so is what the layer says of it.
@@ -114,18 +71,14 @@ async fn a_trace_above_spans_all_of_a_request() {
 /// Law 9.
 #[tokio::test(start_paused = true)]
 async fn a_trace_below_spans_each_send() {
-    let client = || {
-        ServiceBuilder::new()
-            .layer(BearerAuthLayer::new(AuthServer::new()).replay(CloneBody))
-            .layer(trace())
-            .service(Api::refusing_the_first())
-    };
-    let _first = collect();
-    client().oneshot(get()).await.unwrap();
     let (log, _guard) = collect();
-    client().oneshot(get()).await.unwrap();
-    assert_eq!(log.statuses(), ["401", "200"]);
+    let client = ServiceBuilder::new()
+        .layer(BearerAuthLayer::new(AuthServer::new()).replay(CloneBody))
+        .layer(trace())
+        .service(Api::refusing_the_first());
+    client.oneshot(get()).await.unwrap();
     let text = log.text();
+    assert_eq!(statuses(&text), ["401", "200"]);
     assert!(text.contains(r#""authorization": Sensitive"#), "{text}");
     assert!(!text.contains("token-"), "{text}");
 }

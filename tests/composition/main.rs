@@ -15,6 +15,9 @@ mod is_clone;
 mod limits;
 mod logs;
 mod page;
+#[path = "../it/printed.rs"]
+#[expect(dead_code, reason = "the other test binary needs more of it")]
+mod printed;
 mod requests;
 mod retries;
 mod routes;

@@ -30,6 +30,7 @@ mod log;
 mod metrics;
 mod origins;
 mod outage;
+mod printed;
 mod readiness;
 mod refresh_tokens;
 mod secrets;

@@ -2,8 +2,7 @@
 
 use std::{
     convert::Infallible,
-    error::Error,
-    fmt, io,
+    fmt,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -25,12 +24,11 @@ use tower_bearer::{
     CloneBody, EmptyBody, Fetch, Never, RefreshPolicy, RefreshToken, TokenCache, TokenError,
     TokenResponse, TokenSource, source_fn,
 };
-use tracing_subscriber::{
-    fmt::{MakeWriter, format::FmtSpan},
-    layer::SubscriberExt,
-};
 
-use crate::support::{INVALID_TOKEN, enable_tracing, everything, settle};
+use crate::{
+    printed::{Printed, collect},
+    support::{INVALID_TOKEN, get, settle},
+};
 
 /// In every secret of this module; texts are free of it.
 const CANARY: &str = "CANARY";
@@ -38,67 +36,13 @@ const SECRET: &str = "CANARY-client-secret";
 /// `client-id:CANARY-client-secret` in Base64, as it stands in the header.
 const BASIC: &str = "Y2xpZW50LWlkOkNBTkFSWS1jbGllbnQtc2VjcmV0";
 
-/// Everything that was printed.
-#[derive(Clone, Default)]
-struct Printed(Arc<Mutex<Vec<u8>>>);
-
-impl Printed {
-    fn add(&self, text: impl fmt::Display) {
-        let mut printed = self.0.lock().unwrap();
-        printed.extend_from_slice(text.to_string().as_bytes());
-        printed.push(b'\n');
+#[track_caller]
+fn assert_clean(printed: &Printed) {
+    let text = printed.text();
+    for secret in [CANARY, BASIC] {
+        let line = text.lines().find(|line| line.contains(secret));
+        assert_eq!(line, None, "{secret} was printed");
     }
-
-    fn debug(&self, value: &dyn fmt::Debug) {
-        self.add(format_args!("{value:?}\n{value:#?}"));
-    }
-
-    fn error(&self, error: &(dyn Error + 'static)) {
-        self.add(everything(error));
-    }
-
-    fn text(&self) -> String {
-        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
-    }
-
-    #[track_caller]
-    fn assert_clean(&self) {
-        let text = self.text();
-        for secret in [CANARY, BASIC] {
-            let line = text.lines().find(|line| line.contains(secret));
-            assert_eq!(line, None, "{secret} was printed");
-        }
-    }
-}
-
-impl io::Write for Printed {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl<'a> MakeWriter<'a> for Printed {
-    type Writer = Self;
-
-    fn make_writer(&'a self) -> Self {
-        self.clone()
-    }
-}
-
-/// Collects all events and spans of this thread, of every target and level.
-fn collect() -> (Printed, tracing::subscriber::DefaultGuard) {
-    enable_tracing();
-    let printed = Printed::default();
-    let layer = tracing_subscriber::fmt::layer()
-        .with_ansi(false)
-        .with_span_events(FmtSpan::FULL)
-        .with_writer(printed.clone());
-    let guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(layer));
-    (printed, guard)
 }
 
 /// What the token endpoint answers, `N` standing for the number of the request.
@@ -243,12 +187,6 @@ fn api()
     })
 }
 
-fn get() -> Request<String> {
-    Request::get("https://api.example.com/sims")
-        .body(String::new())
-        .unwrap()
-}
-
 /// Law 9 (T18): through success, refusal, refresh, failure and recovery.
 #[tokio::test(start_paused = true)]
 async fn no_event_shows_a_secret() {
@@ -321,7 +259,7 @@ async fn no_event_shows_a_secret() {
             assert!(text.contains(event), "{event:?} is not in {text}");
         }
         drop(guard);
-        printed.assert_clean();
+        assert_clean(&printed);
     }
 }
 
@@ -359,7 +297,7 @@ async fn no_event_of_the_http_client_shows_a_secret() {
     for target in ["tower_bearer: token received", "h2::"] {
         assert!(text.contains(target), "no event of {target} in {text}");
     }
-    printed.assert_clean();
+    assert_clean(&printed);
 }
 
 /// Runs a token endpoint and an API that refuses the first token, over HTTP/2.
@@ -412,7 +350,7 @@ async fn no_error_of_a_token_request_shows_a_secret() {
         }
     }
     assert!(printed.text().contains("invalid_client"));
-    printed.assert_clean();
+    assert_clean(&printed);
 }
 
 /// Law 9 (T18): no public type prints what it holds.
@@ -478,7 +416,7 @@ async fn no_type_shows_a_secret() {
     ] {
         assert!(printed.text().contains(&format!("{name} {{")), "{name}");
     }
-    printed.assert_clean();
+    assert_clean(&printed);
 }
 
 /// Law 9 (T18): what a source says as it panics is not repeated.
@@ -496,7 +434,7 @@ async fn the_panic_of_a_source_is_not_repeated() {
     printed.error(&*error);
     drop(guard);
     assert!(printed.text().contains("the token source panicked"));
-    printed.assert_clean();
+    assert_clean(&printed);
 }
 
 /// Law 9 (T18): settings that were put into the wrong place are not repeated.
@@ -525,5 +463,5 @@ fn no_error_of_the_configuration_shows_a_secret() {
         let builder = endpoint.builder(AuthMethod::default()).scope(scope);
         printed.error(&builder.build_with(endpoint.service()).unwrap_err());
     }
-    printed.assert_clean();
+    assert_clean(&printed);
 }
