@@ -35,6 +35,7 @@ use tower_bearer::{
 };
 
 use crate::{
+    closed,
     echo::{EchoClient, EchoServer},
     support::{Answer, AuthServer, INVALID_TOKEN, until},
 };
@@ -134,6 +135,11 @@ impl Tables {
         }
         Err(status)
     }
+}
+
+/// The token failure that this status must have for its source.
+fn token_error(status: &Status) -> &TokenError {
+    status.source().unwrap().downcast_ref().unwrap()
 }
 
 fn text(text: &str) -> String {
@@ -488,11 +494,7 @@ async fn a_channels_address_is_out_of_the_layers_sight_unless_the_client_names_i
 
     let mut client = EchoClient::with_origin(service, origin());
     let status = client.say(text("hello")).await.unwrap_err();
-    let error = status
-        .source()
-        .unwrap()
-        .downcast_ref::<TokenError>()
-        .unwrap();
+    let error = token_error(&status);
     assert!(error.is_insecure_uri());
     assert_eq!(api.seen().len(), 1);
 
@@ -522,13 +524,8 @@ async fn a_loopback_origin_that_the_client_names_carries_the_token() {
 #[tokio::test]
 async fn a_token_failure_is_an_unknown_status_with_the_error_for_its_source() {
     let api = Api::start().await;
-    // Nobody listens there any more.
-    let closed = TcpListener::bind("127.0.0.1:0")
-        .await
-        .unwrap()
-        .local_addr()
-        .unwrap();
-    let source = tower_bearer::ClientCredentials::builder(format!("http://{closed}/token"), "id")
+    let token_url = format!("http://{}/token", closed().await);
+    let source = tower_bearer::ClientCredentials::builder(token_url, "id")
         .client_secret("secret")
         .build()
         .unwrap();
@@ -545,11 +542,7 @@ async fn a_token_failure_is_an_unknown_status_with_the_error_for_its_source() {
         status.message(),
         "the token endpoint could not be reached (connection refused)"
     );
-    let error = status
-        .source()
-        .unwrap()
-        .downcast_ref::<TokenError>()
-        .unwrap();
+    let error = token_error(&status);
     assert!(error.is_transport());
     assert!(api.seen().is_empty());
 }
@@ -607,11 +600,7 @@ async fn a_mapped_token_failure_tells_what_is_worth_another_try() {
             .unwrap_err();
         assert_eq!(status.code(), code);
         assert_eq!(status.message(), "the token source failed");
-        let found = status
-            .source()
-            .unwrap()
-            .downcast_ref::<TokenError>()
-            .unwrap();
+        let found = token_error(&status);
         assert_eq!(found.retry_after(), pause);
     }
 }
@@ -619,12 +608,7 @@ async fn a_mapped_token_failure_tells_what_is_worth_another_try() {
 /// The mapping leaves the statuses of the channel as they are.
 #[tokio::test]
 async fn an_api_that_is_down_is_unavailable_with_and_without_the_mapping() {
-    let closed = TcpListener::bind("127.0.0.1:0")
-        .await
-        .unwrap()
-        .local_addr()
-        .unwrap();
-    let channel = Endpoint::from_shared(format!("http://{closed}"))
+    let channel = Endpoint::from_shared(format!("http://{}", closed().await))
         .unwrap()
         .connect_lazy();
     let layer = BearerAuthLayer::new(AuthServer::new());

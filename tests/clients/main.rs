@@ -18,3 +18,9 @@ mod reqwest;
     reason = "shared with `it`, which uses all of it"
 )]
 mod support;
+
+/// An address of this machine at which nobody listens any more.
+async fn closed() -> std::net::SocketAddr {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    listener.local_addr().unwrap()
+}

@@ -1,13 +1,7 @@
 //! Over a `reqwest::Client`.
 
-#![expect(
-    clippy::unwrap_used,
-    reason = "clippy allows it in test functions only, not in their helpers"
-)]
-
 use std::{
     convert::Infallible,
-    error::Error,
     fmt::Debug,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard},
@@ -42,6 +36,11 @@ use tower_bearer::{
     BearerAuth, BearerAuthLayer, BoxError, ClientCredentials, CloneBody, CollectBodyLayer,
     CollectedBody, EmptyBody, RefreshPolicy, Replay, TokenCache, TokenError, TokenRequest,
     WithoutToken,
+};
+
+use crate::{
+    closed,
+    support::{INVALID_TOKEN, everything, token_error},
 };
 
 /// An authorization server and an API on one port of this machine; clones are one.
@@ -171,8 +170,7 @@ async fn answer(
         return (StatusCode::TEMPORARY_REDIRECT, headers, String::new());
     }
     if refused {
-        let challenge = r#"Bearer error="invalid_token""#;
-        headers.insert(WWW_AUTHENTICATE, challenge.parse().unwrap());
+        headers.insert(WWW_AUTHENTICATE, INVALID_TOKEN.parse().unwrap());
         return (StatusCode::UNAUTHORIZED, headers, "refused".to_owned());
     }
     if path == "/hang" {
@@ -200,10 +198,6 @@ fn put(url: Url, body: impl Into<Body>) -> Request {
 fn streaming(chunks: [&'static str; 2]) -> Body {
     let frames = chunks.map(|chunk| Ok::<_, Infallible>(Frame::data(Bytes::from(chunk))));
     Body::wrap(StreamBody::new(tokio_stream::iter(frames)))
-}
-
-fn token_error(error: &BoxError) -> &TokenError {
-    error.downcast_ref().unwrap()
 }
 
 fn own(tokens: &[Option<&str>]) -> Vec<Option<String>> {
@@ -460,11 +454,8 @@ async fn errors_of_reqwest_pass_through() {
     let error = api.clone().oneshot(hanging).await.unwrap_err();
     assert!(error.downcast_ref::<reqwest::Error>().unwrap().is_timeout());
 
-    let closed = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let url = format!("http://{}/", closed.local_addr().unwrap());
-    drop(closed);
-    let error = api.clone().oneshot(get(url.parse().unwrap())).await;
-    let error = error.unwrap_err();
+    let url = format!("http://{}/", closed().await).parse().unwrap();
+    let error = api.clone().oneshot(get(url)).await.unwrap_err();
     assert!(error.downcast_ref::<reqwest::Error>().unwrap().is_connect());
 
     // Not for the layer to judge: reqwest has no such requests.
@@ -559,12 +550,7 @@ async fn no_token_and_no_secret_is_shown() {
     let mut hanging = get(site.url("/hang"));
     *hanging.timeout_mut() = Some(Duration::from_millis(50));
     let error = api.call(hanging).await.unwrap_err();
-    show(&error);
-    let mut cause: Option<&dyn Error> = Some(&*error);
-    while let Some(error) = cause {
-        *shown.lock().unwrap() += &format!("{error}\n");
-        cause = error.source();
-    }
+    *shown.lock().unwrap() += &everything(&*error);
     show(api.cache());
     assert_eq!(site.tokens().last(), Some(&Some("token-2".to_owned())));
     let shown = shown.lock().unwrap();

@@ -1,6 +1,5 @@
 //! What becomes of a token endpoint's answers, over real sockets.
 
-#![cfg(feature = "rustls")]
 use std::{
     io,
     time::{Duration, Instant, SystemTime},
