@@ -27,7 +27,7 @@ use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::TokioExecutor,
 };
-use tokio::{net::TcpListener, time};
+use tokio::time;
 use tower::ServiceBuilder;
 use tower_bearer::{
     BearerAuthLayer, BoxError, ClientCredentials, EmptyBody, TokenCache, TokenError,
@@ -42,7 +42,7 @@ mod support;
 async fn main() -> Result<(), BoxError> {
     let realm = Realm::new(Duration::from_secs(300));
     let (token_url, api) = realm.serve().await?;
-    let gateway = serve(gateway(token_url, api)?).await?;
+    let gateway = support::serve(gateway(token_url, api)?).await?;
 
     // Whatever the gateway's trouble with its token is, its users get a plain answer.
     realm.lock().down = true;
@@ -133,11 +133,4 @@ async fn user(gateway: &str) -> Result<http::Response<Incoming>, BoxError> {
         .header(AUTHORIZATION, "Bearer the-users-own")
         .body(Body::empty())?;
     Ok(client.request(request).await?)
-}
-
-async fn serve(router: Router) -> Result<String, BoxError> {
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
-    let address = listener.local_addr()?;
-    tokio::spawn(async move { axum::serve(listener, router).await });
-    Ok(format!("http://{address}"))
 }

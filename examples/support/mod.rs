@@ -220,7 +220,7 @@ async fn list_sims(
 }
 
 /// Serves on a free port of this machine and returns the base of its URIs.
-async fn serve(router: Router) -> Result<String, BoxError> {
+pub(crate) async fn serve(router: Router) -> Result<String, BoxError> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
     tokio::spawn(async move { axum::serve(listener, router).await });
