@@ -289,11 +289,11 @@ impl ClientCredentials {
     /// where its token endpoint is and what it understands.
     ///
     /// The metadata are fetched with the first token, without a client certificate, since they are public: those of
-    /// RFC 8414, or else those of OpenID Connect Discovery 1.0. Their `issuer` must be the one that is given here, letter by letter, or they are not used; so it is written
-    /// as the server writes it, with or without a slash at its end. Taken from them are the token endpoint, or its
-    /// alias for clients with a certificate (RFC 8705 section 5); the revocation endpoint; and, for what the
-    /// builder was not told, the method of client authentication: for a secret the first that the server supports of
-    /// `client_secret_basic`, `client_secret_post` and `client_secret_jwt`.
+    /// RFC 8414, or else those of OpenID Connect Discovery 1.0. Their `issuer` must be the one that is given here, letter
+    /// by letter, or they are not used; so it is written as the server writes it, with or without a slash at its end.
+    /// Taken from them are the token endpoint, or its alias for clients with a certificate (RFC 8705 section 5); the
+    /// revocation endpoint; and, for what the builder was not told, the method of client authentication: for a secret
+    /// the first that the server supports of `client_secret_basic`, `client_secret_post` and `client_secret_jwt`.
     ///
     /// All keys of a cache share them. They are kept until a token request fails in a way that speaks of the endpoint,
     /// such as a lost connection, a timeout or a 404, or the client is refused. Then the next attempt fetches them
@@ -522,12 +522,13 @@ mod tests {
     }
 
     impl Endpoint {
-        fn source(
-            &self,
+        /// An endpoint with these answers, and a source that asks it.
+        fn with(
             builder: ClientCredentialsBuilder,
             answers: &[(u16, &'static str)],
-        ) -> ClientCredentials {
-            let seen = self.seen.clone();
+        ) -> (Self, ClientCredentials) {
+            let endpoint = Self::default();
+            let seen = endpoint.seen.clone();
             let answers = Arc::new(Mutex::new(VecDeque::from(answers.to_vec())));
             let service = tower::service_fn(move |request: Request<Full<Bytes>>| {
                 let (seen, answers) = (seen.clone(), answers.clone());
@@ -546,7 +547,7 @@ mod tests {
                     Ok::<_, Infallible>(response.body(Full::new(Bytes::from(body))).unwrap())
                 }
             });
-            builder.build_with(service).unwrap()
+            (endpoint, builder.build_with(service).unwrap())
         }
 
         fn bodies(&self) -> Vec<String> {
@@ -561,6 +562,11 @@ mod tests {
 
     fn builder(client_id: &str) -> ClientCredentialsBuilder {
         ClientCredentials::builder("https://as.example/token", client_id)
+    }
+
+    fn post(secret: impl Into<crate::Credential>) -> ClientCredentialsBuilder {
+        let builder = builder("id").client_secret(secret);
+        builder.auth_method(AuthMethod::ClientSecretPost)
     }
 
     fn with_refresh_token(text: &str) -> Fetch {
@@ -580,8 +586,8 @@ mod tests {
             // base64 of "i%25d:s%2B%20%C3%A9"
             ("i%d", "s+ é", "Basic aSUyNWQ6cyUyQiUyMCVDMyVBOQ=="),
         ] {
-            let endpoint = Endpoint::default();
-            let source = endpoint.source(builder(id).client_secret(secret), &[(200, TOKEN)]);
+            let (endpoint, source) =
+                Endpoint::with(builder(id).client_secret(secret), &[(200, TOKEN)]);
             source.fetch(Fetch::new()).await.unwrap();
             assert_eq!(endpoint.authorization().as_deref(), Some(expected));
             assert_eq!(endpoint.bodies(), ["grant_type=client_credentials"]);
@@ -590,11 +596,10 @@ mod tests {
 
     #[tokio::test]
     async fn basic_credentials_are_sent_raw_to_servers_that_decode_nothing() {
-        let endpoint = Endpoint::default();
         let raw = builder("i%d")
             .client_secret("s+ é:")
             .raw_basic_credentials(true);
-        let source = endpoint.source(raw, &[(200, TOKEN)]);
+        let (endpoint, source) = Endpoint::with(raw, &[(200, TOKEN)]);
         source.fetch(Fetch::new()).await.unwrap();
         // base64 of "i%d:s+ é:"
         let expected = "Basic aSVkOnMrIMOpOg==";
@@ -652,8 +657,7 @@ mod tests {
                 "grant_type=client_credentials&client_id=i%25d".to_owned(),
             ),
         ] {
-            let endpoint = Endpoint::default();
-            let source = endpoint.source(builder, &[(200, TOKEN)]);
+            let (endpoint, source) = Endpoint::with(builder, &[(200, TOKEN)]);
             source.fetch(Fetch::new()).await.unwrap();
             assert_eq!(endpoint.authorization().as_deref(), header, "{case}");
             assert_eq!(endpoint.bodies(), [body], "{case}");
@@ -683,11 +687,11 @@ mod tests {
 
     #[tokio::test]
     async fn a_secret_that_was_changed_is_sent_within_the_same_attempt() {
-        let endpoint = Endpoint::default();
-        let post = builder("id")
-            .client_secret(giving(&["old", "new"]))
-            .auth_method(AuthMethod::ClientSecretPost);
-        let source = endpoint.source(post, &[(200, TOKEN), REFUSED, (200, TOKEN), (200, TOKEN)]);
+        let builder = post(giving(&["old", "new"]));
+        let (endpoint, source) = Endpoint::with(
+            builder,
+            &[(200, TOKEN), REFUSED, (200, TOKEN), (200, TOKEN)],
+        );
         for _ in 0..3 {
             source.fetch(Fetch::new()).await.unwrap();
         }
@@ -702,33 +706,26 @@ mod tests {
             (401, r#"{"error":"unauthorized_client"}"#),
             (401, r#"{"error":"access_denied"}"#),
         ] {
-            let endpoint = Endpoint::default();
-            let post = builder("id")
-                .client_secret(giving(&["old", "new"]))
-                .auth_method(AuthMethod::ClientSecretPost);
-            let source = endpoint.source(post, &[(200, TOKEN), answer, (200, TOKEN)]);
+            let builder = post(giving(&["old", "new"]));
+            let (endpoint, source) = Endpoint::with(builder, &[(200, TOKEN), answer, (200, TOKEN)]);
             for _ in 0..2 {
                 source.fetch(Fetch::new()).await.unwrap();
             }
             assert_eq!(secrets(&endpoint), ["old", "old", "new"]);
         }
         // With another status it is about what the client may do.
-        let endpoint = Endpoint::default();
-        let post = builder("id").client_secret(giving(&["one"]));
+        let builder = builder("id").client_secret(giving(&["one"]));
         let answer = (400, r#"{"error":"unauthorized_client"}"#);
-        let source = endpoint.source(post, &[answer]);
+        let (_, source) = Endpoint::with(builder, &[answer]);
         source.fetch(Fetch::new()).await.unwrap_err();
         assert!(!source.has_new_credentials());
     }
 
     #[tokio::test]
     async fn a_secret_that_is_still_the_same_is_not_sent_again() {
-        let endpoint = Endpoint::default();
-        let post = builder("id")
-            .client_secret(giving(&["one", "one", "two", "two"]))
-            .auth_method(AuthMethod::ClientSecretPost);
+        let builder = post(giving(&["one", "one", "two", "two"]));
         let refused_with_400 = (400, REFUSED.1);
-        let source = endpoint.source(post, &[refused_with_400, REFUSED]);
+        let (endpoint, source) = Endpoint::with(builder, &[refused_with_400, REFUSED]);
         for _ in 0..2 {
             let error = source.fetch(Fetch::new()).await.unwrap_err();
             assert!(!error.is_transient());
@@ -740,8 +737,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_constant_is_sent_once() {
-        let endpoint = Endpoint::default();
-        let source = endpoint.source(builder("id").client_secret("s"), &[REFUSED]);
+        let (_, source) = Endpoint::with(builder("id").client_secret("s"), &[REFUSED]);
         let error = source.fetch(Fetch::new()).await.unwrap_err();
         assert!(!error.is_transient());
         assert!(!source.has_new_credentials());
@@ -750,11 +746,8 @@ mod tests {
     /// A refresh token is sent at most once, so the new secret goes with the other grant.
     #[tokio::test]
     async fn a_refresh_token_is_not_sent_again_with_another_secret() {
-        let endpoint = Endpoint::default();
-        let post = builder("id")
-            .client_secret(giving(&["old", "new"]))
-            .auth_method(AuthMethod::ClientSecretPost);
-        let source = endpoint.source(post, &[REFUSED, (200, TOKEN)]);
+        let builder = post(giving(&["old", "new"]));
+        let (endpoint, source) = Endpoint::with(builder, &[REFUSED, (200, TOKEN)]);
         source.fetch(with_refresh_token("r1")).await.unwrap();
         assert_eq!(secrets(&endpoint), ["old", "new"]);
         assert!(endpoint.bodies()[1].starts_with("grant_type=client_credentials"));
@@ -765,13 +758,10 @@ mod tests {
     async fn a_changed_file_is_told_within_a_tenth_of_a_second() {
         let path = std::env::temp_dir().join(format!("tower-bearer-{}", std::process::id()));
         std::fs::write(&path, "old\n").unwrap();
-        let endpoint = Endpoint::default();
-        let post = builder("id")
-            .client_secret(crate::Credential::file(&path))
-            .auth_method(AuthMethod::ClientSecretPost);
+        let builder = post(crate::Credential::file(&path));
         let scopeless = (400, r#"{"error":"invalid_scope"}"#);
         let answers = [REFUSED, (503, ""), (200, TOKEN), REFUSED, scopeless];
-        let source = endpoint.source(post, &answers);
+        let (endpoint, source) = Endpoint::with(builder, &answers);
         source.fetch(Fetch::new()).await.unwrap_err();
         assert!(!source.has_new_credentials());
         std::fs::write(&path, "newer\n").unwrap();
@@ -804,11 +794,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_sends_its_credentials_in_one_place_only() {
-        let endpoint = Endpoint::default();
-        let post = builder("id")
-            .client_secret("s e")
-            .auth_method(AuthMethod::ClientSecretPost);
-        let source = endpoint.source(post, &[(200, TOKEN)]);
+        let builder = post("s e");
+        let (endpoint, source) = Endpoint::with(builder, &[(200, TOKEN)]);
         source.fetch(Fetch::new()).await.unwrap();
         assert_eq!(endpoint.authorization(), None);
         let expected = "grant_type=client_credentials&client_id=id&client_secret=s+e";
@@ -817,8 +804,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_without_secret_sends_its_id_in_the_body() {
-        let endpoint = Endpoint::default();
-        let source = endpoint.source(builder("id"), &[(200, TOKEN)]);
+        let (endpoint, source) = Endpoint::with(builder("id"), &[(200, TOKEN)]);
         source.fetch(Fetch::new()).await.unwrap();
         assert_eq!(endpoint.authorization(), None);
         let expected = "grant_type=client_credentials&client_id=id";
@@ -827,14 +813,13 @@ mod tests {
 
     #[tokio::test]
     async fn parameters_go_with_both_grants_and_scopes_with_one() {
-        let endpoint = Endpoint::default();
         let builder = builder("id")
             .client_secret("s")
             .scope("a b")
             .scopes(["c"])
             .param("resource", "urn:1")
             .param("resource", "urn:2");
-        let source = endpoint.source(builder, &[(500, ""), (200, TOKEN)]);
+        let (endpoint, source) = Endpoint::with(builder, &[(500, ""), (200, TOKEN)]);
         source.fetch(with_refresh_token("r1")).await.unwrap();
         let shared = "resource=urn%3A1&resource=urn%3A2";
         assert_eq!(
@@ -848,7 +833,6 @@ mod tests {
 
     #[tokio::test]
     async fn what_a_request_names_takes_the_place_of_the_settings() {
-        let endpoint = Endpoint::default();
         let builder = builder("id")
             .scope("s")
             .resource("urn:s1")
@@ -856,7 +840,7 @@ mod tests {
             .param("audience", "s1")
             .param("audience", "s2")
             .param("kept", "s");
-        let source = endpoint.source(builder, &[(200, TOKEN); 4]);
+        let (endpoint, source) = Endpoint::with(builder, &[(200, TOKEN); 4]);
         let request = TokenRequest::new;
         for request in [
             request(),
@@ -888,8 +872,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_cannot_be_asked_for_is_not_sent() {
-        let endpoint = Endpoint::default();
-        let source = endpoint.source(builder("id"), &[]);
+        let (endpoint, source) = Endpoint::with(builder("id"), &[]);
         let request = TokenRequest::new;
         for request in [
             request().scope("a\"b"),
@@ -912,8 +895,8 @@ mod tests {
 
     #[tokio::test]
     async fn demanded_claims_take_a_new_session() {
-        let endpoint = Endpoint::default();
-        let source = endpoint.source(builder("id").param("claims", "{}"), &[(200, TOKEN)]);
+        let (endpoint, source) =
+            Endpoint::with(builder("id").param("claims", "{}"), &[(200, TOKEN)]);
         let mut fetch = with_refresh_token("r1");
         fetch.claims = Some("{\"a\":1}".to_owned());
         source.fetch(fetch).await.unwrap();
@@ -923,8 +906,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_refreshed_token_was_asked_for_with_the_same_scope() {
-        let endpoint = Endpoint::default();
-        let source = endpoint.source(builder("id").scope("a b"), &[(200, TOKEN)]);
+        let (endpoint, source) = Endpoint::with(builder("id").scope("a b"), &[(200, TOKEN)]);
         let response = source.fetch(with_refresh_token("r1")).await.unwrap();
         assert_eq!(response.requested_scope.as_deref(), Some("a b"));
         assert!(!endpoint.bodies()[0].contains("scope"));
@@ -932,10 +914,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_refresh_token_that_works_spares_the_credentials() {
-        let endpoint = Endpoint::default();
         let refreshed = r#"{"access_token":"refreshed","token_type":"Bearer","expires_in":300,
             "refresh_token":"r2","refresh_expires_in":1800}"#;
-        let source = endpoint.source(builder("id").client_secret("s"), &[(200, refreshed)]);
+        let (endpoint, source) =
+            Endpoint::with(builder("id").client_secret("s"), &[(200, refreshed)]);
         let response = source.fetch(with_refresh_token("r1")).await.unwrap();
         assert_eq!(response.access_token.expose_secret(), "refreshed");
         assert_eq!(response.expires_in, Some(Duration::from_secs(300)));
@@ -956,8 +938,7 @@ mod tests {
             (307, ""),
             (200, "<html>"),
         ] {
-            let endpoint = Endpoint::default();
-            let source = endpoint.source(builder("id"), &[failure, (200, TOKEN)]);
+            let (endpoint, source) = Endpoint::with(builder("id"), &[failure, (200, TOKEN)]);
             let response = source.fetch(with_refresh_token("r1")).await.unwrap();
             assert_eq!(response.access_token.expose_secret(), "from-credentials");
             assert_eq!(endpoint.bodies().len(), 2, "{failure:?}");
@@ -966,12 +947,11 @@ mod tests {
 
     #[tokio::test]
     async fn the_error_of_an_attempt_is_that_of_its_last_request() {
-        let endpoint = Endpoint::default();
         let answers = [
             (400, r#"{"error":"invalid_grant"}"#),
             (401, r#"{"error":"invalid_client"}"#),
         ];
-        let source = endpoint.source(builder("id"), &answers);
+        let (_, source) = Endpoint::with(builder("id"), &answers);
         let error = source.fetch(with_refresh_token("r1")).await.unwrap_err();
         assert_eq!(error.oauth_error(), Some("invalid_client"));
     }
@@ -997,8 +977,7 @@ mod tests {
 
     #[tokio::test]
     async fn lifetimes_count_from_just_before_the_request_that_succeeded() {
-        let endpoint = Endpoint::default();
-        let source = endpoint.source(builder("id"), &[(200, TOKEN)]);
+        let (_, source) = Endpoint::with(builder("id"), &[(200, TOKEN)]);
         let before = crate::time::Now::read();
         let response = source.fetch(Fetch::new()).await.unwrap();
         let sent = response.sent.unwrap();
@@ -1008,8 +987,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_fetch_can_be_spawned_and_dropped() {
-        let endpoint = Endpoint::default();
-        let source = endpoint.source(builder("id"), &[(200, TOKEN)]);
+        let (endpoint, source) = Endpoint::with(builder("id"), &[(200, TOKEN)]);
         drop(source.fetch(Fetch::new()));
         let task = tokio::spawn(async move { source.fetch(Fetch::new()).await });
         assert!(task.await.unwrap().is_ok());
