@@ -14,13 +14,14 @@ mod metrics;
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, OnceLock,
         atomic::{AtomicU32, Ordering},
     },
     thread,
     time::Duration,
 };
 
+use arc_swap::ArcSwapOption;
 use tokio::time::Instant;
 use tracing::{
     Level, Span, event,
@@ -48,8 +49,8 @@ macro_rules! emit {
 /// of each request that waits follows from this one.
 #[derive(Debug)]
 pub(crate) struct FlightSpan {
-    /// Shared, since to clone a span is to call the subscriber, and nothing is to be locked then.
-    span: Mutex<Option<Arc<Span>>>,
+    /// Not behind a lock, since to clone a span is to call the subscriber.
+    span: ArcSwapOption<Span>,
     /// When its first attempt is made.
     starts: OnceLock<Instant>,
     /// How many attempts were made.
@@ -59,7 +60,7 @@ pub(crate) struct FlightSpan {
 impl FlightSpan {
     pub(crate) const fn new() -> Self {
         Self {
-            span: Mutex::new(None),
+            span: ArcSwapOption::const_empty(),
             starts: OnceLock::new(),
             attempts: AtomicU32::new(0),
         }
@@ -85,20 +86,20 @@ impl FlightSpan {
             otel.status_code = Empty,
         );
         span.follows_from(Span::current());
-        *lock(&self.span) = Some(Arc::new(span.clone()));
+        self.span.store(Some(Arc::new(span.clone())));
         span
     }
 
     /// Links the current span, of a request that waits, to the flight's.
     fn link(&self) {
-        if let Some(span) = self.get() {
+        if let Some(span) = self.span.load_full() {
             Span::current().follows_from(&*span);
         }
     }
 
     /// Has `tell` emit its events within the span.
     pub(crate) fn within<T>(&self, tell: impl FnOnce() -> T) -> T {
-        match self.get() {
+        match self.span.load_full() {
             Some(span) => span.in_scope(tell),
             None => tell(),
         }
@@ -119,8 +120,7 @@ impl FlightSpan {
         error: Option<&TokenError>,
         now: Instant,
     ) -> Duration {
-        let span = lock(&self.span).take();
-        if let Some(span) = span {
+        if let Some(span) = self.span.swap(None) {
             span.record("grant", grant);
             span.record("attempts", self.attempts.load(Ordering::Relaxed));
             span.record("outcome", outcome);
@@ -136,10 +136,6 @@ impl FlightSpan {
     pub(crate) fn age(&self, now: Instant) -> Duration {
         let since = |starts: &Instant| now.saturating_duration_since(*starts);
         self.starts.get().map_or(Duration::ZERO, since)
-    }
-
-    fn get(&self) -> Option<Arc<Span>> {
-        lock(&self.span).clone()
     }
 }
 
@@ -552,10 +548,6 @@ impl fmt::Display for Key<'_> {
 /// Cuts what nobody reads off a duration.
 fn round(duration: Duration) -> Duration {
     Duration::from_millis(duration.as_millis() as u64)
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
