@@ -1,6 +1,9 @@
 //! Signed assertions of a client's identity: RFC 7523 section 2.2, as RFC 10070 has tightened it.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    str::FromStr,
+    time::{Duration, SystemTime},
+};
 
 use aws_lc_rs::{
     encoding::{AsDer, Pkcs8V1Der},
@@ -50,17 +53,9 @@ pub enum SigningAlgorithm {
 }
 
 impl SigningAlgorithm {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Hs256 => "HS256",
-            Self::Hs384 => "HS384",
-            Self::Hs512 => "HS512",
-            Self::Rs256 => "RS256",
-            Self::Ps256 => "PS256",
-            Self::Es256 => "ES256",
-            Self::Es384 => "ES384",
-            Self::EdDsa => "EdDSA",
-        }
+    /// Whether this is its registered name.
+    fn is_called(self, name: &str) -> bool {
+        Algorithm::from_str(name).is_ok_and(|algorithm| algorithm == self.to_jose())
     }
 
     fn to_jose(self) -> Algorithm {
@@ -128,7 +123,7 @@ impl Settings {
         }
         // Of a key that comes later this much is known.
         match self.algorithm {
-            Some(algorithm) if is_hmac(algorithm) => Err(ConfigError::new(
+            Some(algorithm) if HMAC.contains(&algorithm) => Err(ConfigError::new(
                 "the signing_algorithm is for a secret and not for a private key",
             )),
             _ => Ok(()),
@@ -201,12 +196,7 @@ struct Key {
 
 impl Key {
     fn of_secret(secret: &str) -> Self {
-        let algorithms = &[
-            SigningAlgorithm::Hs256,
-            SigningAlgorithm::Hs384,
-            SigningAlgorithm::Hs512,
-        ];
-        Self::new(EncodingKey::from_secret(secret.as_bytes()), algorithms)
+        Self::new(EncodingKey::from_secret(secret.as_bytes()), HMAC)
     }
 
     /// Reads a private key: a JWK, or PEM of the kinds PKCS#8, PKCS#1 and SEC 1.
@@ -294,7 +284,7 @@ impl Key {
         }?;
         key.id = jwk.kid.get().map(str::to_owned);
         if let Some(name) = jwk.alg.get() {
-            let known = key.algorithms.iter().find(|known| known.name() == name);
+            let known = key.algorithms.iter().find(|known| known.is_called(name));
             key.own_algorithm =
                 Some(*known.ok_or_else(|| unusable("its alg is not supported or does not fit"))?);
         }
@@ -353,7 +343,7 @@ impl Key {
             return Ok(algorithm);
         }
         let is_supported = |algorithm: &&SigningAlgorithm| {
-            supported.is_none_or(|names| names.iter().any(|name| name == algorithm.name()))
+            supported.is_none_or(|names| names.iter().any(|name| algorithm.is_called(name)))
         };
         // A server that names none of them may be wrong about itself.
         let supported = self.algorithms.iter().find(is_supported);
@@ -435,12 +425,11 @@ const CURVES: [Curve; 2] = [
     },
 ];
 
-fn is_hmac(algorithm: SigningAlgorithm) -> bool {
-    matches!(
-        algorithm,
-        SigningAlgorithm::Hs256 | SigningAlgorithm::Hs384 | SigningAlgorithm::Hs512
-    )
-}
+const HMAC: &[SigningAlgorithm] = &[
+    SigningAlgorithm::Hs256,
+    SigningAlgorithm::Hs384,
+    SigningAlgorithm::Hs512,
+];
 
 fn unusable(why: &str) -> ConfigError {
     ConfigError::new(format!("the client's key cannot be used: {why}"))
