@@ -194,7 +194,8 @@ impl Means {
                 return Ok(AuthMethod::ClientSecretBasic);
             }
             return BY_SECRET
-                .into_iter()
+                .iter()
+                .copied()
                 .find(|method| supports(*method))
                 .ok_or("the server supports no way to authenticate by a client secret");
         }
@@ -421,14 +422,12 @@ fn form_encoded(text: &str) -> Zeroizing<String> {
 }
 
 /// In the order in which they are chosen.
-#[cfg(feature = "jwt")]
-const BY_SECRET: [AuthMethod; 3] = [
+const BY_SECRET: &[AuthMethod] = &[
     AuthMethod::ClientSecretBasic,
     AuthMethod::ClientSecretPost,
+    #[cfg(feature = "jwt")]
     AuthMethod::ClientSecretJwt,
 ];
-#[cfg(not(feature = "jwt"))]
-const BY_SECRET: [AuthMethod; 2] = [AuthMethod::ClientSecretBasic, AuthMethod::ClientSecretPost];
 
 /// How often the files of refused credentials are looked at. A token of seconds has a fraction of one left when its
 /// refresh is refused, and a look costs some microseconds.

@@ -1,7 +1,5 @@
 //! `oauth2` clients of any type state, as one object that builds and sends token requests.
 
-use std::pin::Pin;
-
 use oauth2::{
     AuthType, Client, EndpointSet, EndpointState, ErrorResponse, RequestTokenError, RevocableToken,
     Scope, TokenIntrospectionResponse, TokenResponse, TokenUrl,
@@ -10,6 +8,7 @@ use oauth2::{
 use super::{
     RefreshToken,
     response::Answer,
+    shared::BoxFuture,
     transport::{Answered, Channel},
 };
 use crate::error::TokenError;
@@ -25,14 +24,15 @@ pub(super) trait Grant: Send + Sync {
     fn token_url(&self) -> &TokenUrl;
 
     /// Sends the request of RFC 6749 section 4.4.2.
-    fn client_credentials<'a>(&'a self, sent: Sent<'a>) -> AnswerFuture<'a>;
+    fn client_credentials<'a>(&'a self, sent: Sent<'a>) -> BoxFuture<'a, Answer>;
 
     /// Sends the request of RFC 6749 section 6.
-    fn refresh_token<'a>(&'a self, token: &'a RefreshToken, sent: Sent<'a>) -> AnswerFuture<'a>;
+    fn refresh_token<'a>(
+        &'a self,
+        token: &'a RefreshToken,
+        sent: Sent<'a>,
+    ) -> BoxFuture<'a, Answer>;
 }
-
-pub(super) type AnswerFuture<'a> =
-    Pin<Box<dyn Future<Output = Result<Answer, TokenError>> + Send + 'a>>;
 
 /// What goes out beside the grant itself, and how.
 pub(super) struct Sent<'a> {
@@ -70,7 +70,7 @@ where
         self.token_uri()
     }
 
-    fn client_credentials<'a>(&'a self, sent: Sent<'a>) -> AnswerFuture<'a> {
+    fn client_credentials<'a>(&'a self, sent: Sent<'a>) -> BoxFuture<'a, Answer> {
         Box::pin(async move {
             let mut request = self
                 .exchange_client_credentials()
@@ -82,7 +82,11 @@ where
         })
     }
 
-    fn refresh_token<'a>(&'a self, token: &'a RefreshToken, sent: Sent<'a>) -> AnswerFuture<'a> {
+    fn refresh_token<'a>(
+        &'a self,
+        token: &'a RefreshToken,
+        sent: Sent<'a>,
+    ) -> BoxFuture<'a, Answer> {
         Box::pin(async move {
             let token = oauth2::RefreshToken::new(token.expose_secret().to_owned());
             // Without a scope, which means the one that was granted: to ask for more is an error.
