@@ -18,7 +18,7 @@ use std::{
 
 use http::Request;
 use support::{
-    Body,
+    Body, DAY,
     baselines::{ArcSwapCache, ByHand, MutexCache, RwLockCache},
     endpoint::Endpoint,
     inner,
@@ -77,8 +77,7 @@ struct States {
 
 impl States {
     async fn reach(lifetime: Duration) -> Self {
-        let day = Duration::from_secs(24 * 3_600);
-        let fresh = TokenCache::new(Endpoint::new(Duration::ZERO, day).source());
+        let fresh = TokenCache::new(Endpoint::new(Duration::ZERO, DAY).source());
         let hanging = Endpoint::new(Duration::ZERO, lifetime);
         let failing = Endpoint::new(Duration::ZERO, lifetime);
         let due = TokenCache::new(hanging.source());

@@ -15,9 +15,9 @@ use std::{
 
 use http::{Request, Response, StatusCode, header};
 use support::{
-    Body,
+    Body, DAY,
     endpoint::Endpoint,
-    report::{Report, Table, median},
+    report::{Report, Table, median, millis},
     request, runtime, short,
 };
 use tokio::{
@@ -201,7 +201,7 @@ fn refused(report: &mut Report, runs: u32) {
 }
 
 async fn refused_once() -> f64 {
-    let endpoint = Endpoint::new(TRIP, Duration::from_secs(24 * 3_600));
+    let endpoint = Endpoint::new(TRIP, DAY);
     let cache = TokenCache::new(endpoint.source());
     let old = cache.get().await.expect("the endpoint grants a token");
     let old = old.header_value().clone();
@@ -290,10 +290,6 @@ impl Together {
     fn since(&self) -> Duration {
         self.met.get().expect("all have met").elapsed()
     }
-}
-
-fn millis(time: Duration) -> f64 {
-    time.as_secs_f64() * 1_000.0
 }
 
 const CALLERS: usize = 10_000;

@@ -18,10 +18,11 @@ use std::{
 };
 
 use support::{
+    DAY,
     endpoint::Endpoint,
     inner,
     plot::{self, Axis, Line},
-    report::{Report, Table, median, plot_path},
+    report::{Report, Table, median, millis, plot_path},
     request, short,
 };
 use tokio::{
@@ -136,7 +137,7 @@ async fn sleepers(size: usize) -> f64 {
 
 /// Tasks that send a request and find no token.
 async fn callers(size: usize) -> f64 {
-    let endpoint = Endpoint::new(FETCH, LIFETIME);
+    let endpoint = Endpoint::new(FETCH, DAY);
     let crowd = Crowd::of(size);
     let start = Instant::now();
     spawn_callers(&endpoint, &crowd, size);
@@ -147,7 +148,7 @@ async fn callers(size: usize) -> f64 {
 
 /// The same with a token that arrives when all of them wait for it.
 async fn waiters(size: usize) -> f64 {
-    let endpoint = Endpoint::new(FETCH, LIFETIME);
+    let endpoint = Endpoint::new(FETCH, DAY);
     endpoint.wait_for(size);
     let crowd = Crowd::of(size);
     spawn_callers(&endpoint, &crowd, size);
@@ -199,7 +200,7 @@ fn spawn_callers(endpoint: &Arc<Endpoint>, crowd: &Arc<Crowd>, size: usize) {
 /// The caller that starts the token request is dropped when half of it is over; returns how long after the start the
 /// last of the others is done.
 async fn first_dropped(size: usize, dropped: bool) -> f64 {
-    let endpoint = Endpoint::new(FETCH, LIFETIME);
+    let endpoint = Endpoint::new(FETCH, DAY);
     let cache = TokenCache::new(endpoint.source());
     let mut service = BearerAuthLayer::new(cache).layer(service_fn(inner));
     let crowd = Crowd::of(size);
@@ -341,9 +342,4 @@ fn report(found: &mut [Found], rounds: u32) {
     report.finish();
 }
 
-fn millis(time: Duration) -> f64 {
-    time.as_secs_f64() * 1_000.0
-}
-
 const FETCH: Duration = Duration::from_millis(50);
-const LIFETIME: Duration = Duration::from_secs(24 * 3_600);

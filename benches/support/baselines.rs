@@ -24,7 +24,7 @@ use tokio::{
 use tower::Service;
 use tower_bearer::BoxError;
 
-use super::endpoint::Endpoint;
+use super::{DAY, endpoint::Endpoint};
 
 /// Where the header value comes from.
 pub trait Cache: Send + Sync + 'static {
@@ -160,8 +160,7 @@ impl<S, C: Cache> ByHand<S, C> {
 
     /// A service over a cache that holds a token for a day.
     pub async fn with_token(inner: S) -> Self {
-        let day = Duration::from_secs(24 * 3_600);
-        let service = Self::new(inner, &Endpoint::new(Duration::ZERO, day));
+        let service = Self::new(inner, &Endpoint::new(Duration::ZERO, DAY));
         let token = service.cache.header().await;
         token.expect("the endpoint grants a token");
         service

@@ -78,7 +78,7 @@ where
 /// A cache that holds a token as long as Keycloak's, that text, and the runtime that watches over it.
 pub fn cached() -> (TokenCache, String, Runtime) {
     let cache = TokenCache::new(source_fn(|_| async {
-        Ok(TokenResponse::new(token_text())?.expires_in(Duration::from_secs(24 * 3_600)))
+        Ok(TokenResponse::new(token_text())?.expires_in(DAY))
     }));
     let runtime = runtime(1);
     let token = runtime
@@ -88,6 +88,9 @@ pub fn cached() -> (TokenCache, String, Runtime) {
     std::thread::sleep(Duration::from_millis(50));
     (cache, token.expose_secret().to_owned(), runtime)
 }
+
+/// The lifetime of a token that is to see the end of the benchmark.
+pub const DAY: Duration = Duration::from_secs(24 * 3_600);
 
 /// A token as long as Keycloak's.
 pub fn token_text() -> String {

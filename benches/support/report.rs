@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     thread,
+    time::Duration,
 };
 
 use super::short;
@@ -207,6 +208,10 @@ fn machine() -> String {
         "{model}, {cores} cores, {} {kernel}, {compiler}",
         std::env::consts::OS
     )
+}
+
+pub fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1_000.0
 }
 
 /// The middle one.
