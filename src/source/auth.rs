@@ -370,7 +370,7 @@ impl Refused {
             .any(|given| (look || !given.is_of_file()) && given.is_outdated());
         if changed {
             let mut refusal = self.0.lock();
-            // Unless it is about others by now.
+            // Unless other credentials have been refused meanwhile.
             if let Some(refusal) = refusal.as_mut().filter(|now| now.held.is_as(&held)) {
                 refusal.changed = true;
             }

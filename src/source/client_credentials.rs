@@ -127,7 +127,7 @@ impl Inner {
                 let supported = endpoints.auth_methods.as_deref();
                 let method = self.means.method(supported).map_err(|problem| {
                     // The next attempt looks whether the server supports more by then.
-                    drop(self.place.watch());
+                    self.place.suspect();
                     TokenError::terminal(problem)
                 })?;
                 Some(method)
@@ -135,7 +135,7 @@ impl Inner {
             Client::Whole(_) => None,
         };
         let mut held = self.means.gather(method).await?;
-        // RFC 6749 section 5.2: what a refresh token is worth after a failure is not told.
+        // A refresh token is sent once: RFC 6749 does not say whether it survives a request that failed.
         let mut last = matches!(request, Request::RefreshToken(_));
         loop {
             let outcome = match self.equip(method, &held, endpoints) {
@@ -161,7 +161,7 @@ impl Inner {
                 if error.may_be_of_certificate() {
                     held.refuse_certificate();
                 }
-                // What another one has left behind is no reason to ask again once this was refused for good.
+                // New credentials would not mend this, so a refusal of an earlier request is no longer worth watching.
                 if !error.is_transient() {
                     self.refused.clear();
                 }

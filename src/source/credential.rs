@@ -64,7 +64,7 @@ enum Origin {
 struct Function {
     ask: Box<dyn Fn() -> Asking + Send + Sync>,
     kept: Mutex<Kept>,
-    /// Had while the function is asked, so that many token requests ask it once.
+    /// Held while the function is asked, so that many token requests ask it once.
     turn: Turn,
 }
 

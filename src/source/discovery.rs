@@ -18,7 +18,7 @@ use crate::{
     sync::Mutex,
 };
 
-/// Whom to discover.
+/// The issuer of the server that is to be discovered.
 pub(super) struct Issuer {
     /// As it was configured, to be compared letter by letter.
     identifier: String,
@@ -158,6 +158,13 @@ impl Place {
         }
     }
 
+    /// Has the server asked again before the next request to its endpoints.
+    pub(super) fn suspect(&self) {
+        if let Self::Found(discovery) = self {
+            discovery.suspect();
+        }
+    }
+
     /// Watches one request to the endpoints.
     pub(super) fn watch(&self) -> Watch<'_> {
         match self {
@@ -183,7 +190,7 @@ impl Place {
 pub(super) struct Discovery {
     pub(super) issuer: Issuer,
     state: Mutex<State>,
-    /// Had while the server is asked, so that the token requests of many keys ask it once.
+    /// Held while the server is asked, so that the token requests of many keys ask it once.
     turn: Turn,
 }
 
@@ -209,6 +216,10 @@ impl State {
 }
 
 impl Discovery {
+    fn suspect(&self) {
+        self.state.lock().suspect = true;
+    }
+
     async fn endpoints(
         &self,
         transport: &Transport,
@@ -249,7 +260,7 @@ impl Discovery {
     }
 }
 
-/// A request to the endpoints that is under way. If it is dropped, which is what a timeout does, they are suspect.
+/// A request to the endpoints that is under way. If it is dropped before its end, as by a timeout, they are suspect.
 pub(super) struct Watch<'a>(Option<&'a Discovery>);
 
 impl Watch<'_> {
@@ -264,13 +275,13 @@ impl Watch<'_> {
 impl Drop for Watch<'_> {
     fn drop(&mut self) {
         if let Some(discovery) = self.0 {
-            discovery.state.lock().suspect = true;
+            discovery.suspect();
         }
     }
 }
 
-/// Whether an endpoint may have moved, or wants another proof than it said: not if there is a server that knows its
-/// business and is busy.
+/// Whether an error may mean that an endpoint has moved, or wants another method of authentication than it said. One
+/// that says that it is busy has done neither.
 fn speaks_of_endpoint(error: &TokenError) -> bool {
     let unknown = error.is_of_unknown_client();
     let gone = matches!(

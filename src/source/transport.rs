@@ -83,7 +83,7 @@ pub(super) struct Channel {
     pub(super) elsewhere: Option<Url>,
 }
 
-/// Has a token request that `oauth2` built sent to another endpoint, as no grant.
+/// Sends a token request that `oauth2` built to another endpoint, without its grant.
 ///
 /// `oauth2` builds revocations as well, but for `https` only and for clients of another type state.
 fn divert(request: &mut HttpRequest, url: &Url) {

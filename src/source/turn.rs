@@ -16,7 +16,7 @@ use crate::sync::Mutex;
 pub(super) struct Turn(Mutex<Lease>);
 
 struct Lease {
-    /// Another one after each turn that was passed over.
+    /// A new one after each turn that was given up for lost.
     lock: Arc<tokio::sync::Mutex<()>>,
     /// When the turn that was taken last is over.
     over: Instant,
@@ -44,7 +44,7 @@ impl Turn {
             let taken = time::timeout_at(over, lock.clone().lock_owned()).await;
             let mut lease = self.0.lock();
             if !Arc::ptr_eq(&lease.lock, &lock) {
-                // Another one has passed that turn over.
+                // Somebody else has given that turn up for lost.
                 continue;
             }
             match taken {
@@ -52,7 +52,7 @@ impl Turn {
                     lease.over = Instant::now() + LEASE;
                     return guard;
                 }
-                // Also whoever is next in the queue may be asleep.
+                // The queue goes with it: whoever is next there may be on the same parked runtime.
                 Err(_) if lease.over == over => lease.lock = Arc::default(),
                 Err(_) => {}
             }

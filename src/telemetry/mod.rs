@@ -264,7 +264,7 @@ pub(crate) fn token_received(
     );
 }
 
-/// Whose token is told of.
+/// Whose token an event is about.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Subject<'a> {
     /// The cache's name.
