@@ -21,10 +21,10 @@ use super::{
     AuthMethod, ClientCredentials, Credential,
     asked::{Asked, names, pairs},
     auth::{Means, Refused},
-    client_credentials::{Client, Inner},
+    client::{Client, ErasedClient},
+    client_credentials::Inner,
     discovery::{Issuer, Place},
     endpoints::{Endpoints, check_url, parse_url},
-    grant::Grant,
     transport::Transport,
 };
 #[cfg(feature = "rustls")]
@@ -38,7 +38,7 @@ pub(super) enum Target {
     /// The client of this id at the server of this issuer.
     Issuer { id: String, issuer: String },
     /// A client of `oauth2`, with whatever it knows of itself.
-    Whole(Box<dyn Grant>),
+    OAuth2(Box<dyn ErasedClient>),
 }
 
 /// Builds [`ClientCredentials`].
@@ -387,7 +387,7 @@ impl ClientCredentialsBuilder {
                 })?;
                 (Client::Own(id), Place::told(told(token_url)?))
             }
-            Target::Whole(client) => {
+            Target::OAuth2(client) => {
                 let endpoints = told(client.token_url().clone())?;
                 (own(client, &mut means), Place::told(endpoints))
             }
@@ -433,14 +433,14 @@ impl ClientCredentialsBuilder {
 }
 
 /// Takes a client of `oauth2` apart if its way to prove its identity is set here.
-fn own(client: Box<dyn Grant>, means: &mut Means) -> Client {
+fn own(client: Box<dyn ErasedClient>, means: &mut Means) -> Client {
     if means.take_over() {
         if matches!(client.auth_type(), AuthType::RequestBody) && means.secret.is_some() {
             means.method = means.method.or(Some(AuthMethod::ClientSecretPost));
         }
         return Client::Own(client.client_id().to_owned());
     }
-    Client::Whole(match means.method {
+    Client::OAuth2(match means.method {
         Some(AuthMethod::ClientSecretBasic) => client.with_auth_type(AuthType::BasicAuth),
         Some(AuthMethod::ClientSecretPost) => client.with_auth_type(AuthType::RequestBody),
         _ => client,

@@ -16,9 +16,9 @@ use super::{
     asked::{Asked, names},
     auth::{Held, Means, Proof, Refused},
     builder::{ClientCredentialsBuilder, Target},
+    client::{Client, ErasedClient, Sent},
     discovery::Place,
     endpoints::Endpoints,
-    grant::{Grant, Sent},
     response::Answer,
     transport::{Authorization, Channel, Transport},
     within,
@@ -78,23 +78,6 @@ pub(super) struct Inner {
     pub(super) mutual: Option<https::Mutual>,
 }
 
-/// Whoever asks for tokens.
-pub(super) enum Client {
-    /// The client of this id, whose proof is made here.
-    Own(String),
-    /// A client of `oauth2` that proves its identity by itself.
-    Whole(Box<dyn Grant>),
-}
-
-impl Client {
-    pub(super) fn id(&self) -> &str {
-        match self {
-            Self::Own(id) => id,
-            Self::Whole(client) => client.client_id(),
-        }
-    }
-}
-
 /// What a request to the authorization server is.
 #[derive(Clone, Copy)]
 enum Request<'a> {
@@ -132,7 +115,7 @@ impl Inner {
                 })?;
                 Some(method)
             }
-            Client::Whole(_) => None,
+            Client::OAuth2(_) => None,
         };
         let mut held = self.means.gather(method).await?;
         // A refresh token is sent once: RFC 6749 does not say whether it survives a request that failed.
@@ -224,8 +207,8 @@ impl Inner {
         } = proof;
         let in_header = matches!(authorization, Authorization::Given(_));
         let own;
-        let client: &dyn Grant = match &self.client {
-            Client::Whole(client) => &**client,
+        let client: &dyn ErasedClient = match &self.client {
+            Client::OAuth2(client) => &**client,
             Client::Own(id) => {
                 let client = BasicClient::new(ClientId::new(id.clone()))
                     .set_token_uri(endpoints.token_url.clone());
@@ -380,7 +363,7 @@ impl ClientCredentials {
         Introspection: EndpointState + Send + Sync + 'static,
         Revocation: EndpointState + Send + Sync + 'static,
     {
-        ClientCredentialsBuilder::new(Target::Whole(Box::new(client)))
+        ClientCredentialsBuilder::new(Target::OAuth2(Box::new(client)))
     }
 
     pub(super) fn new(inner: Inner) -> Self {

@@ -5,11 +5,11 @@ mod asked;
 mod assertion;
 mod auth;
 mod builder;
+mod client;
 mod client_credentials;
 mod credential;
 mod discovery;
 mod endpoints;
-mod grant;
 #[cfg(feature = "rustls")]
 mod https;
 mod request;

@@ -1,8 +1,8 @@
-//! `oauth2` clients of any type state, as one object that builds and sends token requests.
+//! Who asks for tokens: a client of our own, or one of `oauth2`, whatever its type state.
 
 use oauth2::{
-    AuthType, Client, EndpointSet, EndpointState, ErrorResponse, RequestTokenError, RevocableToken,
-    Scope, TokenIntrospectionResponse, TokenResponse, TokenUrl,
+    AuthType, EndpointSet, EndpointState, ErrorResponse, RequestTokenError, RevocableToken, Scope,
+    TokenIntrospectionResponse, TokenResponse, TokenUrl,
 };
 
 use super::{
@@ -13,9 +13,26 @@ use super::{
 };
 use crate::error::TokenError;
 
+/// Whoever asks for tokens.
+pub(super) enum Client {
+    /// The client of this id, whose proof is made here.
+    Own(String),
+    /// A client of `oauth2` that proves its identity by itself.
+    OAuth2(Box<dyn ErasedClient>),
+}
+
+impl Client {
+    pub(super) fn id(&self) -> &str {
+        match self {
+            Self::Own(id) => id,
+            Self::OAuth2(client) => client.client_id(),
+        }
+    }
+}
+
 /// An `oauth2::Client` with a token URL, its ten type parameters erased.
-pub(super) trait Grant: Send + Sync {
-    fn with_auth_type(self: Box<Self>, auth_type: AuthType) -> Box<dyn Grant>;
+pub(super) trait ErasedClient: Send + Sync {
+    fn with_auth_type(self: Box<Self>, auth_type: AuthType) -> Box<dyn ErasedClient>;
 
     fn auth_type(&self) -> &AuthType;
 
@@ -41,8 +58,19 @@ pub(super) struct Sent<'a> {
     pub(super) channel: Channel,
 }
 
-impl<TE, TR, TIR, RT, TRE, Auth, DeviceAuth, Introspection, Revocation> Grant
-    for Client<TE, TR, TIR, RT, TRE, Auth, DeviceAuth, Introspection, Revocation, EndpointSet>
+impl<TE, TR, TIR, RT, TRE, Auth, DeviceAuth, Introspection, Revocation> ErasedClient
+    for oauth2::Client<
+        TE,
+        TR,
+        TIR,
+        RT,
+        TRE,
+        Auth,
+        DeviceAuth,
+        Introspection,
+        Revocation,
+        EndpointSet,
+    >
 where
     TE: ErrorResponse + Send + Sync + 'static,
     TR: TokenResponse + Send + Sync + 'static,
@@ -54,7 +82,7 @@ where
     Introspection: EndpointState + Send + Sync + 'static,
     Revocation: EndpointState + Send + Sync + 'static,
 {
-    fn with_auth_type(self: Box<Self>, auth_type: AuthType) -> Box<dyn Grant> {
+    fn with_auth_type(self: Box<Self>, auth_type: AuthType) -> Box<dyn ErasedClient> {
         Box::new(self.set_auth_type(auth_type))
     }
 
