@@ -460,7 +460,7 @@ mod tests {
             };
             // The same rule by another road: the address that a connector would dial.
             let is_this_machine = |host: &str| {
-                host == "localhost" || matches!(host, "127.0.0.1" | "[::1]")
+                matches!(host, "localhost" | "127.0.0.1" | "[::1]")
             };
             let safe = uri.host().is_none_or(|host| {
                 uri.scheme_str() == Some("https")
