@@ -196,23 +196,12 @@ pub(super) struct Discovery {
 
 #[derive(Default)]
 struct State {
-    endpoints: Option<Arc<Endpoints>>,
+    /// What came of asking the server, once it was asked.
+    outcome: Option<Result<Arc<Endpoints>, TokenError>>,
     /// Whether the endpoints have failed, so that they may have moved.
     suspect: bool,
     /// How often the server was asked.
     rounds: u64,
-    error: Option<TokenError>,
-}
-
-impl State {
-    /// What came of the last round. Endpoints that were good once are better than none.
-    fn outcome(&self) -> Result<Arc<Endpoints>, TokenError> {
-        match (&self.endpoints, &self.error) {
-            (Some(endpoints), _) => Ok(endpoints.clone()),
-            (None, Some(error)) => Err(error.clone()),
-            (None, None) => unreachable!("a round ends with one of them"),
-        }
-    }
 }
 
 impl Discovery {
@@ -227,36 +216,38 @@ impl Discovery {
     ) -> Result<Arc<Endpoints>, TokenError> {
         let rounds = {
             let state = self.state.lock();
-            if let (Some(endpoints), false) = (&state.endpoints, state.suspect) {
+            if let (Some(Ok(endpoints)), false) = (&state.outcome, state.suspect) {
                 return Ok(endpoints.clone());
             }
             state.rounds
         };
         let _turn = self.turn.take().await;
-        let limit = {
+        let has_endpoints = {
             let state = self.state.lock();
-            // Also a failure is shared, or all who wait would repeat it one after the other.
-            if state.rounds != rounds {
-                return state.outcome();
+            match &state.outcome {
+                // Also a failure is shared, or all who wait would repeat it one after the other.
+                Some(outcome) if state.rounds != rounds => return outcome.clone(),
+                outcome => matches!(outcome, Some(Ok(_))),
             }
-            state.endpoints.as_ref().map(|_| limit)
         };
         let asking = self.issuer.ask(transport);
-        let found = match limit {
-            Some(limit) => within(limit, asking).await,
-            // Without endpoints there is nothing else to do within the attempt.
-            None => asking.await,
+        let found = match has_endpoints {
+            true => within(limit, asking).await,
+            // There is nothing else to do within the attempt.
+            false => asking.await,
         };
         let mut state = self.state.lock();
         state.rounds += 1;
-        match found {
-            Ok(endpoints) => {
-                state.endpoints = Some(Arc::new(endpoints));
+        let outcome = match (found, &state.outcome) {
+            (Ok(endpoints), _) => {
                 state.suspect = false;
+                Ok(Arc::new(endpoints))
             }
-            Err(error) => state.error = Some(error),
-        }
-        state.outcome()
+            // Those that were good once are better than none.
+            (Err(_), Some(Ok(endpoints))) => Ok(endpoints.clone()),
+            (Err(error), _) => Err(error),
+        };
+        state.outcome.insert(outcome).clone()
     }
 }
 
