@@ -370,7 +370,7 @@ impl ClientCredentialsBuilder {
             .transpose()?;
         let told = |token_url: TokenUrl| {
             check_url(token_url.url(), "token", plain_http)?;
-            Ok::<_, ConfigError>(Endpoints {
+            Ok::<_, ConfigError>(Place::told(Endpoints {
                 token_url,
                 revocation_url: revocation_url.clone(),
                 #[cfg(feature = "jwt")]
@@ -378,18 +378,18 @@ impl ClientCredentialsBuilder {
                 auth_methods: None,
                 #[cfg(feature = "jwt")]
                 algorithms: None,
-            })
+            }))
         };
         let (client, place) = match target {
             Target::Client { id, token_url } => {
                 let token_url = TokenUrl::new(token_url).map_err(|error| {
                     ConfigError::new("the token URL cannot be parsed").with_source(error)
                 })?;
-                (Client::Own(id), Place::told(told(token_url)?))
+                (Client::Own(id), told(token_url)?)
             }
             Target::OAuth2(client) => {
-                let endpoints = told(client.token_url().clone())?;
-                (own(client, &mut means), Place::told(endpoints))
+                let place = told(client.token_url().clone())?;
+                (own(client, &mut means), place)
             }
             Target::Issuer { id, issuer } => {
                 #[cfg(feature = "jwt")]
