@@ -2,6 +2,8 @@
 
 use std::{
     io,
+    pin::pin,
+    task::Poll,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -16,13 +18,13 @@ use tokio::{
     task::JoinHandle,
 };
 use tower_bearer::{
-    AccessToken, ClientCredentials, ClientCredentialsBuilder, Fetch, RefreshPolicy, TokenCache,
-    TokenError, TokenResponse, TokenSource,
+    AccessToken, ClientCredentials, ClientCredentialsBuilder, Events, Fetch, RefreshPolicy,
+    TokenCache, TokenError, TokenEvent, TokenResponse, TokenSource,
 };
 
 use crate::{
     hostile::{self, BASIC, Bystander, Case, End, Hostile, Outcome, Reply, SECRET},
-    support::{all, everything, millis, secs, until},
+    support::{all, everything, millis, poll_once, secs, until},
 };
 
 async fn fetch(reply: Reply) -> Result<TokenResponse, TokenError> {
@@ -86,6 +88,7 @@ fn spawn(server: Hostile, case: Case) -> JoinHandle<()> {
 async fn run(cache: &TokenCache, server: &Hostile, case: Case) {
     let name = format!("{} ({})", case.name, server.url());
     let asked = SystemTime::now();
+    let mut events = cache.events();
     let result = cache.get().await;
 
     let shown = match &result {
@@ -99,7 +102,7 @@ async fn run(cache: &TokenCache, server: &Hostile, case: Case) {
         (Ok(token), Outcome::Token(lifetime)) => assert_lives(&name, &token, asked, lifetime),
         (Err(error), outcome) => {
             assert_failed(&name, &error, outcome);
-            assert_heals(&name, cache, server).await;
+            assert_heals(&name, cache, server, &mut events).await;
         }
         (Ok(_), outcome) => panic!("{name}: a token, and no {outcome:?}"),
     }
@@ -140,9 +143,18 @@ fn assert_failed(name: &str, error: &TokenError, outcome: Outcome) {
     assert_eq!(error.oauth_error(), None, "{name}");
 }
 
-/// Law 7: the next good answer is taken. Law 2: nothing but the gate stands before it, and there is one request.
-async fn assert_heals(name: &str, cache: &TokenCache, server: &Hostile) {
-    assert_eq!(server.requests().len(), 1, "{name}");
+/// Law 7: the next good answer is taken. Law 2: nothing but the gate stands before it, and there is one request; where
+/// the machine is so busy that a flight is lost, one more.
+async fn assert_heals(name: &str, cache: &TokenCache, server: &Hostile, events: &mut Events) {
+    let mut lost = 0;
+    let mut assert_asked = |times: usize| {
+        while let Poll::Ready(Some(event)) = poll_once(pin!(events.next())) {
+            lost += usize::from(matches!(event, TokenEvent::FlightLost { .. }));
+        }
+        let asked = server.requests().len();
+        assert!((times..=times + lost).contains(&asked), "{name}: {asked}");
+    };
+    assert_asked(1);
     server.set(Reply::token("healed"));
     let start = Instant::now();
     let token = loop {
@@ -153,7 +165,7 @@ async fn assert_heals(name: &str, cache: &TokenCache, server: &Hostile) {
         tokio::time::sleep(millis(20)).await;
     };
     assert_eq!(token.expose_secret(), "healed", "{name}");
-    assert_eq!(server.requests().len(), 2, "{name}");
+    assert_asked(2);
 }
 
 #[tokio::test]
