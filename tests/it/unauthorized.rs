@@ -8,7 +8,9 @@ use http::{
 };
 use tokio::time::{self, Instant};
 use tower::{Layer, Service, ServiceExt};
-use tower_bearer::{BearerAuth, BearerAuthLayer, CloneBody, Never, TokenCache, TokenError};
+use tower_bearer::{
+    BearerAuth, BearerAuthLayer, CloneBody, Never, TokenCache, TokenError, WithoutToken,
+};
 
 use crate::support::{
     Answer, Api, AuthServer, INVALID_TOKEN, all, echo, get, get_path, millis, ready, secs, settle,
@@ -671,6 +673,41 @@ async fn a_request_that_keeps_its_own_credential_needs_no_token_and_costs_none()
     assert_eq!(server.requests(), 0);
     assert_eq!(api.arrivals().len(), 1);
     assert_eq!(api.arrivals()[0].headers[AUTHORIZATION], own);
+}
+
+/// Laws 8 and 9: a token at hand is put neither in the place of a credential that is kept nor where none is wanted,
+/// whichever way the request takes past it.
+#[tokio::test(start_paused = true)]
+async fn a_service_with_a_token_at_hand_leaves_alone_what_is_to_be_left_alone() {
+    let server = AuthServer::new();
+    let api = Api::new(|arrival| match arrival.token() {
+        None => invalid_token(),
+        token => echo(token),
+    });
+    let layer = BearerAuthLayer::new(server.clone()).replay(CloneBody);
+    let own = HeaderValue::from_static("Basic dXNlcjpwYXNz");
+    for keep in [true, false] {
+        let mut client = layer.clone().keep_existing(keep).layer(api.clone());
+        for uri in ["https://api.example.com/sims", "http://localhost/sims"] {
+            let request = || Request::get(uri).body(String::new()).unwrap();
+            // So often that the service keeps the token for itself.
+            for _ in 0..20 {
+                assert_eq!(client.call(request()).await.unwrap().body(), "token-1");
+                settle().await;
+            }
+            let mut theirs = request();
+            theirs.headers_mut().insert(AUTHORIZATION, own.clone());
+            if !keep {
+                theirs.extensions_mut().insert(WithoutToken);
+            }
+            let answer = client.call(theirs).await.unwrap();
+            assert_eq!(answer.status(), 401, "keep {keep}, {uri}");
+            let arrivals = api.arrivals();
+            assert_eq!(arrivals.last().unwrap().headers[AUTHORIZATION], own);
+        }
+    }
+    settle().await;
+    assert_eq!(server.requests(), 1);
 }
 
 /// Law 9: `keep_existing` lets no request go without any credential.
