@@ -629,7 +629,17 @@ async fn a_cache_that_is_shut_down_over_a_failure_has_no_closed_gate() {
 /// A request that is refused, and to be sent once more when the cache is shut down, was counted when it left.
 #[tokio::test(start_paused = true)]
 async fn a_request_is_counted_once_whenever_the_cache_is_shut_down() {
-    for refused in [false, true] {
+    for (refused, key) in [
+        (false, None),
+        (true, None),
+        (false, Some("a")),
+        (true, Some("a")),
+    ] {
+        let mut request = get();
+        if let Some(scope) = key {
+            let key = TokenRequest::new().scope(scope);
+            request.extensions_mut().insert(key);
+        }
         let recorder = DebuggingRecorder::new();
         let _guard = metrics::set_default_local_recorder(&recorder);
         let server = AuthServer::new();
@@ -641,11 +651,14 @@ async fn a_request_is_counted_once_whenever_the_cache_is_shut_down() {
             .layer(inner);
         let cache = client.cache().clone();
         if refused {
-            cache.get().await.unwrap();
+            match request.extensions().get::<TokenRequest>() {
+                Some(key) => cache.get_for(key).await.unwrap(),
+                None => cache.get().await.unwrap(),
+            };
             settle().await;
         }
         server.hold();
-        let request = tokio::spawn(client.oneshot(get()));
+        let request = tokio::spawn(client.oneshot(request));
         settle().await;
         // It waits for the service when its token is there.
         let permit = permits.try_acquire().unwrap();
@@ -662,4 +675,26 @@ async fn a_request_is_counted_once_whenever_the_cache_is_shut_down() {
         let counted = ["fresh", "waited", "failed"].map(requests);
         assert_eq!(counted, if refused { [1, 0, 0] } else { [0, 0, 1] });
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_for_which_a_full_cache_has_no_room_is_counted_as_failed() {
+    let recorder = DebuggingRecorder::new();
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    let policy = RefreshPolicy::new().max_keys(1);
+    let cache = TokenCache::with_policy(AuthServer::new(), policy);
+    let client = BearerAuthLayer::new(cache).layer(Api::echoing());
+    let send = |scope: &str| {
+        let mut request = get();
+        let key = TokenRequest::new().scope(scope);
+        request.extensions_mut().insert(key);
+        client.clone().oneshot(request)
+    };
+    send("a").await.unwrap();
+    let error = send("b").await.unwrap_err();
+    assert!(token_error(&error).is_too_many_keys());
+    let read = Read::from(&recorder.snapshotter());
+    let requests =
+        |token: &str| read.counter(&format!("requests_total,cache=default,token={token}"));
+    assert_eq!(["waited", "failed"].map(requests), [1, 1]);
 }
