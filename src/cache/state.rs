@@ -1009,6 +1009,19 @@ mod tests {
         assert_eq!(case.acquire(), format!("join {next}"));
     }
 
+    /// What the server has said last stands: a flight that is lost afterwards is no word of it.
+    #[test]
+    fn a_lost_flight_takes_back_no_error() {
+        let mut case = Case::new();
+        let (flight, _) = case.begin();
+        case.fail(flight, &down());
+        case.pass(0.6);
+        let (flight, _) = case.begin();
+        let lost = case.state.failed(&mut case.shared, &flight, None, case.now);
+        assert!(lost.is_some());
+        assert_eq!(case.acquire(), "fail");
+    }
+
     /// Law 7 (T14): a token dies by either clock, and a gate opens by either.
     #[test]
     fn clock_steps_neither_revive_a_token_nor_shut_a_gate_for_good() {

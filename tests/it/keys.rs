@@ -298,6 +298,26 @@ async fn a_flight_in_the_air_leaves_a_server_alone_that_has_asked_another_key_fo
     }
 }
 
+/// Law 7: nor does it give up for a failure that shuts the gate to those who come, and asks nothing of it.
+#[tokio::test(start_paused = true)]
+async fn a_flight_in_the_air_makes_its_further_attempts_although_another_key_has_failed() {
+    let server = ByScope::default();
+    server.set("fails", Answer::Fail(TokenError::transient("down")));
+    let busy = TokenError::transient("busy").with_retry_after(Duration::ZERO);
+    server.set("busy", Answer::Fail(busy));
+    let cache = TokenCache::new(server.clone());
+    let failing = tokio::spawn({
+        let cache = cache.clone();
+        async move { cache.get_for(&for_scope("fails")).await }
+    });
+    seed(1);
+    settle().await;
+    cache.get_for(&for_scope("busy")).await.unwrap_err();
+    assert!(now(cache.get_for(&for_scope("third"))).is_err());
+    server.set("fails", Answer::Grant(secs(300)));
+    assert_eq!(failing.await.unwrap().unwrap().expose_secret(), "fails-2");
+}
+
 /// Law 8, per key: a 401 replaces the token that was sent, and no other key's.
 #[tokio::test(start_paused = true)]
 async fn a_401_is_about_the_token_of_its_key() {
