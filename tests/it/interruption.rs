@@ -21,15 +21,15 @@ use tokio::{
 };
 use tower::{Layer, ServiceExt, service_fn};
 use tower_bearer::{
-    BearerAuthLayer, ClientCredentials, Fetch, RefreshPolicy, TokenCache, TokenError,
+    BearerAuthLayer, ClientCredentials, CloneBody, Fetch, RefreshPolicy, TokenCache, TokenError,
     TokenResponse, TokenSource, source_fn,
 };
 
 use tracing_subscriber::layer::SubscriberExt;
 
 use crate::support::{
-    Answer, AuthServer, caller, enable_tracing, get, millis, now, poll_once, secs, seed, settle,
-    timed, until, without_a_hang,
+    Answer, Api, AuthServer, INVALID_TOKEN, caller, enable_tracing, get, millis, now, poll_once,
+    secs, seed, settle, timed, unauthorized, until, without_a_hang,
 };
 
 fn current_thread() -> Runtime {
@@ -365,6 +365,30 @@ async fn a_failure_of_its_own_is_no_matter_of_the_runtime() {
         assert!(!error.is_interrupted() && !error.is_timeout(), "{error:?}");
         assert_eq!(asked.load(Ordering::SeqCst), attempts);
     }
+}
+
+/// Law 6: a request that was refused waits for the one token request that it has joined, and then its refusal is the
+/// answer, though the token has died by then and the next token request would bring another one.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_is_the_answer_if_the_token_request_for_it_is_lost() {
+    let server = AuthServer::new();
+    server.set(Answer::Grant(secs(20)));
+    let refusal = || unauthorized(INVALID_TOKEN);
+    let client = BearerAuthLayer::new(server.clone())
+        .replay(CloneBody)
+        .layer(Api::refusing("token-1", refusal));
+    client.cache().get().await.unwrap();
+    server.hold();
+    let refused = tokio::spawn(client.oneshot(get()));
+    settle().await;
+    assert_eq!(server.in_flight(), 1);
+    // The clock goes on, and no task does.
+    let _ = poll_once(pin!(time::advance(secs(60))));
+    server.release();
+    let (answer, took) = timed(refused).await;
+    assert_eq!(answer.unwrap().unwrap().status(), 401);
+    assert_eq!(took, secs(0));
+    assert_eq!(server.requests(), 2);
 }
 
 /// Laws 6 and 7: the same before a token request is under way, or while it waits for its time to come.
