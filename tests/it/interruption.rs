@@ -9,10 +9,11 @@ use std::{
         mpsc,
     },
     task::Poll,
+    time::Duration,
 };
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
 use tokio::{
     runtime::{Builder, Runtime},
@@ -288,9 +289,10 @@ fn no_request_fails_on_a_runtime_that_stands_still_between_requests() {
     }
 }
 
-/// Has a caller wait while its runtime stands still for 5 s within each attempt, of which there are two, and returns
-/// what it gets and how many attempts were made.
+/// Has a caller wait while its runtime stands still for so long within each attempt, of which there are two, and
+/// returns what it gets and how many attempts were made.
 async fn stopped_within_each_attempt(
+    stop: Duration,
     answer: impl Fn() -> TokenError + Send + Sync + 'static,
 ) -> (TokenError, u32) {
     let asked = Arc::new(AtomicU32::new(0));
@@ -311,7 +313,7 @@ async fn stopped_within_each_attempt(
         while asked.load(Ordering::SeqCst) < attempt && !waiting.is_finished() {
             time::sleep(millis(1)).await;
         }
-        let _ = poll_once(pin!(time::advance(secs(5))));
+        let _ = poll_once(pin!(time::advance(stop)));
     }
     let error = waiting.await.unwrap().unwrap_err();
     (error, asked.load(Ordering::SeqCst))
@@ -321,19 +323,52 @@ async fn stopped_within_each_attempt(
 #[tokio::test(start_paused = true)]
 async fn an_answer_that_came_to_a_runtime_that_stood_still_is_an_answer() {
     let malformed = || TokenResponse::new("no header\n").unwrap_err();
-    let (error, attempts) = stopped_within_each_attempt(malformed).await;
+    let (error, attempts) = stopped_within_each_attempt(secs(5), malformed).await;
     assert!(error.is_malformed_response(), "{error:?}");
     assert_eq!(attempts, 2);
 
     let busy = || TokenError::transient("busy").with_oauth_error("temporarily_unavailable");
-    let (error, attempts) = stopped_within_each_attempt(busy).await;
+    let (error, attempts) = stopped_within_each_attempt(secs(5), busy).await;
     assert_eq!(error.oauth_error(), Some("temporarily_unavailable"));
     assert_eq!(attempts, 2);
 
+    let told = || TokenError::transient("busy").with_retry_after(secs(60));
+    let (error, attempts) = stopped_within_each_attempt(secs(5), told).await;
+    assert_eq!(error.retry_after(), Some(secs(60)));
+    assert_eq!(attempts, 1);
+
+    let down = service_fn(|_: Request<Full<Bytes>>| async {
+        let mut response = Response::new(Full::<Bytes>::default());
+        *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+        Ok::<_, Infallible>(response)
+    });
+    let source = ClientCredentials::builder("https://localhost/token", "id").build_with(down);
+    let down = source.unwrap().fetch(Fetch::new()).await.unwrap_err();
+    let down = move || down.clone();
+    let (error, attempts) = stopped_within_each_attempt(secs(5), down).await;
+    assert!(error.is_unavailable(), "{error:?}");
+    assert_eq!(attempts, 2);
+
+    let terminal = || TokenError::terminal("no");
+    let (error, attempts) = stopped_within_each_attempt(secs(5), terminal).await;
+    assert!(!error.is_transient(), "{error:?}");
+    assert_eq!(attempts, 1);
+
     let closed = || TokenError::transient("the connection was closed");
-    let (error, attempts) = stopped_within_each_attempt(closed).await;
+    let (error, attempts) = stopped_within_each_attempt(secs(5), closed).await;
     assert!(error.is_interrupted(), "{error:?}");
     assert_eq!(attempts, 3);
+
+    // A runtime that is busy for a while does not stand still.
+    let (error, attempts) = stopped_within_each_attempt(millis(600), closed).await;
+    assert!(!error.is_interrupted(), "{error:?}");
+    assert_eq!(attempts, 2);
+
+    // And a panic is the source's own.
+    let panics = || panic!("the source panics");
+    let (error, attempts) = stopped_within_each_attempt(secs(5), panics).await;
+    assert!(error.is_interrupted(), "{error:?}");
+    assert_eq!(attempts, 1);
 }
 
 /// A source that blocks its thread stops nothing but itself, and no stop explains what came of an attempt that was not
