@@ -256,7 +256,6 @@ impl OwnGate {
     pub(crate) fn open(&mut self, shared: &mut SharedGate, sent: Now) {
         *self = Self::new(self.key);
         self.end_probe(shared);
-        shared.suspect = None;
         if shared.is_answered(sent.monotonic) {
             shared.forget();
         }
