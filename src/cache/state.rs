@@ -1125,6 +1125,22 @@ mod tests {
         assert_eq!(plan.delay, policy::FLOOR);
     }
 
+    /// Law 6: nobody goes on past the moment at which a flight is to be given up.
+    #[test]
+    fn a_due_token_is_settled_until_its_flight_is_about_to_be_overdue() {
+        let (mut case, _, _) = Case::with_token();
+        case.pass(900.0);
+        let settled = |case: &Case| case.state.settled(&case.shared, case.now).is_some();
+        assert!(!settled(&case));
+        let (_, plan) = case.begin();
+        assert!(settled(&case));
+        let overdue = plan.deadline + policy::GRACE;
+        case.now.monotonic = overdue - policy::EASE - Duration::from_millis(1);
+        assert!(settled(&case));
+        case.now.monotonic = overdue - policy::EASE;
+        assert!(!settled(&case));
+    }
+
     #[test]
     fn only_what_has_nothing_to_lose_is_idle() {
         let mut case = Case::new();

@@ -308,6 +308,16 @@ async fn waits_keys_and_gates_are_gauged() {
     server.release();
     all(waiting).await;
     assert_eq!(gauge("waiting_requests"), 0);
+    // Those who wait for a replacement wait as well, for a second.
+    server.hold();
+    cache.invalidate(&cache.peek().unwrap());
+    let waiting: Vec<_> = (0..2).map(|_| caller(&cache)).collect();
+    settle().await;
+    assert_eq!(gauge("waiting_requests"), 2);
+    all(waiting).await;
+    assert_eq!(gauge("waiting_requests"), 0);
+    server.release();
+    settle().await;
 
     let key = |name: &str| TokenRequest::new().scope(name);
     for name in ["a", "b"] {
