@@ -20,7 +20,8 @@
 //!
 //! - Move the clock by `sleep` and not by `tokio::time::advance`. `advance` goes past timers whose tasks have not
 //!   run by then. One of them is the watch over the token that requests through a layer rely on, so that a request
-//!   right after it may still leave with the token that has just expired.
+//!   right after it may still leave with the token that has just expired. And a token request that it jumps over is
+//!   lost, as if its runtime had stood still, where `sleep` would have it time out.
 //! - [`AccessToken::usable_until`](crate::AccessToken::usable_until) is a time of the wall clock, which no test moves.
 //! - When a token is refreshed is left to chance within bounds: the first one of a cache after 0.35 to 0.75 of
 //!   its lifetime, the others within the window of [`RefreshPolicy`](crate::RefreshPolicy). A test looks before or

@@ -358,3 +358,24 @@ async fn sleeping_past_the_expiry_is_seen_by_the_very_next_request() {
         time::sleep(secs(300)).await;
     }
 }
+
+/// The documentation says so of `advance`, and promises the timeout of `sleep`.
+#[tokio::test(start_paused = true)]
+async fn a_token_request_is_lost_if_a_test_jumps_over_it_and_times_out_if_it_sleeps() {
+    for jumps in [false, true] {
+        let source = ScriptedSource::new([Answer::hang()]).then_always(Answer::hang());
+        let cache = TokenCache::new(source.clone());
+        let waiting = caller(&cache);
+        source.until_asked(1).await;
+        while !waiting.is_finished() {
+            match jumps {
+                true => time::advance(secs(60)).await,
+                false => time::sleep(secs(60)).await,
+            }
+            settle().await;
+        }
+        let error = waiting.await.unwrap().unwrap_err();
+        assert_eq!(error.is_interrupted(), jumps, "{error}");
+        assert_eq!(error.is_timeout(), !jumps, "{error}");
+    }
+}
