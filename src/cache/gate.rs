@@ -473,6 +473,21 @@ mod tests {
         assert_eq!(case.open(), [false, false, true]);
     }
 
+    /// A runtime that is parked loses the flights of all keys, and nobody has heard of the server.
+    #[test]
+    fn flights_that_are_lost_bear_witness_against_nobody() {
+        let mut case = Case::new();
+        for key in 0..2 {
+            let (shared, now) = (&mut case.shared, case.now);
+            let rng = &mut Rng::with_seed(7);
+            case.keys[key].shut(shared, None, rng, now.monotonic, now);
+        }
+        assert_eq!(case.shared.gate.failures, 0);
+        // Nor is one of them the first witness.
+        case.fail(2, &TokenError::new(Kind::Timeout));
+        assert_eq!(case.shared.gate.failures, 0);
+    }
+
     #[test]
     fn a_success_between_them_clears_the_endpoint() {
         let timeout = TokenError::new(Kind::Timeout);
