@@ -2,13 +2,14 @@
 
 use std::{
     convert::Infallible,
+    future::Future,
     pin::pin,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU32, Ordering},
         mpsc,
     },
-    task::Poll,
+    task::{Context, Poll, Wake, Waker},
     time::Duration,
 };
 
@@ -717,6 +718,38 @@ fn outside_of_a_runtime_a_token_cannot_be_fetched_but_one_that_is_held_is_served
 }
 
 /// Law 6: nor can a flight be waited for there, which others have in the air.
+/// The documentation says so of other executors, and of a runtime that nobody drives.
+#[test]
+fn any_executor_is_served_in_the_context_of_a_runtime_that_is_driven() {
+    struct Unparks(std::thread::Thread);
+
+    impl Wake for Unparks {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+
+    let get_within = |runtime: Runtime, limit: Duration| {
+        without_a_hang(move || {
+            let _context = runtime.enter();
+            let cache = TokenCache::new(AuthServer::new());
+            let waker = Waker::from(Arc::new(Unparks(std::thread::current())));
+            let mut token = pin!(cache.get());
+            let until = std::time::Instant::now() + limit;
+            while std::time::Instant::now() < until {
+                match token.as_mut().poll(&mut Context::from_waker(&waker)) {
+                    Poll::Ready(token) => return Some(token.unwrap()),
+                    Poll::Pending => std::thread::park_timeout(limit),
+                }
+            }
+            None
+        })
+    };
+    let token = get_within(multi_thread(), secs(5)).expect("it is driven");
+    assert_eq!(token.expose_secret(), "token-1");
+    assert!(get_within(current_thread(), millis(100)).is_none());
+}
+
 #[test]
 fn outside_of_a_runtime_a_flight_cannot_be_joined() {
     let server = AuthServer::new();
