@@ -309,7 +309,8 @@ impl<F: Clone + PartialEq> State<F> {
             let spent = self.spent.as_ref();
             spent.is_some_and(|(spent, _)| spent.same_text(token))
         });
-        self.spent = again.or(self.spent.take());
+        let replaced = self.refresh_token.is_some();
+        self.spent = again.or(self.spent.take().filter(|_| !replaced));
         let id = TokenId::new(self.gate.key(), self.flights);
         let token = AccessToken::new(response, id, self.request.clone(), schedule, sent, now);
         let last = self.token.replace(token.clone());
@@ -1225,6 +1226,15 @@ mod tests {
             case.pass(later);
             assert_eq!(revoked(case).as_deref(), expected);
         }
+        // One that was replaced is nobody's any more, whatever became of that which has replaced it.
+        let mut case = Case::new();
+        grant(&mut case, refresh("first"));
+        case.pass(750.0);
+        let second = RefreshToken::new("second").expires_in(Duration::from_secs(100));
+        grant(&mut case, Some(second));
+        case.pass(750.0);
+        grant(&mut case, None);
+        assert_eq!(revoked(case), None);
     }
 
     #[test]

@@ -177,8 +177,8 @@ impl Default for Fetch {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Revocation {
-    /// The refresh token, if there is one that has not expired: the last one that the server sent, or if that was used
-    /// and replaced by none, that one. To be revoked first, for some servers take the access tokens along.
+    /// The last refresh token that the server sent, unless it has expired; one that was used as well, as long as no other
+    /// has replaced it. To be revoked first, for some servers take the access tokens along.
     pub refresh_token: Option<RefreshToken>,
     /// The access token, if there is one that has not expired.
     pub access_token: Option<AccessToken>,
