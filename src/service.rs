@@ -231,7 +231,8 @@ impl<S, R> BearerAuth<S, R> {
             known => known,
         };
         match passage {
-            Some(Passage::Carry) => Ok(true),
+            // What is no URI cannot be sent: the error is the inner service's.
+            Some(Passage::Carry) => Ok(request.uri().is_some()),
             Some(Passage::Bare) => {
                 requests().bare();
                 Ok(false)
@@ -241,7 +242,6 @@ impl<S, R> BearerAuth<S, R> {
                 let uri = request.uri().expect("it was judged by its URI");
                 Err(Obstacle::Refused(origin::refusal(&uri)))
             }
-            // What is no URI cannot be sent: the error is the inner service's.
             None => Ok(false),
         }
     }

@@ -464,6 +464,20 @@ async fn errors_of_reqwest_pass_through() {
     assert!(error.downcast_ref::<reqwest::Error>().unwrap().is_builder());
 }
 
+/// Such a URL is no `http::Uri`, being too long: no token helps it.
+#[tokio::test]
+async fn a_url_that_cannot_be_sent_waits_for_no_token() {
+    let site = Site::start().await;
+    let url = format!("https://api.example.com/{}", "a".repeat(70_000));
+    let error = site
+        .layer()
+        .layer(client())
+        .oneshot(get(url.parse().unwrap()));
+    let error = error.await.unwrap_err();
+    assert!(error.is::<reqwest::Error>(), "{error:?}");
+    assert_eq!(site.asked(), 0);
+}
+
 /// reqwest's timeout begins when the request is sent, each time anew.
 #[tokio::test]
 async fn the_timeout_of_a_request_leaves_out_the_wait_for_a_token() {
