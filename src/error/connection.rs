@@ -112,11 +112,11 @@ fn tls_breakage(error: &rustls::Error) -> Cow<'static, str> {
     words.into()
 }
 
-/// The host's name could not be resolved, which the error does not say of itself.
+/// The resolver's error does not say of itself what it is about.
 #[cfg(feature = "rustls")]
 #[derive(Debug, thiserror::Error)]
-#[error(transparent)]
-pub(crate) struct Unresolved(pub(crate) io::Error);
+#[error("the host name could not be resolved")]
+pub(crate) struct Unresolved(#[source] pub(crate) io::Error);
 
 #[cfg(feature = "rustls")]
 fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
