@@ -34,7 +34,7 @@ pub use self::{
     status::{Status, TokenState},
 };
 use crate::{
-    error::{Kind, TokenError},
+    error::{Kind, Request, TokenError},
     policy::RefreshPolicy,
     source::{Revocation, SharedSource, TokenRequest, TokenSource},
     telemetry::{self, Meters},
@@ -219,7 +219,7 @@ impl TokenCache {
     /// Ends all background work: token requests under way, and the watch over tokens that are
     /// [kept warm](RefreshPolicy::keep_warm).
     ///
-    /// The cache forgets its tokens; what a layer's services have kept of one goes when they are dropped. Whoever
+    /// The cache forgets its tokens; what a layer and its services have kept of one goes when they are dropped. Whoever
     /// waits for a token or asks from now on gets an error of [`TokenError::is_shut_down`]. This holds for all clones
     /// of the cache and cannot be undone.
     pub fn shutdown(&self) {
@@ -256,9 +256,10 @@ impl TokenCache {
                 };
                 tasks.spawn(async move {
                     let limit = entry.policy().attempt_timeout;
-                    time::timeout(limit, entry.source().revoke(revocation))
-                        .await
-                        .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout)))
+                    let revoked = time::timeout(limit, entry.source().revoke(revocation)).await;
+                    revoked.unwrap_or_else(|_| {
+                        Err(TokenError::new(Kind::Timeout).with_request(Request::Revocation))
+                    })
                 });
             }
             match tasks.join_next().await {
