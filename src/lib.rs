@@ -320,9 +320,9 @@
 //!
 //! The layer does not follow redirects, does not retry anything but a refused token,
 //! and does not read a response's body. It needs a tokio runtime when a token has to be fetched, with timers and,
-//! for the default client, IO (`enable_all`); and none for a request that finds a token. The futures may be polled by any
-//! executor within such a runtime's context, as long as somebody drives the runtime: nothing goes on, not even a timeout,
-//! on one of a single thread that was entered and left at that.
+//! for the default client, IO (`enable_all`); and none for a request that finds a token. Any executor may
+//! poll the futures within such a runtime's context, as long as the runtime is driven: on a current-thread runtime that is
+//! entered and never driven, nothing goes on, not even a timeout.
 //!
 //! # Features
 //!

@@ -89,7 +89,8 @@ impl RefreshPolicy {
 
     /// Sets how long one attempt to fetch a token may take: default 10 s.
     ///
-    /// With all that belongs to it: credentials, metadata, and a refresh token that is tried first.
+    /// With all that belongs to it: credentials, metadata, and a refresh token that is tried first. The default client of
+    /// [`ClientCredentials`](crate::ClientCredentials) gives up sooner, after 3 s, if there is no connection.
     #[must_use]
     pub const fn attempt_timeout(mut self, timeout: Duration) -> Self {
         self.attempt_timeout = timeout;

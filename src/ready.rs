@@ -197,8 +197,8 @@ enum Way {
 
 /// How often a service is called before it gets copies of its own.
 ///
-/// A copy takes about as long as so many requests lose to another thread that counts where they do, and many clones are
-/// made for a few requests only.
+/// A copy costs about what this many requests lose by counting references where another thread counts too, and many
+/// clones are made for a few requests only.
 const SHARED: u8 = 8;
 
 /// Of [`Door::shared`]: the service has copies of its own.
@@ -341,7 +341,7 @@ mod tests {
         header(door).as_bytes().as_ptr()
     }
 
-    /// What is used more than once counts references where nobody else does.
+    /// What is used often counts references where nobody else does.
     #[tokio::test]
     async fn a_service_that_is_called_often_or_cloned_again_has_a_copy_of_its_own() {
         let settings = settings();

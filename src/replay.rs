@@ -39,8 +39,8 @@ pub trait Replay<Req>: sealed::Sealed + Clone {
 /// Sends every request once: the default.
 ///
 /// It works with every body and costs nothing. A 401 comes back to the caller; the token is replaced all the
-/// same. A retry of the caller's own waits for the new one, up to 1 s, if the 401 said `invalid_token`. After one
-/// without a reason it goes with the old token until the new one is there, so it had better pause first.
+/// same. A caller's own retry waits up to 1 s for the new one if the 401 said `invalid_token`, and then goes with the old
+/// one. After a 401 without a reason it goes with the old one at once, so it had better pause first.
 ///
 /// A request in flight keeps no cache alive. If all services and other handles of the cache are gone when the 401
 /// comes, nobody is left to use another token, and none is asked for.

@@ -281,7 +281,7 @@ impl Drop for Teller {
     }
 }
 
-/// Calls foreign code where more is left to do than is worth its panic, which has said so itself.
+/// Calls foreign code and drops its panic, of which the panic hook has told: what is left to do matters more.
 pub(super) fn quietly(call: impl FnOnce()) {
     let _ = panic::catch_unwind(AssertUnwindSafe(call));
 }

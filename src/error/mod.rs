@@ -61,7 +61,7 @@ impl fmt::Display for Request {
     }
 }
 
-/// What happened, in the order in which a token request can fail.
+/// What happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// The request's URI may not carry a token.
@@ -74,9 +74,9 @@ pub(crate) enum Kind {
     TooManyKeys,
     /// The cache was shut down.
     ShutDown,
-    /// The token endpoint could not be reached, or the connection broke.
+    /// The authorization server could not be reached, or the connection broke.
     Transport,
-    /// An attempt, or all of them together, took too long.
+    /// An attempt, its connection, or all attempts together, took too long.
     Timeout,
     /// The authorization server answered with an RFC 6749 section 5.2 error.
     Rejected { transient: bool },
@@ -198,7 +198,7 @@ impl TokenError {
         matches!(self.0.kind, Kind::Rejected { .. })
     }
 
-    /// Returns `true` if the token endpoint could not be reached or the connection broke.
+    /// Returns `true` if the authorization server could not be reached or the connection broke.
     pub fn is_transport(&self) -> bool {
         self.0.kind == Kind::Transport
     }
@@ -211,7 +211,7 @@ impl TokenError {
         self.0.kind == Kind::Timeout
     }
 
-    /// Returns `true` if the token endpoint answered with a status that speaks of the endpoint and not of the
+    /// Returns `true` if the authorization server answered with a status that speaks of the endpoint and not of the
     /// request: 408, 425, 429, 5xx, a redirect, or a 4xx without an error of RFC 6749 section 5.2.
     pub fn is_unavailable(&self) -> bool {
         self.0.kind == Kind::Unavailable
@@ -281,12 +281,12 @@ impl TokenError {
         self.0.kind == Kind::NoRuntime
     }
 
-    /// Returns the HTTP status of the token endpoint's answer, if there was one.
+    /// Returns the HTTP status of the authorization server's answer, if there was one.
     pub fn status(&self) -> Option<StatusCode> {
         self.0.status
     }
 
-    /// Returns the `error` code of the token endpoint's answer (RFC 6749 section 5.2), such as
+    /// Returns the `error` code of the authorization server's answer (RFC 6749 section 5.2), such as
     /// `invalid_client`.
     ///
     /// Codes are made of at most 40 lower-case letters and underscores, as all registered ones are; what is

@@ -239,8 +239,8 @@ impl ClientCredentialsBuilder {
 
     /// Adds root certificates, in PEM, to those of the system that the default client trusts.
     ///
-    /// All of them are read once, when the source is built. A certificate that signs itself is accepted as a server's
-    /// only if it is not marked as that of an authority (`CA:TRUE`), as `openssl req -x509` marks them.
+    /// All of them are read once, when the source is built. A self-signed certificate is accepted as a server's
+    /// only if it is not marked as an authority's (`CA:TRUE`); `openssl req -x509` marks it so by default.
     /// [`build_with`](Self::build_with) ignores this.
     #[cfg(feature = "rustls")]
     pub fn root_certificates(mut self, pem: impl Into<Vec<u8>>) -> Self {
@@ -262,9 +262,8 @@ impl ClientCredentialsBuilder {
     ///
     /// The client speaks HTTP/1.1, trusts the system's roots and those of
     /// [`root_certificates`](Self::root_certificates), keeps no connection open and follows no redirect.
-    /// `SSL_CERT_FILE` and `SSL_CERT_DIR`, where one is set, take the place of the system's roots. It connects to the
-    /// server itself, whatever `HTTPS_PROXY` and its kin say: to go by a proxy, give
-    /// [`build_with`](Self::build_with) a client that does.
+    /// If `SSL_CERT_FILE` or `SSL_CERT_DIR` is set, it takes the place of the system's roots. The client connects directly,
+    /// whatever `HTTPS_PROXY` and its kin say; for a proxy, give [`build_with`](Self::build_with) a client that uses one.
     /// Building needs no runtime and sends nothing.
     ///
     /// # Errors

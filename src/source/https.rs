@@ -196,20 +196,18 @@ fn add_pem(roots: &mut RootCertStore, pem: &[u8]) -> Result<(), ConfigError> {
     for (certificate, number) in CertificateDer::pem_slice_iter(without_mark(pem)).zip(1..) {
         // PEM errors quote the text they stumbled over, which may be the key of a bundle.
         let certificate = certificate.map_err(|_| {
-            ConfigError::new(format!(
-                "root certificate {number} of its file is not valid PEM"
-            ))
+            ConfigError::new(format!("root certificate {number} of its PEM is malformed"))
         })?;
         roots.add(certificate).map_err(|error| {
             ConfigError::new(format!(
-                "root certificate {number} of its file cannot be used"
+                "root certificate {number} of its PEM cannot be used"
             ))
             .with_source(error)
         })?;
     }
     if roots.len() == before {
         return Err(ConfigError::new(
-            "a root certificate file holds none in PEM",
+            "the PEM that was added holds no root certificate",
         ));
     }
     Ok(())
@@ -238,7 +236,7 @@ mod tests {
 
     /// One among hundreds is not found by trying.
     #[test]
-    fn a_root_that_cannot_be_used_is_numbered() {
+    fn a_root_that_cannot_be_used_is_named_by_its_number() {
         let good = rcgen::generate_simple_self_signed([]).unwrap().cert.pem();
         for bad in ["AAAA", "%%%"] {
             let pem =

@@ -17,7 +17,7 @@ use crate::error::TokenError;
 /// the [`TokenRequest`](crate::TokenRequest)s of its requests; one made anew for every request would find no
 /// token in the cache. Failures that are the endpoint's or the client's fault count for all keys of one source.
 ///
-/// The cache's own source is asked for requests that bring none. Where each has to bring one, it is one that refuses:
+/// The cache's own source is asked for requests that bring none. If every request has to bring one, let it refuse:
 /// `source_fn(|_| async { Err(TokenError::terminal("no tenant is named")) })`.
 ///
 /// ```

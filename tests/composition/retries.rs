@@ -172,7 +172,8 @@ async fn a_retry_above_leaves_a_terminal_failure_alone() {
     assert_eq!(server.requests(), 1);
 }
 
-/// Retry, above: A 401 with `invalid_token` that was not replayed is followed by a try with another token.
+/// Retry, above: A 401 with `invalid_token` that was not replayed is followed by a try with another token, if that comes
+/// within a second.
 ///
 /// Law 8.
 #[tokio::test(start_paused = true)]

@@ -312,8 +312,8 @@ async fn two_layers_with_origins_of_their_own_keep_to_their_origins() {
     assert_eq!(servers.map(|server| server.requests()), [1, 2]);
 }
 
-/// BearerAuth, below: Without them, its token takes the place of the one from above, and a 401 that it cannot mend counts
-/// against both.
+/// BearerAuth, below: Without origins of its own, its token takes the place of the one from above, and a 401 that it cannot
+/// mend counts against both.
 ///
 /// Law 8.
 #[tokio::test(start_paused = true)]

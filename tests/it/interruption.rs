@@ -717,8 +717,7 @@ fn outside_of_a_runtime_a_token_cannot_be_fetched_but_one_that_is_held_is_served
     assert_eq!(server.requests(), 1);
 }
 
-/// Law 6: nor can a flight be waited for there, which others have in the air.
-/// The documentation says so of other executors, and of a runtime that nobody drives.
+/// The crate's documentation promises this of other executors, and denies it of a runtime that nobody drives.
 #[test]
 fn any_executor_is_served_in_the_context_of_a_runtime_that_is_driven() {
     struct Unparks(std::thread::Thread);
@@ -750,6 +749,7 @@ fn any_executor_is_served_in_the_context_of_a_runtime_that_is_driven() {
     assert!(get_within(current_thread(), millis(100)).is_none());
 }
 
+/// Law 6: nor can a flight be waited for there, which others have in the air.
 #[test]
 fn outside_of_a_runtime_a_flight_cannot_be_joined() {
     let server = AuthServer::new();

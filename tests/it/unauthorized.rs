@@ -678,7 +678,7 @@ async fn a_request_that_keeps_its_own_credential_needs_no_token_and_costs_none()
 /// Laws 8 and 9: a token at hand is put neither in the place of a credential that is kept nor where none is wanted,
 /// whichever way the request takes past it.
 #[tokio::test(start_paused = true)]
-async fn a_service_with_a_token_at_hand_leaves_alone_what_is_to_be_left_alone() {
+async fn a_service_with_a_token_at_hand_leaves_kept_and_unwanted_credentials_alone() {
     let server = AuthServer::new();
     let api = Api::new(|arrival| match arrival.token() {
         None => invalid_token(),
