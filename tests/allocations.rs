@@ -53,80 +53,72 @@ where
         request
     };
     Blocks {
-        kept: least(&service, plain, usize::MAX).await,
-        cloned: least(&service, plain, 1).await,
-        few: least(&service, plain, 5).await,
-        keyed: least(&service, keyed, usize::MAX).await,
+        kept: by_clones(&service, plain, usize::MAX).await,
+        cloned: by_clones(&service, plain, 1).await,
+        few: by_clones(&service, plain, 5).await,
+        keyed: by_clones(&service, keyed, usize::MAX).await,
     }
 }
 
-/// The least of three times, since the harness has a thread of its own that allocates too. After so many `calls` of a
-/// clone the next one follows.
-async fn least<S>(service: &S, request: impl Fn() -> Request<()>, calls: usize) -> u64
-where
-    S: Service<Request<()>, Response = Response<()>> + Clone,
-    S::Error: std::fmt::Debug,
-{
+/// What a thousand requests allocate, some before them left out; the least of three times, since the harness has a
+/// thread of its own that allocates too.
+async fn least(mut request: impl AsyncFnMut(usize)) -> u64 {
     let mut least = u64::MAX;
     for _ in 0..3 {
-        let mut kept = service.clone();
         let mut before = 0;
         for number in 0..WARM_UP + 1_000 {
             if number == WARM_UP {
                 before = dhat::HeapStats::get().total_blocks;
             }
-            if number % calls == 0 {
-                kept = service.clone();
-            }
-            once(&mut kept, request()).await;
+            request(number).await;
         }
         least = least.min(dhat::HeapStats::get().total_blocks - before);
     }
     least
 }
 
-/// What a thousand requests allocate of which each one's service leaves a clone in its place, as a middleware does that
-/// calls the very service which was polled ready; the least of three times.
+/// By a clone of the service, and after so many calls by the next one.
+async fn by_clones<S>(service: &S, request: impl Fn() -> Request<()>, calls: usize) -> u64
+where
+    S: Service<Request<()>, Response = Response<()>> + Clone,
+    S::Error: std::fmt::Debug,
+{
+    let mut kept = service.clone();
+    least(async |number| {
+        if number % calls == 0 {
+            kept = service.clone();
+        }
+        once(&mut kept, request()).await;
+    })
+    .await
+}
+
+/// By a service that leaves a clone in its place each time, as a middleware does that calls the very service which was
+/// polled ready.
 async fn gives_way<S>(service: &mut S) -> u64
 where
     S: Service<Request<()>, Response = Response<()>> + Clone,
     S::Error: std::fmt::Debug,
 {
-    let mut least = u64::MAX;
-    for _ in 0..3 {
-        let mut before = 0;
-        for number in 0..WARM_UP + 1_000 {
-            if number == WARM_UP {
-                before = dhat::HeapStats::get().total_blocks;
-            }
-            let clone = service.clone();
-            once(&mut mem::replace(service, clone), Request::new(())).await;
-        }
-        least = least.min(dhat::HeapStats::get().total_blocks - before);
-    }
-    least
+    least(async |_| {
+        let clone = service.clone();
+        once(&mut mem::replace(service, clone), Request::new(())).await;
+    })
+    .await
 }
 
-/// What a thousand requests allocate to each of which the layer is applied anew; the least of three times.
+/// By a service that is made for each request.
 async fn layered<L, S>(layer: &L) -> u64
 where
     L: Layer<ServiceFn<fn(Request<()>) -> Answer>, Service = S>,
     S: Service<Request<()>, Response = Response<()>>,
     S::Error: std::fmt::Debug,
 {
-    let mut least = u64::MAX;
-    for _ in 0..3 {
-        let mut before = 0;
-        for number in 0..WARM_UP + 1_000 {
-            if number == WARM_UP {
-                before = dhat::HeapStats::get().total_blocks;
-            }
-            let client = service_fn(answer as fn(_) -> _);
-            once(&mut layer.layer(client), Request::new(())).await;
-        }
-        least = least.min(dhat::HeapStats::get().total_blocks - before);
-    }
-    least
+    least(async |_| {
+        let client = service_fn(answer as fn(_) -> _);
+        once(&mut layer.layer(client), Request::new(())).await;
+    })
+    .await
 }
 
 async fn once<S>(service: &mut S, request: Request<()>)
