@@ -5,8 +5,9 @@
 //! `Negotiate` continuation hides the Bearer challenge after it.
 //!
 //! A syntax error costs the rest of its header value and nothing else: what was read before it stands, and
-//! so do the other values. Three things are read that the grammar does not allow but servers send: tabs for
-//! spaces, parameters after a token68, and parameter names that occur twice (the first one counts).
+//! so do the other values. Four things are read that the grammar does not allow but servers send: tabs for
+//! spaces, parameters after a token68, parameters with no comma between them, as Kong and AWS API Gateway write
+//! them, and parameter names that occur twice (the first one counts).
 
 use std::{borrow::Cow, fmt, iter};
 
@@ -97,7 +98,10 @@ impl Claim {
             return Self::OtherScheme;
         }
         match challenge.raw_param("error").as_deref() {
-            Some(b"invalid_token") => Self::InvalidToken,
+            // With the reason for it, if there are claims: Entra ID says so of a session that was revoked.
+            Some(b"invalid_token") => challenge
+                .claims()
+                .map_or(Self::InvalidToken, Self::MissingClaims),
             Some(b"insufficient_scope" | b"invalid_request") => Self::OtherFault,
             Some(b"insufficient_claims") => challenge
                 .claims()
@@ -358,10 +362,10 @@ impl<'a> Cursor<'a> {
         self.skip(b'"').then_some(raw)
     }
 
-    /// Moves from the end of an element to the next one.
+    /// Moves from the end of an element to the next one, which is a parameter if there is no comma between.
     fn end_element(&mut self) {
-        self.skip_blanks();
-        if !self.at_end_of_element() {
+        let spaced = self.skip_blanks();
+        if !(self.at_end_of_element() || (spaced && self.at_param())) {
             self.rest = &[];
         }
         self.skip_empty_elements();
@@ -461,6 +465,9 @@ mod tests {
             &["Bearer realm=a, Bearer realm=b, error=invalid_token"],
             &["Bearer error=insufficient_scope, Bearer error=invalid_token"],
             &["Bearer error=invalid_token", "Bearer error=invalid_request"],
+            // As it comes from AWS API Gateway and from Kong, with no comma between.
+            &[r#"Bearer scope="" error="invalid_token" error_description="the token has expired""#],
+            &["Bearer realm=service error=invalid_token, Basic realm=a"],
             // As the first of several errors of one challenge.
             &["Bearer error=invalid_token, error=invalid_request"],
         ];
@@ -482,6 +489,9 @@ mod tests {
                 r#"Bearer realm="", error="insufficient_claims", claims="{encoded}", Basic"#
             );
             assert_all(Verdict::MissingClaims(claims.to_owned()), &[&[&value]]);
+            // Azure Resource Manager says it so of a session that was revoked.
+            let revoked = value.replace("insufficient_claims", "invalid_token");
+            assert_all(Verdict::MissingClaims(claims.to_owned()), &[&[&revoked]]);
             let invalid = format!("{value}, Bearer error=invalid_token");
             assert_all(Verdict::InvalidToken, &[&[&invalid]]);
         }
@@ -556,7 +566,7 @@ mod tests {
     fn a_syntax_error_costs_the_rest_of_its_value_only() {
         let unharmed: &[&[&str]] = &[
             &[r#"Bearer error="invalid_token", realm="open"#],
-            &[r#"Bearer error="invalid_token" realm="a""#],
+            &[r#"Bearer error="invalid_token" "realm"=a"#],
             &[r#"Basic realm="open"#, "Bearer error=invalid_token"],
         ];
         assert_all(Verdict::InvalidToken, unharmed);
@@ -565,7 +575,8 @@ mod tests {
             &[r#"Bearer realm="open, error="invalid_token""#],
             &[r#"Bearer error="invalid_token"#],
             &["Bearer realm=a, title=, error=invalid_token"],
-            &["Bearer realm=a error=invalid_token"],
+            &["Bearer realm=a@ error=invalid_token"],
+            &["Bearer realm=a Bearer error=invalid_token"],
             &["Bearer @ error=invalid_token"],
             &["Bearer realm error=invalid_token"],
         ];
