@@ -1,7 +1,7 @@
 //! The token endpoint's answer: lenient in, strict out.
 //!
 //! Servers differ in what they send, so whatever can be understood is taken: lifetimes as text or as
-//! fractions, 201 for 200, a byte order mark, any `Content-Type`. What comes out is a token that fits into a
+//! fractions, 201 for 200, a byte order mark, any `Content-Type`, no `token_type`. What comes out is a token that fits into a
 //! header, or an error that tells whether another try is worth it. Everything here is a function of the
 //! answer and of the clock readings that came with it.
 //!
@@ -112,7 +112,7 @@ impl fmt::Debug for Answer {
 #[serde(default)]
 struct Document {
     access_token: Text,
-    token_type: Text,
+    token_type: Option<Text>,
     expires_in: Option<Box<RawValue>>,
     refresh_token: Text,
     refresh_expires_in: Option<Box<RawValue>>,
@@ -122,6 +122,9 @@ struct Document {
     not_before_policy: Option<Box<RawValue>>,
     scope: Text,
     error: Text,
+    /// Okta and Apigee say it so of a client that they do not know.
+    #[serde(rename = "errorCode", alias = "ErrorCode")]
+    error_code: Text,
 }
 
 impl Document {
@@ -138,8 +141,9 @@ impl Document {
         let Some(access_token) = self.access_token.get() else {
             return Err(malformed("the answer has no access_token"));
         };
-        // RFC 6749 section 7.1: a token of a type that is not understood must not be used.
-        if !is_bearer(self.token_type.get()) {
+        // RFC 6749 section 7.1: a token of a type that is not understood must not be used. One of no type is
+        // understood by all clients alike.
+        if !self.token_type.as_ref().is_none_or(is_bearer) {
             return Err(malformed("the answer's token_type is not Bearer"));
         }
         Ok(TokenResponse {
@@ -213,13 +217,22 @@ impl<'de> Visitor<'de> for TextVisitor {
     }
 }
 
-/// The text of the `error` member, of any form.
+/// The text of the `error` member, of any form, or else a code of RFC 6749 under its other name.
 fn error_code(document: Option<&Document>) -> Option<&str> {
-    document.and_then(|document| document.error.get())
+    let Document {
+        error, error_code, ..
+    } = document?;
+    let by_other_name = || error_code.get().filter(|code| CODES.contains(code));
+    error.get().or_else(by_other_name)
 }
 
-fn is_bearer(token_type: Option<&str>) -> bool {
-    token_type.is_some_and(|token_type| token_type.eq_ignore_ascii_case("bearer"))
+/// Whether a type is Bearer, as RFC 6750 or Apigee calls it.
+fn is_bearer(token_type: &Text) -> bool {
+    token_type.get().is_some_and(|token_type| {
+        ["bearer", "bearertoken"]
+            .iter()
+            .any(|name| token_type.eq_ignore_ascii_case(name))
+    })
 }
 
 fn refresh_token(text: &Text, expires_in: Option<&RawValue>) -> Option<RefreshToken> {
@@ -337,6 +350,16 @@ fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
 /// Two years, which keeps sums in range; the cache has a lower limit of its own.
 const LONGEST_SECONDS: f64 = 2.0 * 365.0 * 24.0 * 60.0 * 60.0;
 
+/// The codes of RFC 6749 section 5.2.
+const CODES: [&str; 6] = [
+    "invalid_request",
+    "invalid_client",
+    "invalid_grant",
+    "unauthorized_client",
+    "unsupported_grant_type",
+    "invalid_scope",
+];
+
 /// The codes that tell of the server's state: RFC 6749 section 4.1.2.1, where the token endpoint borrows
 /// the first two from, and RFC 8628 section 3.5.
 const TRANSIENT_CODES: [&str; 3] = ["temporarily_unavailable", "server_error", "slow_down"];
@@ -392,6 +415,19 @@ mod tests {
         }
     }
 
+    /// LinkedIn names none, and Apigee calls it `BearerToken` by default.
+    #[test]
+    fn a_token_of_no_type_is_a_bearer_token() {
+        for body in [
+            r#"{"access_token":"abc"}"#,
+            r#"{"access_token":"abc","token_type":null}"#,
+            r#"{"access_token":"abc","token_type":"BearerToken"}"#,
+        ] {
+            let token = read(200, body).unwrap();
+            assert_eq!(token.access_token.expose_secret(), "abc", "{body}");
+        }
+    }
+
     #[test]
     fn a_success_that_is_no_token_is_malformed_and_may_heal() {
         let deep = format!(r#"{{"x":{}"#, "[".repeat(200_000));
@@ -403,9 +439,9 @@ mod tests {
             "<html>log in</html>",
             r#"["abc","Bearer"]"#,
             r#"{"token_type":"Bearer"}"#,
-            r#"{"access_token":"abc"}"#,
-            r#"{"access_token":"abc","token_type":null}"#,
             r#"{"access_token":"abc","token_type":"DPoP"}"#,
+            r#"{"access_token":"abc","token_type":""}"#,
+            r#"{"access_token":"abc","token_type":["Bearer"]}"#,
             r#"{"access_token":"abc","token_type":"N_A"}"#,
             r#"{"access_token":"","token_type":"Bearer"}"#,
             r#"{"access_token":7,"token_type":"Bearer"}"#,
@@ -515,6 +551,10 @@ mod tests {
             (401, r#"{"error":"invalid_client","error_description":"no"}"#, true, false, Some("invalid_client")),
             (401, "\u{feff}{\"error\":\"invalid_client\"}", true, false, Some("invalid_client")),
             (403, r#"{"error":"unauthorized_client"}"#, true, false, Some("unauthorized_client")),
+            (401, r#"{"ErrorCode":"invalid_client","Error":"ClientId is Invalid"}"#, true, false, Some("invalid_client")),
+            (400, r#"{"errorCode":"invalid_client","errorSummary":"x"}"#, true, false, Some("invalid_client")),
+            (404, r#"{"errorCode":"not_found"}"#, false, true, None),
+            (400, r#"{"error":"invalid_scope","errorCode":"invalid_client"}"#, true, false, Some("invalid_scope")),
             (404, r#"{"error":"Not Found"}"#, false, true, None),
             (400, r#"{"error":"temporarily_unavailable"}"#, true, true, Some("temporarily_unavailable")),
             (400, r#"{"error":"server_error"}"#, true, true, Some("server_error")),
