@@ -8,9 +8,6 @@ use std::{
     io::{self, ErrorKind},
 };
 
-#[cfg(feature = "rustls")]
-use http::StatusCode;
-
 use super::{Kind, TokenError};
 
 impl TokenError {
@@ -31,17 +28,12 @@ impl TokenError {
     }
 
     /// Whether the server may not accept the client's certificate, or no longer: it ended the TLS connection by an alert
-    /// (RFC 8446 section 6.2), or what stands before it answered with a page, as nginx does.
+    /// (RFC 8446 section 6.2).
     #[cfg(feature = "rustls")]
     pub(crate) fn may_be_of_certificate(&self) -> bool {
-        let is_page = self.is_unavailable()
-            && matches!(
-                self.status(),
-                Some(StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
-            );
         let alert = |error: &rustls::Error| matches!(error, rustls::Error::AlertReceived(_));
         let io_errors = self.sources().filter_map(|error| error.downcast_ref());
-        is_page || (self.is_transport() && io_errors.filter_map(tls_error).any(alert))
+        self.is_transport() && io_errors.filter_map(tls_error).any(alert)
     }
 
     fn sources(&self) -> impl Iterator<Item = &(dyn Error + 'static)> {

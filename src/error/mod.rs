@@ -231,17 +231,32 @@ impl TokenError {
 
     /// Whether the server does not know the client by the credentials that it was sent.
     ///
-    /// Not every server says `invalid_client` then: of a wrong secret Keycloak says `unauthorized_client`, and Auth0
-    /// `access_denied`. Their status tells that apart from what else these codes mean: 401 is about who asks (RFC 6749
-    /// section 5.2).
+    /// Not every server says `invalid_client` then: of a wrong secret Keycloak says `unauthorized_client`, Auth0
+    /// `access_denied`, Cloud Foundry's UAA `unauthorized` and ServiceNow `server_error`. Their status tells that apart
+    /// from what else these codes mean: 401 is about who asks (RFC 6749 section 5.2).
     pub(crate) fn is_of_unknown_client(&self) -> bool {
         match self.oauth_error() {
             Some("invalid_client") => true,
-            Some("unauthorized_client" | "access_denied") => {
-                self.status() == Some(StatusCode::UNAUTHORIZED)
-            }
-            _ => false,
+            Some(
+                "invalid_request"
+                | "invalid_grant"
+                | "invalid_scope"
+                | "invalid_target"
+                | "unsupported_grant_type",
+            )
+            | None => false,
+            Some(_) => self.status() == Some(StatusCode::UNAUTHORIZED),
         }
+    }
+
+    /// Whether it may be about who asks, though not in the words of RFC 6749: the server has words of its own, or the
+    /// answer is a proxy's, such as nginx's about a client certificate.
+    pub(crate) fn may_be_of_credentials(&self) -> bool {
+        self.is_unavailable()
+            && matches!(
+                self.status(),
+                Some(StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
+            )
     }
 
     /// Whether other credentials may do: these cannot be sent, or the server does not know the client by them.

@@ -35,7 +35,7 @@ use crate::{
 /// (RFC 6749 section 6), and if it brings nothing, for whatever reason, the client's own credentials are sent
 /// at once. A refresh token is sent at most once, since some servers end the session when they see it again.
 ///
-/// When the server does not know the client (`invalid_client`, or as others say it, `unauthorized_client` or
+/// When the server does not know the client (`invalid_client`, or as others say it, such as `unauthorized_client` or
 /// `access_denied` with status 401), the [`Credential`](crate::Credential) is asked for again within the same attempt,
 /// and if it has changed, the request is sent once more with the new one.
 ///
@@ -140,6 +140,9 @@ impl Inner {
                 Err(error) => error,
             };
             if !error.is_of_credentials() {
+                if error.may_be_of_credentials() {
+                    held.refuse();
+                }
                 #[cfg(feature = "rustls")]
                 if error.may_be_of_certificate() {
                     held.refuse_certificate();
@@ -682,12 +685,14 @@ mod tests {
         assert!(!source.has_new_credentials());
     }
 
-    /// Law 7: the same by the words of Keycloak and of Auth0.
+    /// Law 7: the same by the words of Keycloak, of Auth0, of Cloud Foundry and of ServiceNow.
     #[tokio::test]
     async fn a_secret_is_asked_for_again_whatever_a_401_calls_it() {
         for answer in [
             (401, r#"{"error":"unauthorized_client"}"#),
             (401, r#"{"error":"access_denied"}"#),
+            (401, r#"{"error":"unauthorized"}"#),
+            (401, r#"{"error":"server_error"}"#),
         ] {
             let builder = post(giving(&["old", "new"]));
             let (endpoint, source) = Endpoint::with(builder, &[(200, TOKEN), answer, (200, TOKEN)]);
@@ -702,6 +707,30 @@ mod tests {
         let (_, source) = Endpoint::with(builder, &[answer]);
         source.fetch(Fetch::new()).await.unwrap_err();
         assert!(!source.has_new_credentials());
+    }
+
+    /// Law 7: the same by the words of FedEx, of Twitch and of a proxy, which are not OAuth's.
+    #[tokio::test]
+    async fn a_secret_is_asked_for_again_by_the_attempt_after_one_that_was_refused_in_other_words()
+    {
+        for answer in [
+            (401, r#"{"errors":[{"code":"NOT.AUTHORIZED.ERROR"}]}"#),
+            (403, r#"{"status":403,"message":"invalid client secret"}"#),
+            (400, "<html>"),
+        ] {
+            let builder = post(giving(&["old", "new"]));
+            let (endpoint, source) = Endpoint::with(builder, &[(200, TOKEN), answer, (200, TOKEN)]);
+            source.fetch(Fetch::new()).await.unwrap();
+            assert!(source.fetch(Fetch::new()).await.unwrap_err().is_transient());
+            source.fetch(Fetch::new()).await.unwrap();
+            assert_eq!(secrets(&endpoint), ["old", "old", "new"], "{answer:?}");
+        }
+        // What speaks of the server does not speak of the secret.
+        let builder = post(giving(&["old", "new"]));
+        let (endpoint, source) = Endpoint::with(builder, &[(503, ""), (200, TOKEN)]);
+        source.fetch(Fetch::new()).await.unwrap_err();
+        source.fetch(Fetch::new()).await.unwrap();
+        assert_eq!(secrets(&endpoint), ["old", "old"]);
     }
 
     #[tokio::test]

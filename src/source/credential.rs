@@ -27,10 +27,10 @@ use crate::{
 ///
 /// All but constants may change while the program runs. A file and a variable are read for every token
 /// request. A function is asked once, and what it gave is kept until the server refuses it. When the server answers
-/// `invalid_client`, or with status 401 `unauthorized_client` or `access_denied`, the credential is asked for again
-/// within the same attempt, and if it has changed the token request is sent once more. A client certificate can be
-/// refused by a TLS alert, or by the page of a proxy with status 400, 401 or 403: then the next attempt asks for it and
-/// its key again.
+/// `invalid_client`, or with status 401 an error that is not about what was asked for, such as `unauthorized_client`, the
+/// credential is asked for again within the same attempt, and if it has changed the token request is sent once more. An
+/// answer with status 400, 401 or 403 that is no OAuth error at all may be a refusal as well, and so is a TLS alert for a
+/// client certificate and its key: then the next attempt asks for them again.
 ///
 /// A constant is taken as it is, line breaks included. No text is ever printed, and it is wiped from memory on drop.
 ///
