@@ -42,8 +42,16 @@ pub enum SigningAlgorithm {
     Hs512,
     /// RSASSA-PKCS1-v1_5 with SHA-256.
     Rs256,
+    /// RSASSA-PKCS1-v1_5 with SHA-384, which health records servers ask for (SMART Backend Services).
+    Rs384,
+    /// RSASSA-PKCS1-v1_5 with SHA-512.
+    Rs512,
     /// RSASSA-PSS with SHA-256.
     Ps256,
+    /// RSASSA-PSS with SHA-384.
+    Ps384,
+    /// RSASSA-PSS with SHA-512.
+    Ps512,
     /// ECDSA on the curve P-256 with SHA-256.
     Es256,
     /// ECDSA on the curve P-384 with SHA-384.
@@ -64,7 +72,11 @@ impl SigningAlgorithm {
             Self::Hs384 => Algorithm::HS384,
             Self::Hs512 => Algorithm::HS512,
             Self::Rs256 => Algorithm::RS256,
+            Self::Rs384 => Algorithm::RS384,
+            Self::Rs512 => Algorithm::RS512,
             Self::Ps256 => Algorithm::PS256,
+            Self::Ps384 => Algorithm::PS384,
+            Self::Ps512 => Algorithm::PS512,
             Self::Es256 => Algorithm::ES256,
             Self::Es384 => Algorithm::ES384,
             Self::EdDsa => Algorithm::EdDSA,
@@ -292,12 +304,11 @@ impl Key {
     }
 
     fn rsa(pair: &rsa::KeyPair) -> Result<Self, ConfigError> {
-        let algorithms = &[SigningAlgorithm::Rs256, SigningAlgorithm::Ps256];
         // The signer wants what is within PKCS#8.
         let der: Pkcs8V1Der<'_> = pair.as_der().map_err(|_| unusable(RSA))?;
         let inner = PrivateKeyInfoRef::try_from(der.as_ref()).map_err(|_| unusable(RSA))?;
         let encoding = EncodingKey::from_rsa_der(inner.private_key.as_bytes());
-        Ok(Self::new(encoding, algorithms))
+        Ok(Self::new(encoding, RSA_SIGNATURES))
     }
 
     fn ec(pair: &EcdsaKeyPair, curve: Curve) -> Result<Self, ConfigError> {
@@ -423,6 +434,15 @@ const CURVES: [Curve; 2] = [
         signing: &ECDSA_P384_SHA384_FIXED_SIGNING,
         algorithms: &[SigningAlgorithm::Es384],
     },
+];
+
+const RSA_SIGNATURES: &[SigningAlgorithm] = &[
+    SigningAlgorithm::Rs256,
+    SigningAlgorithm::Ps256,
+    SigningAlgorithm::Rs384,
+    SigningAlgorithm::Ps384,
+    SigningAlgorithm::Rs512,
+    SigningAlgorithm::Ps512,
 ];
 
 const HMAC: &[SigningAlgorithm] = &[
@@ -598,6 +618,30 @@ mod tests {
                 Some(SigningAlgorithm::Ps256),
                 Algorithm::PS256,
             ),
+            (
+                &rsa_texts,
+                &rsa,
+                Some(SigningAlgorithm::Rs384),
+                Algorithm::RS384,
+            ),
+            (
+                &rsa_texts,
+                &rsa,
+                Some(SigningAlgorithm::Rs512),
+                Algorithm::RS512,
+            ),
+            (
+                &rsa_texts,
+                &rsa,
+                Some(SigningAlgorithm::Ps384),
+                Algorithm::PS384,
+            ),
+            (
+                &rsa_texts,
+                &rsa,
+                Some(SigningAlgorithm::Ps512),
+                Algorithm::PS512,
+            ),
             (&p256_texts, &p256, None, Algorithm::ES256),
             (&p384_texts, &p384, None, Algorithm::ES384),
             (&ed_texts, &ed, None, Algorithm::EdDSA),
@@ -689,13 +733,19 @@ mod tests {
         assert_eq!(header.kid.as_deref(), Some("of-jwk"));
     }
 
+    /// Open banking names PS256 and no RS256, and SMART Backend Services the second list.
     #[test]
-    fn a_server_that_wants_pss_gets_it() {
+    fn a_server_that_wants_another_rsa_signature_gets_it() {
         let (pair, [text, ..]) = rsa_key();
         let key = DecodingKey::from_rsa_der(pair.public_key().as_ref());
-        let endpoints = endpoints(Some(&["ES256", "PS256"]));
-        let assertion = Settings::default().sign(true, &text, "id", &endpoints);
-        verified(&assertion.unwrap(), Algorithm::PS256, &key);
+        for (supported, expected) in [
+            (&["ES256", "PS256"], Algorithm::PS256),
+            (&["RS384", "ES384"], Algorithm::RS384),
+        ] {
+            let endpoints = endpoints(Some(supported));
+            let assertion = Settings::default().sign(true, &text, "id", &endpoints);
+            verified(&assertion.unwrap(), expected, &key);
+        }
     }
 
     #[test]
