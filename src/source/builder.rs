@@ -261,7 +261,8 @@ impl ClientCredentialsBuilder {
     /// Builds the source with the default client: hyper over rustls with ring.
     ///
     /// The client speaks HTTP/1.1, trusts the system's roots and those of
-    /// [`root_certificates`](Self::root_certificates), keeps no connection open and follows no redirect.
+    /// [`root_certificates`](Self::root_certificates), keeps no connection open, follows no redirect, and calls itself
+    /// `tower-bearer` with its version in `User-Agent`.
     /// If `SSL_CERT_FILE` or `SSL_CERT_DIR` is set, it takes the place of the system's roots. The client connects directly,
     /// whatever `HTTPS_PROXY` and its kin say; for a proxy, give [`build_with`](Self::build_with) a client that uses one.
     /// Building needs no runtime and sends nothing.

@@ -2,6 +2,9 @@
 
 use std::{sync::Arc, time::Duration};
 
+use bytes::Bytes;
+use http::{HeaderValue, Request, header::USER_AGENT};
+use http_body_util::Full;
 use hyper_rustls::HttpsConnectorBuilder;
 use hyper_util::{
     client::legacy::{
@@ -100,7 +103,11 @@ impl Dialer {
             // How often to try is for the cache to decide.
             .retry_canceled_requests(false)
             .build(connector);
-        Ok(Transport::new(client))
+        let named = client.map_request(|mut request: Request<Full<Bytes>>| {
+            request.headers_mut().insert(USER_AGENT, AGENT);
+            request
+        });
+        Ok(Transport::new(named))
     }
 
     fn tls(&self, certificate: Option<(&str, &str)>) -> Result<ClientConfig, ConfigError> {
@@ -128,6 +135,10 @@ impl Dialer {
         })
     }
 }
+
+/// Firewalls refuse requests that do not say whose they are: the core rules of AWS WAF, for example.
+const AGENT: HeaderValue =
+    HeaderValue::from_static(concat!("tower-bearer/", env!("CARGO_PKG_VERSION")));
 
 /// The client that presents a certificate, made anew when that has changed.
 ///

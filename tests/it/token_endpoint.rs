@@ -250,6 +250,17 @@ async fn a_secret_that_is_echoed_shows_up_nowhere() {
     }
 }
 
+/// Firewalls refuse requests that do not say whose they are: the core rules of AWS WAF, for example.
+#[tokio::test]
+async fn the_default_client_says_what_it_is() {
+    let server = Hostile::start(Reply::token("token"));
+    let source = server.client().build().unwrap();
+    source.fetch(Fetch::new()).await.unwrap();
+    let agent = format!("user-agent: tower-bearer/{}", env!("CARGO_PKG_VERSION"));
+    let request = &server.requests()[0];
+    assert!(request.lines().any(|line| line == agent), "{request}");
+}
+
 #[tokio::test]
 async fn no_connection_is_kept() {
     let server = Hostile::start(Reply::token("token").end(End::Keep));
