@@ -19,7 +19,8 @@ pub(super) struct Asked {
 impl Asked {
     /// Checks what a source or a request asks for.
     ///
-    /// A parameter `resource` is a resource, whichever way it was named.
+    /// A parameter `resource` is a resource, whichever way it was named; but as a parameter it may be any text. That of
+    /// Entra ID's first endpoint and of AD FS is older than RFC 8707, and often a GUID.
     pub(super) fn new<'a>(
         scopes: impl Iterator<Item = &'a str>,
         resources: impl Iterator<Item = &'a str>,
@@ -36,7 +37,7 @@ impl Asked {
         for (name, value) in params {
             check_param(name)?;
             if name == "resource" {
-                asked.resources.push(resource(value)?);
+                asked.resources.push(value.to_owned());
             } else {
                 asked.params.push((name.to_owned(), value.to_owned()));
             }
@@ -216,8 +217,24 @@ mod tests {
             ("https://api.example.com/\n", false),
         ] {
             assert_eq!(asked(&[uri], &[]).is_ok(), good, "{uri:?}");
-            assert_eq!(asked(&[], &[("resource", uri)]).is_ok(), good, "{uri:?}");
         }
+    }
+
+    #[test]
+    fn a_parameter_of_that_name_is_a_resource_of_any_form() {
+        let guid = "2ff814a6-3304-4ab8-85cb-cd0e6f879c1d";
+        let of_source = asked(&[], &[("resource", guid)]).unwrap();
+        let of = |request| {
+            let asked = of_source.of(&request, None).unwrap();
+            let params: Vec<_> = asked.params().map(|(n, v)| format!("{n}={v}")).collect();
+            params.join("&")
+        };
+        assert_eq!(of(TokenRequest::new()), format!("resource={guid}"));
+        // It gives way to one that a request names, by whichever way.
+        let other = TokenRequest::new().resource("urn:b");
+        assert_eq!(of(other), "resource=urn:b");
+        let other = TokenRequest::new().param("resource", "b");
+        assert_eq!(of(other), "resource=b");
     }
 
     #[test]

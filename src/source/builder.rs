@@ -205,7 +205,8 @@ impl ClientCredentialsBuilder {
 
     /// Adds a parameter to the body of every token request, such as `audience`.
     ///
-    /// The same name may be added more than once, for servers that allow it. The value is never printed.
+    /// The same name may be added more than once, for servers that allow it. The value is never printed. One that is called
+    /// `resource` is taken as it is, for servers that want no URI there: of Entra ID's first endpoint and of AD FS.
     ///
     /// The claims that an API misses in a token, as continuous access evaluation has it, are asked for beside those of a
     /// parameter `claims`. Entra ID demands some only of clients that say by it that they can:

@@ -892,7 +892,7 @@ mod tests {
             request().param("", "CANARY"),
             request().param("grant_type", "CANARY"),
             request().param("client_assertion", "CANARY"),
-            request().param("resource", "https://api.example/#CANARY"),
+            request().resource("https://api.example/#CANARY"),
         ] {
             let mut fetch = with_refresh_token("r1");
             fetch.request = request;
