@@ -9,6 +9,9 @@ pub mod clients {}
 #[doc = include_str!("guide/failures.md")]
 pub mod failures {}
 
+#[doc = include_str!("guide/servers.md")]
+pub mod servers {}
+
 #[doc = include_str!("guide/security.md")]
 pub mod security {}
 

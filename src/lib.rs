@@ -312,6 +312,7 @@
 //! - [Placement](guide::placement): each layer of tower and tower-http, above and below this one.
 //! - [Clients](guide::clients): hyper, a gateway of axum, tonic, reqwest.
 //! - [Failures](guide::failures): what a request gets when, how to retry, how to read the log, what to alert on.
+//! - [Servers](guide::servers): where authorization servers and APIs differ from the standards, and what to set.
 //! - [Security](guide::security): where secrets and tokens are, where they go, and what is left to you.
 //! - `guide::testing` (feature `test-util`): how to test your own code, without a server.
 //! - [Migration](guide::migration): from a mutex by hand, from `middle`, from `oauth2` and `reqwest`.
