@@ -112,7 +112,7 @@ pub(crate) fn refusal(uri: &Uri) -> TokenError {
     let scheme = uri.scheme_str().unwrap_or("(no scheme)");
     let host = uri.host().unwrap_or_default();
     TokenError::new(Kind::Insecure).with_source(format!(
-        "{scheme}://{host} is not safe from being read on the way"
+        "{scheme}://{host} is not known to be safe from being read on the way"
     ))
 }
 
@@ -448,6 +448,18 @@ mod tests {
         let source = error.source().unwrap().to_string();
         assert!(source.contains("http://api.example.com is"), "{source}");
         assert!(!format!("{error} {error:?} {source}").contains("hunter2"));
+    }
+
+    /// Whoever reads that a setting is off sets it, which opens all of http and helps no other scheme.
+    #[test]
+    fn a_refusal_of_another_scheme_says_nothing_of_how_the_setting_stands() {
+        for text in ["wss://api.example.com/", "api.example.com:443"] {
+            let uri = text.parse().unwrap();
+            assert_eq!(Origins::default().plain_http(true).judge(&uri), Refuse);
+            let error = refusal(&uri).to_string();
+            assert!(!error.contains("is off"), "{text}: {error}");
+            assert!(error.contains("neither https, nor http"), "{text}: {error}");
+        }
     }
 
     proptest! {

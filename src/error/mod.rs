@@ -343,8 +343,8 @@ impl fmt::Display for TokenError {
         let request = self.0.request;
         match self.0.kind {
             Kind::Insecure => f.write_str(
-                "the request's URI may not carry a token: it is neither https nor loopback, \
-                 and the setting `dangerous_plain_http` is off",
+                "the request's URI may not carry a token: it is neither https, nor http to a loopback host \
+                 or by the setting `dangerous_plain_http`",
             ),
             Kind::NoRuntime => f.write_str("a token can be fetched within a tokio runtime only"),
             Kind::Overloaded => f.write_str("too many requests are waiting for a token"),
