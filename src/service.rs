@@ -271,7 +271,8 @@ impl<S, R> BearerAuth<S, R> {
 /// says nothing about a token.
 ///
 /// A `FollowRedirect` above drops the extensions of a request on its way to another origin, and this one with them,
-/// unless it is told to keep it; [`origins`](crate::BearerAuthLayer::origins) keep the token from there in any case.
+/// unless it is told to keep it; [`origins`](crate::BearerAuthLayer::origins) keep the token from there in any case. That
+/// of tower-http 0.6 drops them at every hop, within one origin too.
 ///
 /// ```
 /// use tower_bearer::WithoutToken;
