@@ -2,7 +2,7 @@
 
 use std::{error::Error, time::Duration};
 
-use http::{Request, Uri};
+use http::{HeaderValue, Request, Uri, header::HOST};
 use tokio::time;
 use tower::{Layer, ServiceExt};
 use tower_bearer::{BearerAuthLayer, CloneBody, TokenError};
@@ -128,6 +128,23 @@ async fn requests_to_origins_that_are_not_pinned_pass_bare() {
         let response = client.oneshot(to(uri)).await.unwrap();
         assert_eq!(response.body(), "anonymous", "{uri}");
     }
+}
+
+/// Law 9 is about the URI, by which a client connects. What a server makes of a `Host` is the server's business, and to
+/// drop it the business of whoever takes it from elsewhere.
+#[tokio::test(start_paused = true)]
+async fn a_host_header_of_the_callers_goes_along_with_the_token() {
+    let api = Api::echoing();
+    let client = BearerAuthLayer::new(AuthServer::new())
+        .origins(["https://api.example.com"])
+        .unwrap()
+        .layer(api.clone());
+    let mut request = to("https://api.example.com/sims");
+    let host = HeaderValue::from_static("evil.example");
+    request.headers_mut().insert(HOST, host.clone());
+    let response = client.oneshot(request).await.unwrap();
+    assert_eq!(response.body(), "token-1");
+    assert_eq!(api.arrivals()[0].headers[HOST], host);
 }
 
 /// Law 9: a pinned origin is the same one however it is spelt.
