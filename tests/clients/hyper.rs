@@ -26,7 +26,7 @@ use hyper_util::{
     server::conn::auto,
 };
 use tokio::net::{TcpListener, TcpStream};
-use tower::{Layer, Service, ServiceBuilder, ServiceExt};
+use tower::{Layer, Service, ServiceBuilder, ServiceExt, reconnect::Reconnect};
 use tower_bearer::{BearerAuthLayer, BoxError, CloneBody};
 
 use crate::support::{AuthServer, INVALID_TOKEN, bearer};
@@ -299,4 +299,26 @@ async fn the_layer_goes_over_a_connection_of_http_1_in_a_buffer() {
     let response = client.oneshot(api.request()).await.unwrap();
     assert_eq!(response.status(), StatusCode::OK);
     assert_eq!(api.seen(), ["token-1", "token-2"]);
+}
+
+/// hyper gives up a connection whose answer was left unread: whoever has but one has none left for the second sending.
+#[tokio::test]
+async fn a_long_refusal_over_a_single_connection_of_http_1_ends_it_unless_it_is_made_anew() {
+    let api = Api::start(Refusal::Endless).await;
+    let connection = connect_1(api.address).await.unwrap();
+    let client = layer().layer(ServiceBuilder::new().buffer(8).service(connection));
+    let error = client.oneshot(api.request()).await.unwrap_err();
+    let error = error
+        .source()
+        .and_then(|error| error.downcast_ref::<hyper::Error>());
+    assert!(error.is_some_and(hyper::Error::is_closed), "{error:?}");
+    assert_eq!(api.seen(), ["token-1"]);
+
+    let client = |api: &Api| {
+        let connect = tower::service_fn(|address| Box::pin(connect_1(address)));
+        ServiceBuilder::new()
+            .buffer(8)
+            .service(Reconnect::<_, SocketAddr>::new(connect, api.address))
+    };
+    assert_eq!(connections_for(client, Refusal::Endless).await, 2);
 }
