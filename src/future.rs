@@ -17,9 +17,9 @@ use crate::{
     challenge::{self, Verdict},
     error::{BoxError, TokenError},
     message::{self, HttpRequest, HttpResponse},
-    ready::{Mark, Ready},
     replay::{Replay, sealed::Sealed},
     settings::Settings,
+    slot::{Mark, Prepared},
     telemetry,
     time::Now,
     token::AccessToken,
@@ -139,8 +139,8 @@ where
         let copy = replay.and_then(|replay| replay.copy(&request));
         message::authorize(request.headers_mut(), token.header_value().clone());
         let sent = Sent::new(Mark::new(&token, settings), &copy, || {
-            let ready = Ready::new(token, Arc::clone(settings));
-            (service.clone(), ready)
+            let prepared = Prepared::new(token, Arc::clone(settings));
+            (service.clone(), prepared)
         });
         Self::sending(service.call(request), sent, copy)
     }
@@ -252,7 +252,7 @@ where
 }
 
 /// What it takes to send a request once more, beside its copy.
-type Again<S, R> = <R as Sealed>::Kept<(S, Arc<Ready>)>;
+type Again<S, R> = <R as Sealed>::Kept<(S, Arc<Prepared>)>;
 
 /// What is known of a request that has left.
 pub(crate) struct Sent<S, R: Sealed> {
@@ -278,7 +278,7 @@ impl<S, R: Sealed> Sent<S, R> {
     pub(crate) fn new<C>(
         mark: Mark,
         copy: &Option<C>,
-        again: impl FnOnce() -> (S, Arc<Ready>),
+        again: impl FnOnce() -> (S, Arc<Prepared>),
     ) -> Self {
         Self {
             mark: Some(mark),
@@ -319,15 +319,15 @@ impl<S, R: Sealed> Sent<S, R> {
             cache::refused(mark.token(), complaint);
             return Judged::Answer(answer);
         };
-        let (request, (service, ready)) = (R::restore(copy), R::release(again));
-        let Ready {
+        let (request, (service, prepared)) = (R::restore(copy), R::release(again));
+        let Prepared {
             token, settings, ..
-        } = &*ready;
+        } = &*prepared;
         let remedy = settings.cache.refused(token, complaint);
         let refused = token.clone();
         let phase = match remedy {
             Remedy::Nothing => {
-                drop((request, service, ready));
+                drop((request, service, prepared));
                 return Judged::Answer(answer);
             }
             Remedy::Token(token) => {

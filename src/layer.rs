@@ -5,8 +5,8 @@ use std::fmt;
 use tower_layer::Layer;
 
 use crate::{
-    cache::TokenCache, error::ConfigError, origin::Origins, ready::Door, replay::Never,
-    service::BearerAuth, settings::Settings,
+    cache::TokenCache, error::ConfigError, origin::Origins, replay::Never, service::BearerAuth,
+    settings::Settings, slot::Slot,
 };
 
 /// Attaches an `Authorization: Bearer` header to each request, and keeps its token valid.
@@ -44,7 +44,7 @@ use crate::{
 #[derive(Clone)]
 pub struct BearerAuthLayer<R = Never> {
     /// Its services find the token as the clones of one service do: some programs apply the layer for each request.
-    door: Door,
+    slot: Slot,
     replay: R,
 }
 
@@ -55,7 +55,7 @@ impl BearerAuthLayer<Never> {
     #[must_use]
     pub fn new(cache: impl Into<TokenCache>) -> Self {
         Self {
-            door: Door::new(Settings {
+            slot: Slot::new(Settings {
                 cache: cache.into(),
                 origins: Origins::default(),
                 keep_existing: false,
@@ -75,7 +75,7 @@ impl<R> BearerAuthLayer<R> {
     #[must_use]
     pub fn replay<R2>(self, replay: R2) -> BearerAuthLayer<R2> {
         BearerAuthLayer {
-            door: self.door,
+            slot: self.slot,
             replay,
         }
     }
@@ -94,7 +94,7 @@ impl<R> BearerAuthLayer<R> {
     where
         I: IntoIterator<Item: AsRef<str>>,
     {
-        let origins = self.door.settings().origins.clone().pin(origins)?;
+        let origins = self.slot.settings().origins.clone().pin(origins)?;
         Ok(self.with(|settings| settings.origins = origins))
     }
 
@@ -128,14 +128,14 @@ impl<R> BearerAuthLayer<R> {
 
     /// Returns the cache that feeds this layer.
     pub fn cache(&self) -> &TokenCache {
-        &self.door.settings().cache
+        &self.slot.settings().cache
     }
 
     fn with(self, change: impl FnOnce(&mut Settings)) -> Self {
-        let mut settings = Settings::clone(self.door.settings());
+        let mut settings = Settings::clone(self.slot.settings());
         change(&mut settings);
         Self {
-            door: Door::new(settings),
+            slot: Slot::new(settings),
             replay: self.replay,
         }
     }
@@ -145,14 +145,14 @@ impl<S, R: Clone> Layer<S> for BearerAuthLayer<R> {
     type Service = BearerAuth<S, R>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        BearerAuth::new(inner, self.door.clone(), self.replay.clone())
+        BearerAuth::new(inner, self.slot.clone(), self.replay.clone())
     }
 }
 
 impl<R: fmt::Debug> fmt::Debug for BearerAuthLayer<R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("BearerAuthLayer")
-            .field("settings", self.door.settings())
+            .field("settings", self.slot.settings())
             .field("replay", &self.replay)
             .finish()
     }

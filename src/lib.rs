@@ -351,12 +351,12 @@ mod layer;
 mod message;
 mod origin;
 mod policy;
-mod ready;
 mod replay;
 #[cfg(feature = "reqwest")]
 mod reqwest;
 mod service;
 mod settings;
+mod slot;
 mod source;
 mod sync;
 mod telemetry;

@@ -15,8 +15,8 @@ use crate::{
     future::{ResponseFuture, Sent},
     message::{self, HttpRequest, HttpResponse},
     origin::{self, Passage},
-    ready::{Door, Mark, Ready},
     replay::Replay,
+    slot::{Mark, Prepared, Slot},
     source::TokenRequest,
 };
 
@@ -50,23 +50,23 @@ pub struct BearerAuth<S, R> {
     inner: S,
     /// Whether a request that is [usual](HttpRequest::is_usual) may carry the token.
     takes_usual: bool,
-    door: Door,
+    slot: Slot,
     replay: R,
 }
 
 impl<S, R> BearerAuth<S, R> {
-    pub(crate) fn new(inner: S, door: Door, replay: R) -> Self {
+    pub(crate) fn new(inner: S, slot: Slot, replay: R) -> Self {
         Self {
             inner,
-            takes_usual: door.settings().take_usual(),
-            door,
+            takes_usual: slot.settings().take_usual(),
+            slot,
             replay,
         }
     }
 
     /// Returns the cache that feeds this service.
     pub fn cache(&self) -> &TokenCache {
-        &self.door.settings().cache
+        &self.slot.settings().cache
     }
 
     /// Returns the inner service.
@@ -151,22 +151,26 @@ impl<S, R> BearerAuth<S, R> {
             true => Some(Passage::Carry),
             false => self.judge(request),
         };
-        let ready = match passage {
-            Some(Passage::Carry) => self.door.last(),
+        let prepared = match passage {
+            Some(Passage::Carry) => self.slot.held(),
             _ => None,
         };
-        let Some(ready) = ready else {
+        let Some(prepared) = prepared else {
             return self.sign_closely(request, copy, passage);
         };
-        let sent = Sent::new(ready.mark, copy, || (self.inner.clone(), Arc::clone(ready)));
-        request.headers_mut().insert(AUTHORIZATION, ready.header());
+        let sent = Sent::new(prepared.mark, copy, || {
+            (self.inner.clone(), Arc::clone(prepared))
+        });
+        request
+            .headers_mut()
+            .insert(AUTHORIZATION, prepared.header());
         Ok(sent)
     }
 
     /// How a request goes out, if its URI alone says so: with the token that is for nothing in particular, or without.
     #[inline(never)]
     fn judge<Req: HttpRequest>(&self, request: &Req) -> Option<Passage> {
-        let settings = self.door.settings();
+        let settings = self.slot.settings();
         if settings.keep_existing
             || request.extension::<WithoutToken>().is_some()
             || request.extension::<TokenRequest>().is_some()
@@ -195,18 +199,18 @@ impl<S, R> BearerAuth<S, R> {
         }
         let sent = match request.extension() {
             None => {
-                let ready = self.door.ready().ok_or(Obstacle::NoToken)?;
-                message::authorize(request.headers_mut(), ready.header());
-                Sent::new(ready.mark, copy, || (self.inner.clone(), ready))
+                let prepared = self.slot.prepared().ok_or(Obstacle::NoToken)?;
+                message::authorize(request.headers_mut(), prepared.header());
+                Sent::new(prepared.mark, copy, || (self.inner.clone(), prepared))
             }
             key => {
-                let settings = self.door.settings();
+                let settings = self.slot.settings();
                 let token = settings.cache.attach(key).ok_or(Obstacle::NoToken)?;
                 settings.cache.meters().requests().looked(&token);
                 message::authorize(request.headers_mut(), token.header_value().clone());
                 Sent::new(Mark::new(&token, settings), copy, || {
-                    let ready = Ready::new(token, Arc::clone(settings));
-                    (self.inner.clone(), ready)
+                    let prepared = Prepared::new(token, Arc::clone(settings));
+                    (self.inner.clone(), prepared)
                 })
             }
         };
@@ -219,7 +223,7 @@ impl<S, R> BearerAuth<S, R> {
         request: &Req,
         passage: Option<Passage>,
     ) -> Result<bool, Obstacle> {
-        let settings = self.door.settings();
+        let settings = self.slot.settings();
         let requests = || settings.cache.meters().requests();
         let is_bare = || {
             request.extension::<WithoutToken>().is_some()
@@ -260,7 +264,7 @@ impl<S, R> BearerAuth<S, R> {
         if let Obstacle::Refused(error) = obstacle {
             return ResponseFuture::refused(error);
         }
-        let settings = Arc::clone(self.door.settings());
+        let settings = Arc::clone(self.slot.settings());
         ResponseFuture::wait(service, request, self.replay.clone(), settings)
     }
 }

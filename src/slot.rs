@@ -1,5 +1,5 @@
-//! [`Ready`]: a token as services attach it, with no wait for a lock and no more than a coarse look at the wall clock;
-//! and [`Door`], by which each service gets to one.
+//! [`Prepared`]: a token as services attach it, with no wait for a lock and no more than a coarse look at the wall clock;
+//! and [`Slot`], by which each service gets to one.
 
 use std::{
     num::NonZeroU64,
@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// A token with all that a request takes of it, and all that is needed if the API refuses it.
-pub(crate) struct Ready {
+pub(crate) struct Prepared {
     pub(crate) token: AccessToken,
     /// The token's header value, or a copy of it with a reference count of its own.
     header: HeaderValue,
@@ -35,7 +35,7 @@ pub(crate) struct Ready {
     pub(crate) settings: Arc<Settings>,
 }
 
-impl Ready {
+impl Prepared {
     pub(crate) fn new(token: AccessToken, settings: Arc<Settings>) -> Arc<Self> {
         let header = token.header_value().clone();
         Self::with_header(header, token, settings)
@@ -102,13 +102,13 @@ impl Mark {
 ///
 /// On cache lines of its own, since each clone writes to it.
 #[repr(align(128))]
-struct Front {
+struct SharedSlot {
     settings: Arc<Settings>,
     /// What was found last. Nobody waits for this lock: whoever finds it taken does without.
-    last: TryLock<Option<Arc<Ready>>>,
+    last: TryLock<Option<Arc<Prepared>>>,
 }
 
-impl Front {
+impl SharedSlot {
     fn new(settings: Arc<Settings>) -> Arc<Self> {
         Arc::new(Self {
             settings,
@@ -118,20 +118,20 @@ impl Front {
 
     /// What was found last, unless it is known to be of no use by now.
     #[inline]
-    fn known(&self) -> Option<Arc<Ready>> {
+    fn watched(&self) -> Option<Arc<Prepared>> {
         let last = self.last.try_lock()?;
-        let ready = last.as_ref()?;
-        ready.is_watched().then(|| Arc::clone(ready))
+        let prepared = last.as_ref()?;
+        prepared.is_watched().then(|| Arc::clone(prepared))
     }
 
     /// What was found last if it is fresh, or what the cache has.
-    fn find(&self) -> Option<Arc<Ready>> {
+    fn find(&self) -> Option<Arc<Prepared>> {
         let Some(last) = self.last.try_lock().map(|last| last.clone()) else {
             let token = self.settings.cache.attach(None)?;
             // Whoever looks for itself keeps it for as long as the token stands.
-            return Some(self.copy(token));
+            return Some(self.prepare_copy(token));
         };
-        if last.as_ref().is_some_and(|ready| ready.is_fresh()) {
+        if last.as_ref().is_some_and(|prepared| prepared.is_fresh()) {
             return last;
         }
         let token = self.settings.cache.attach(None)?;
@@ -139,34 +139,34 @@ impl Front {
         if let Some(last) = last.filter(|last| Arc::ptr_eq(&last.token.0, &token.0)) {
             return Some(last);
         }
-        let ready = self.copy(token);
-        self.keep(Arc::clone(&ready));
-        Some(ready)
+        let prepared = self.prepare_copy(token);
+        self.store(Arc::clone(&prepared));
+        Some(prepared)
     }
 
     /// Makes a copy of the token that shares its count of references with nobody.
-    fn copy(&self, token: AccessToken) -> Arc<Ready> {
-        Ready::with_header(token.copy_header(), token, Arc::clone(&self.settings))
+    fn prepare_copy(&self, token: AccessToken) -> Arc<Prepared> {
+        Prepared::with_header(token.copy_header(), token, Arc::clone(&self.settings))
     }
 
-    fn keep(&self, ready: Arc<Ready>) {
+    fn store(&self, prepared: Arc<Prepared>) {
         let replaced = self.last.try_lock();
-        let replaced = replaced.and_then(|mut last| last.replace(ready));
+        let replaced = replaced.and_then(|mut last| last.replace(prepared));
         // After the lock: with a token goes what its requests are counted by, which is code that is not ours.
         drop(replaced);
     }
 }
 
-/// One [`Front`] for each of some threads: a service that is cloned for each request may be cloned by all at once.
+/// One [`SharedSlot`] for each of some threads: a service that is cloned for each request may be cloned by all at once.
 #[derive(Default)]
-struct Fronts([OnceLock<Arc<Front>>; STRIPES]);
+struct Stripes([OnceLock<Arc<SharedSlot>>; STRIPES]);
 
 const STRIPES: usize = 16;
 
-impl Fronts {
+impl Stripes {
     /// The one of this thread, and of few others if there are many.
     #[inline]
-    fn here(&self) -> &OnceLock<Arc<Front>> {
+    fn current(&self) -> &OnceLock<Arc<SharedSlot>> {
         static THREADS: AtomicUsize = AtomicUsize::new(0);
         thread_local! {
             static STRIPE: usize = THREADS.fetch_add(1, Ordering::Relaxed) % STRIPES;
@@ -180,123 +180,129 @@ impl Fronts {
 /// What requests count themselves in and out of, above all the header's text, is on cache lines that are slow if
 /// several threads write them. So whatever is used often gets copies of its own: a service that is called for more than
 /// a few requests, and one that is cloned again, one per thread for all the clones to come, which may each be for one.
-pub(crate) struct Door {
-    way: Way,
-    /// How many more requests may leave with what others use as well, or [`OWN`].
-    shared: u8,
+pub(crate) struct Slot {
+    content: Content,
+    /// How many more requests may leave with what others use as well, or [`OWN_COPY`].
+    shared_uses: u8,
     /// For the clones of this service, from the second one on.
-    own: OnceLock<Box<Fronts>>,
+    stripes: OnceLock<Box<Stripes>>,
     cloned: AtomicBool,
 }
 
-enum Way {
+enum Content {
     /// The token that the service has used last, or that it was made with.
-    Ready(Arc<Ready>),
-    Front(Arc<Front>),
+    Token(Arc<Prepared>),
+    Shared(Arc<SharedSlot>),
 }
 
 /// How often a service is called before it gets copies of its own.
 ///
 /// A copy costs about what this many requests lose by counting references where another thread counts too, and many
 /// clones are made for a few requests only.
-const SHARED: u8 = 8;
+const SHARED_USES: u8 = 8;
 
-/// Of [`Door::shared`]: the service has copies of its own.
-const OWN: u8 = u8::MAX;
+/// Of [`Slot::shared_uses`]: the service has copies of its own.
+const OWN_COPY: u8 = u8::MAX;
 
-impl Door {
+impl Slot {
     pub(crate) fn new(settings: Settings) -> Self {
-        Self::to(Way::Front(Front::new(Arc::new(settings))))
+        Self::with(Content::Shared(SharedSlot::new(Arc::new(settings))))
     }
 
     #[inline]
-    fn to(way: Way) -> Self {
+    fn with(content: Content) -> Self {
         Self {
-            way,
-            shared: SHARED,
-            own: OnceLock::new(),
+            content,
+            shared_uses: SHARED_USES,
+            stripes: OnceLock::new(),
             cloned: AtomicBool::new(false),
         }
     }
 
     pub(crate) fn settings(&self) -> &Arc<Settings> {
-        match &self.way {
-            Way::Ready(ready) => &ready.settings,
-            Way::Front(front) => &front.settings,
+        match &self.content {
+            Content::Token(prepared) => &prepared.settings,
+            Content::Shared(shared) => &shared.settings,
         }
     }
 
     /// What the service has, if one more request may leave with it.
     #[inline]
-    pub(crate) fn last(&mut self) -> Option<&Arc<Ready>> {
-        match &self.way {
-            Way::Ready(ready) if self.shared != 0 && ready.is_fresh() => {
-                if self.shared != OWN {
-                    self.shared -= 1;
+    pub(crate) fn held(&mut self) -> Option<&Arc<Prepared>> {
+        match &self.content {
+            Content::Token(prepared) if self.shared_uses != 0 && prepared.is_fresh() => {
+                if self.shared_uses != OWN_COPY {
+                    self.shared_uses -= 1;
                 }
-                ready.requests.fresh(&ready.token);
-                Some(ready)
+                prepared.requests.fresh(&prepared.token);
+                Some(prepared)
             }
             _ => None,
         }
     }
 
     /// The token for a request that has no time to wait.
-    pub(crate) fn ready(&mut self) -> Option<Arc<Ready>> {
-        if let Some(last) = self.last() {
-            return Some(Arc::clone(last));
+    pub(crate) fn prepared(&mut self) -> Option<Arc<Prepared>> {
+        if let Some(held) = self.held() {
+            return Some(Arc::clone(held));
         }
-        let ready = match (&self.way, self.shared) {
-            (Way::Front(front), 1..=SHARED) => {
-                self.shared -= 1;
-                front.find()?
+        let prepared = match (&self.content, self.shared_uses) {
+            (Content::Shared(shared), 1..=SHARED_USES) => {
+                self.shared_uses -= 1;
+                shared.find()?
             }
             _ => {
-                let ready = self.own().find()?;
-                self.way = Way::Ready(Arc::clone(&ready));
-                self.shared = OWN;
-                ready
+                let prepared = self.stripe().find()?;
+                self.content = Content::Token(Arc::clone(&prepared));
+                self.shared_uses = OWN_COPY;
+                prepared
             }
         };
-        ready.requests.looked(&ready.token);
-        Some(ready)
+        prepared.requests.looked(&prepared.token);
+        Some(prepared)
     }
 
-    /// A service that finds its token by `front`.
+    /// A service that finds its token by `shared`.
     #[inline]
-    fn by(front: &Arc<Front>) -> Self {
-        Self::to(match front.known() {
-            Some(ready) => Way::Ready(ready),
-            None => Way::Front(Arc::clone(front)),
+    fn from_shared(shared: &Arc<SharedSlot>) -> Self {
+        Self::with(match shared.watched() {
+            Some(prepared) => Content::Token(prepared),
+            None => Content::Shared(Arc::clone(shared)),
         })
     }
 
     /// Makes a clone while there is nothing for clones yet.
-    fn clone_first(&self) -> Self {
+    fn clone_slow(&self) -> Self {
         if self.cloned.load(Ordering::Relaxed) {
-            return Self::by(self.own());
+            return Self::from_shared(self.stripe());
         }
         self.cloned.store(true, Ordering::Relaxed);
-        match &self.way {
-            Way::Ready(ready) if ready.is_watched() => Self::to(Way::Ready(Arc::clone(ready))),
+        match &self.content {
+            Content::Token(prepared) if prepared.is_watched() => {
+                Self::with(Content::Token(Arc::clone(prepared)))
+            }
             // A clone may be the next to be cloned, and so on: each would have to make itself a copy of the next token.
-            Way::Ready(_) => Self::by(self.own()),
-            Way::Front(front) => Self::by(front),
+            Content::Token(_) => Self::from_shared(self.stripe()),
+            Content::Shared(shared) => Self::from_shared(shared),
         }
     }
 
-    fn own(&self) -> &Arc<Front> {
-        let front = self.own.get_or_init(Box::default).here();
-        front.get_or_init(|| Front::new(Arc::clone(self.settings())))
+    fn stripe(&self) -> &Arc<SharedSlot> {
+        let shared = self.stripes.get_or_init(Box::default).current();
+        shared.get_or_init(|| SharedSlot::new(Arc::clone(self.settings())))
     }
 }
 
-impl Clone for Door {
+impl Clone for Slot {
     #[inline]
     fn clone(&self) -> Self {
-        match self.own.get().and_then(|own| own.here().get()) {
-            Some(own) => Self::by(own),
-            None => self.clone_first(),
+        match self
+            .stripes
+            .get()
+            .and_then(|stripes| stripes.current().get())
+        {
+            Some(shared) => Self::from_shared(shared),
+            None => self.clone_slow(),
         }
     }
 }
@@ -332,13 +338,13 @@ mod tests {
         })
     }
 
-    fn header(door: &mut Door) -> HeaderValue {
-        door.ready().unwrap().header()
+    fn header(slot: &mut Slot) -> HeaderValue {
+        slot.prepared().unwrap().header()
     }
 
     /// Where the text is that the service attaches: the same place is the same count of references.
-    fn text(door: &mut Door) -> *const u8 {
-        header(door).as_bytes().as_ptr()
+    fn text(slot: &mut Slot) -> *const u8 {
+        header(slot).as_bytes().as_ptr()
     }
 
     /// What is used often counts references where nobody else does.
@@ -348,23 +354,23 @@ mod tests {
         settings.cache.get().await.unwrap();
         // Somebody watches the token from here on.
         tokio::task::yield_now().await;
-        let mut called = Door::new((*settings).clone());
-        let shared = [0; SHARED as usize].map(|_| text(&mut called));
-        assert_eq!(shared, [shared[0]; SHARED as usize]);
+        let mut called = Slot::new((*settings).clone());
+        let shared = [0; SHARED_USES as usize].map(|_| text(&mut called));
+        assert_eq!(shared, [shared[0]; SHARED_USES as usize]);
         let own = text(&mut called);
         assert_ne!(shared[0], own);
         assert_eq!(own, text(&mut called));
 
         // The clones of one that is called share what it has, until they are called often.
         let mut clone = called.clone();
-        let shared = [0; SHARED as usize].map(|_| text(&mut clone));
-        assert_eq!(shared, [own; SHARED as usize]);
+        let shared = [0; SHARED_USES as usize].map(|_| text(&mut clone));
+        assert_eq!(shared, [own; SHARED_USES as usize]);
         let other = text(&mut clone);
         assert_ne!(other, own);
         assert_eq!(other, text(&mut clone));
 
         // The second clone of one that is not called and all after it share what is theirs.
-        let cloned = Door::new((*settings).clone());
+        let cloned = Slot::new((*settings).clone());
         let [first, second, third] = [0; 3].map(|_| text(&mut cloned.clone()));
         assert_ne!(first, second);
         assert_eq!(second, third);
@@ -374,7 +380,7 @@ mod tests {
     #[tokio::test]
     async fn a_service_that_gives_way_to_its_clone_passes_on_each_token() {
         let settings = settings();
-        let mut kept = Door::new((*settings).clone());
+        let mut kept = Slot::new((*settings).clone());
         for _ in 0..2 {
             let token = settings.cache.get().await.unwrap();
             tokio::task::yield_now().await;
@@ -395,13 +401,13 @@ mod tests {
         let settings = settings();
         let runtime = Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(settings.cache.get()).unwrap();
-        let door = Door::new((*settings).clone());
-        let mut headers = vec![header(&mut door.clone()), header(&mut door.clone())];
-        assert!(matches!(door.clone().way, Way::Ready(_)));
+        let slot = Slot::new((*settings).clone());
+        let mut headers = vec![header(&mut slot.clone()), header(&mut slot.clone())];
+        assert!(matches!(slot.clone().content, Content::Token(_)));
         // With the runtime goes the watch.
         drop(runtime);
-        assert!(matches!(door.clone().way, Way::Front(_)));
-        headers.extend([0; 3].map(|_| header(&mut door.clone())));
+        assert!(matches!(slot.clone().content, Content::Shared(_)));
+        headers.extend([0; 3].map(|_| header(&mut slot.clone())));
         let places: Vec<_> = headers.iter().map(|h| h.as_bytes().as_ptr()).collect();
         assert_ne!(places[0], places[1]);
         assert_eq!(places[1..], [places[1]; 4]);
@@ -413,12 +419,12 @@ mod tests {
         let settings = settings();
         settings.cache.get().await.unwrap();
         tokio::task::yield_now().await;
-        let parent = Door::new((*settings).clone());
+        let parent = Slot::new((*settings).clone());
         drop(parent.clone());
         let texts = || {
             [0; 3].map(|_| {
-                let ready = parent.clone().ready().unwrap();
-                ready.header.as_bytes().as_ptr() as usize
+                let prepared = parent.clone().prepared().unwrap();
+                prepared.header.as_bytes().as_ptr() as usize
             })
         };
         let threads = thread::scope(|scope| {
@@ -440,21 +446,21 @@ mod tests {
     async fn a_service_whose_token_is_in_use_elsewhere_finds_one_all_the_same() {
         let settings = settings();
         let token = settings.cache.get().await.unwrap();
-        let shared = token.header_value();
+        let original = token.header_value();
         tokio::task::yield_now().await;
-        let mut door = Door::new((*settings).clone());
-        assert!(door.ready().is_some());
-        let Way::Front(front) = &door.way else {
+        let mut slot = Slot::new((*settings).clone());
+        assert!(slot.prepared().is_some());
+        let Content::Shared(shared) = &slot.content else {
             unreachable!("it was called once");
         };
-        let last = front.last.try_lock().unwrap();
+        let last = shared.last.try_lock().unwrap();
         assert!(last.is_some());
         for _ in 0..3 {
             // It is a copy, since a service may keep it.
-            assert_ne!(text(&mut door.clone()), shared.as_bytes().as_ptr());
+            assert_ne!(text(&mut slot.clone()), original.as_bytes().as_ptr());
         }
         drop(last);
-        assert!(matches!(door.clone().way, Way::Ready(_)));
+        assert!(matches!(slot.clone().content, Content::Token(_)));
     }
 
     /// Ids start over after so many flights: one that a service has kept for that long is another token's by then.
@@ -473,9 +479,9 @@ mod tests {
         };
         let old = TokenResponse::new("old").unwrap();
         let old = AccessToken::new(old, token.id(), TokenRequest::new(), schedule, now, now);
-        let front = Front::new(Arc::clone(&settings));
-        front.keep(Ready::new(old, settings));
-        let found = front.find().unwrap();
+        let shared = SharedSlot::new(Arc::clone(&settings));
+        shared.store(Prepared::new(old, settings));
+        let found = shared.find().unwrap();
         assert_eq!(found.token.expose_secret(), token.expose_secret());
     }
 
@@ -497,15 +503,15 @@ mod tests {
     async fn a_watched_token_is_dead_when_the_wall_clock_says_so() {
         let settings = settings();
         let token = settings.cache.get().await.unwrap();
-        let mut ready = Ready::new(token, settings);
-        assert!(ready.is_fresh());
+        let mut prepared = Prepared::new(token, settings);
+        assert!(prepared.is_fresh());
         let now = SystemTime::now();
         let second = Duration::from_secs(1);
         for (until, fresh) in [(now - second, false), (now + second * 60, true)] {
-            Arc::get_mut(&mut ready).unwrap().until = Coarse::of(until);
-            assert_eq!(ready.is_fresh(), fresh);
+            Arc::get_mut(&mut prepared).unwrap().until = Coarse::of(until);
+            assert_eq!(prepared.is_fresh(), fresh);
         }
-        ready.settings.cache.shutdown();
-        assert!(!ready.is_fresh());
+        prepared.settings.cache.shutdown();
+        assert!(!prepared.is_fresh());
     }
 }
