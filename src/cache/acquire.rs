@@ -106,7 +106,7 @@ impl Future for Acquire {
             match wait_for(&flight, fallback.is_some(), this.entry) {
                 Ok(waiter) => {
                     this.waiter.set(Some(waiter));
-                    *this.wait = Some(this.entry.teller().wait_begins(&flight));
+                    *this.wait = Some(this.entry.reporter().wait_begins(&flight));
                 }
                 Err(error) => return Poll::Ready(fallback.ok_or(error)),
             }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 
-use super::teller::News;
+use super::reporter::Outlets;
 use crate::policy::RefreshPolicy;
 
 /// What a cache was told, and what ends with it.
@@ -14,13 +14,13 @@ pub(super) struct Common {
     pub(super) closing: CancellationToken,
     /// Cancelled when the last handle on the cache is dropped: what is watched is of no use to anybody then.
     pub(super) watching: CancellationToken,
-    pub(super) news: Arc<News>,
+    pub(super) outlets: Arc<Outlets>,
 }
 
 impl Common {
     pub(super) fn new(policy: RefreshPolicy) -> Arc<Self> {
         Arc::new(Self {
-            news: News::new(&policy),
+            outlets: Outlets::new(&policy),
             policy: Arc::new(policy),
             closing: CancellationToken::new(),
             watching: CancellationToken::new(),

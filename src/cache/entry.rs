@@ -20,9 +20,9 @@ use super::{
     flight::{self, End, Flight, Outcome},
     gate::SharedGate,
     registry,
+    reporter::{Landing, Reporter, swallow_panics},
     state::{Decision, Plan, Refusal, State},
     status::{Status, TokenState},
-    teller::{Landing, Teller, quietly},
     watch::Watched,
 };
 use crate::{
@@ -51,7 +51,7 @@ pub(crate) struct Entry {
     /// Written as `hot` is, and gone with whatever changes the state.
     settled: ArcSwapOption<Settled>,
     pub(super) state: Mutex<State<Arc<Flight>>>,
-    teller: Teller,
+    reporter: Reporter,
 }
 
 /// A token that is due, and until when nothing can be done about it.
@@ -117,7 +117,7 @@ impl Entry {
             id,
             hot: ArcSwapOption::empty(),
             settled: ArcSwapOption::empty(),
-            teller: Teller::new(Arc::clone(&common.news), request.clone()),
+            reporter: Reporter::new(Arc::clone(&common.outlets), request.clone()),
             state: Mutex::new(State::new(
                 id,
                 request,
@@ -145,8 +145,8 @@ impl Entry {
         self.endpoint.source()
     }
 
-    pub(super) fn teller(&self) -> &Teller {
-        &self.teller
+    pub(super) fn reporter(&self) -> &Reporter {
+        &self.reporter
     }
 
     /// Counts what a call of the source came to, and tells of a refresh token that was of no use to it.
@@ -156,10 +156,10 @@ impl Entry {
         refresh_error: Option<&TokenError>,
         answer: &Result<TokenResponse, TokenError>,
     ) {
-        let meters = self.teller.meters();
+        let meters = self.reporter.meters();
         if let Some(error) = refresh_error {
             meters.attempt_ended(telemetry::REFRESH_TOKEN, Some(error));
-            self.teller.refresh_token_failed(flight, error);
+            self.reporter.refresh_token_failed(flight, error);
         }
         let grant = answer.as_ref().ok().and_then(|response| response.grant);
         let grant = grant.unwrap_or_else(|| self.endpoint.grant());
@@ -247,7 +247,7 @@ impl Entry {
             }
         });
         if let (Found::Error(error), Some(retry_in)) = (&found, begins_to_fail) {
-            self.teller.requests_failing(error, retry_in);
+            self.reporter.requests_failing(error, retry_in);
         }
         found
     }
@@ -343,7 +343,9 @@ impl Entry {
         let current = self.state.lock().token_of(token);
         match current {
             Some(token) => drop(self.refused(&token, complaint)),
-            None => self.teller.refused(complaint.name(), Decided::Passed, None),
+            None => self
+                .reporter
+                .refused(complaint.name(), Decided::Passed, None),
         }
     }
 
@@ -376,7 +378,7 @@ impl Entry {
             Remedy::Wait(joined) => Some(joined.flight.number()),
             Remedy::Token(_) | Remedy::Nothing => None,
         };
-        self.teller.refused(name, decided, flight);
+        self.reporter.refused(name, decided, flight);
         remedy
     }
 
@@ -427,15 +429,15 @@ impl Entry {
         drop(state);
         if let Some(end) = end {
             flight.end(end.clone());
-            self.tell_landed(flight, &end, &landing);
+            self.report_landed(flight, &end, &landing);
         }
     }
 
-    fn tell_landed(&self, flight: &Flight, end: &End, landing: &Landing) {
-        self.teller.landed(flight, end, landing);
+    fn report_landed(&self, flight: &Flight, end: &End, landing: &Landing) {
+        self.reporter.landed(flight, end, landing);
         // Whoever was woken by the end may have shut the cache down over it, and then nobody opens the gate any more.
         if self.closing().is_cancelled() {
-            self.teller.opened();
+            self.reporter.opened();
         }
     }
 
@@ -451,9 +453,9 @@ impl Entry {
         if let Some(flight) = flight {
             let end = End::Failed(TokenError::new(Kind::ShutDown));
             flight.end(end.clone());
-            quietly(|| self.teller.landed(&flight, &end, &self.gone(now)));
+            swallow_panics(|| self.reporter.landed(&flight, &end, &self.gone(now)));
         }
-        self.teller.opened();
+        self.reporter.opened();
         revocation
     }
 
@@ -493,7 +495,7 @@ impl Entry {
                 failing,
                 ..self.gone(now)
             };
-            self.tell_landed(&flight, &End::Abandoned, &landing);
+            self.report_landed(&flight, &End::Abandoned, &landing);
         }
         found
     }
@@ -519,7 +521,7 @@ impl Entry {
         let token = seen.token.as_ref();
         let since = |then: Instant| now.monotonic.saturating_duration_since(then);
         Status {
-            request: self.teller.request().clone(),
+            request: self.reporter.request().clone(),
             state: match self.closing().is_cancelled() {
                 true => TokenState::ShutDown,
                 false => seen.state,

@@ -38,7 +38,7 @@ use tokio::{
 };
 use tracing::{Instrument, Span};
 
-use super::{entry::Entry, state::Plan, teller::quietly, watch};
+use super::{entry::Entry, reporter::swallow_panics, state::Plan, watch};
 use crate::{
     error::{Kind, TokenError},
     policy,
@@ -126,7 +126,7 @@ impl Flight {
         drop(inner);
         for (_, waker) in waiters {
             // A waker is foreign code: a panic of one keeps back neither the others nor whoever ends the flight.
-            quietly(|| waker.wake());
+            swallow_panics(|| waker.wake());
         }
     }
 
@@ -248,12 +248,12 @@ pub(crate) fn launch(runtime: &Handle, entry: Arc<Entry>, flight: Arc<Flight>, p
     let ending = Ending { entry, flight };
     let closing = ending.entry.closing().clone();
     // Within the span of whoever starts the flight, and with its end provided for: a subscriber may panic.
-    let departs = || ending.entry.teller().departs(&ending.flight, &plan);
-    let span = panic::catch_unwind(AssertUnwindSafe(departs)).unwrap_or_else(|_| Span::none());
+    let open_span = || ending.entry.reporter().open_span(&ending.flight, &plan);
+    let span = panic::catch_unwind(AssertUnwindSafe(open_span)).unwrap_or_else(|_| Span::none());
     runtime.spawn(closing.run_until_cancelled_owned(async move {
         let entry = Arc::clone(&ending.entry);
         let flown = async {
-            entry.teller().started(&ending.flight, &plan);
+            entry.reporter().started(&ending.flight, &plan);
             let outcome = fly(&ending, plan).await;
             entry.land(&ending.flight, outcome);
             drop(ending);
@@ -290,7 +290,7 @@ impl Drop for Ending {
             return;
         }
         // A subscriber is foreign code: if it panicked while a panic unwinds, it would end the process.
-        quietly(|| self.entry.land(&self.flight, Outcome::Lost));
+        swallow_panics(|| self.entry.land(&self.flight, Outcome::Lost));
         // If the flight was off the record already, because landing it panicked.
         self.flight.end(End::Abandoned);
     }
@@ -354,19 +354,19 @@ async fn fly(ending: &Ending, plan: Plan) -> Outcome {
     if Now::read().monotonic >= deadline.max(starts + policy::GRACE) {
         return Outcome::Lost;
     }
-    told_if_slow(ending, attempts(ending, plan)).await
+    report_if_slow(ending, attempts(ending, plan)).await
 }
 
 /// Tells once, if requests wait for `flown` and it takes long: its failure is told when it is over, which may be half a
 /// minute from now.
-async fn told_if_slow<T>(ending: &Ending, flown: impl Future<Output = T>) -> T {
+async fn report_if_slow<T>(ending: &Ending, flown: impl Future<Output = T>) -> T {
     let mut flown = pin!(flown);
     loop {
         if let Ok(flown) = time::timeout(SLOW, flown.as_mut()).await {
             return flown;
         }
         if ending.flight.waiters() > 0 {
-            ending.entry.teller().waiting(&ending.flight);
+            ending.entry.reporter().waiting(&ending.flight);
             return flown.await;
         }
     }
@@ -408,8 +408,8 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
         let error = match answer {
             Ok(response) => {
                 if response.expires_in.is_none() {
-                    let teller = ending.entry.teller();
-                    teller.lifetime_assumed(&ending.flight, policy.default_lifetime);
+                    let reporter = ending.entry.reporter();
+                    reporter.lifetime_assumed(&ending.flight, policy.default_lifetime);
                 }
                 let sent = response.sent.unwrap_or(sent);
                 return Outcome::Granted(response, sent);
@@ -430,7 +430,7 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
         }
         ending
             .entry
-            .teller()
+            .reporter()
             .attempt_failed(&ending.flight, attempt, &error);
         time::sleep(pause).await;
         // Another key may have been told meanwhile to leave the server alone, and the runtime may have overslept.

@@ -8,7 +8,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{common::Common, endpoint::Endpoint, entry::Entry, teller::News};
+use super::{common::Common, endpoint::Endpoint, entry::Entry, reporter::Outlets};
 use crate::{
     error::{Kind, TokenError},
     source::TokenRequest,
@@ -81,12 +81,12 @@ impl Keys {
         });
         drop(map);
         let gone = evicted.as_ref().map_or(0, Vec::len);
-        self.news().meters().keys(i64::from(!full) - gone as i64);
+        self.outlets().meters().keys(i64::from(!full) - gone as i64);
         if let Some(evicted) = evicted.as_ref().filter(|evicted| !evicted.is_empty()) {
-            self.news().keys_evicted(evicted.len());
+            self.outlets().keys_evicted(evicted.len());
         }
         if full && evicted.is_some() {
-            self.news().keys_full(limit);
+            self.outlets().keys_full(limit);
         }
         // Dropped here, since entries hold errors and sources, which are foreign code.
         drop(evicted);
@@ -96,7 +96,7 @@ impl Keys {
     /// Takes all entries out.
     pub(super) fn take(&self) -> Vec<Arc<Entry>> {
         let map = std::mem::take(&mut *self.write());
-        self.news().meters().keys(-(map.entries.len() as i64));
+        self.outlets().meters().keys(-(map.entries.len() as i64));
         map.entries.into_values().collect()
     }
 
@@ -106,8 +106,8 @@ impl Keys {
         map.entries.values().take(limit).cloned().collect()
     }
 
-    pub(super) fn news(&self) -> &News {
-        &self.common.news
+    pub(super) fn outlets(&self) -> &Outlets {
+        &self.common.outlets
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Map> {
@@ -122,9 +122,9 @@ impl Keys {
 impl Drop for Keys {
     fn drop(&mut self) {
         self.common.watching.cancel();
-        self.news().bus().close();
+        self.outlets().bus().close();
         let keys = self.read().entries.len();
-        self.news().meters().keys(-(keys as i64));
+        self.outlets().meters().keys(-(keys as i64));
     }
 }
 

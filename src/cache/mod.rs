@@ -13,9 +13,9 @@ mod laws;
 #[cfg(feature = "test-util")]
 mod preset;
 mod registry;
+mod reporter;
 mod state;
 mod status;
-mod teller;
 mod watch;
 
 use std::{fmt, sync::Arc};
@@ -213,7 +213,7 @@ impl TokenCache {
     /// # }
     /// ```
     pub fn events(&self) -> Events {
-        self.keys.news().bus().listen()
+        self.keys.outlets().bus().listen()
     }
 
     /// Ends all background work: token requests under way, and the watch over tokens that are
@@ -294,7 +294,7 @@ impl TokenCache {
             }
         }
         if is_first {
-            self.keys.news().shut_down();
+            self.keys.outlets().shut_down();
         }
         revocations
     }
@@ -336,7 +336,7 @@ impl TokenCache {
 
     /// What is measured of this cache.
     pub(crate) fn meters(&self) -> &Meters {
-        self.plain.teller().meters()
+        self.plain.reporter().meters()
     }
 
     pub(crate) fn is_closed(&self) -> bool {

@@ -1,4 +1,4 @@
-//! [`Teller`]: tells what becomes of a key's token, to the log, to the metrics and to whoever listens.
+//! [`Reporter`]: tells what becomes of a key's token, to the log, to the metrics and to whoever listens.
 
 use std::{
     panic::{self, AssertUnwindSafe},
@@ -25,13 +25,13 @@ use crate::{
 
 /// What all keys of a cache tell through.
 #[derive(Debug)]
-pub(super) struct News {
+pub(super) struct Outlets {
     name: &'static str,
     meters: Meters,
     bus: Bus,
 }
 
-impl News {
+impl Outlets {
     pub(super) fn new(policy: &RefreshPolicy) -> Arc<Self> {
         let name = policy.name;
         Arc::new(Self {
@@ -61,37 +61,37 @@ impl News {
     }
 
     pub(super) fn shut_down(&self) {
-        quietly(telemetry::shut_down);
-        quietly(|| self.bus.send(|| TokenEvent::ShutDown));
+        swallow_panics(telemetry::shut_down);
+        swallow_panics(|| self.bus.send(|| TokenEvent::ShutDown));
         self.bus.close();
     }
 }
 
 /// Tells of one key. Nothing is to be locked when it does: who listens is foreign code.
 #[derive(Debug)]
-pub(super) struct Teller {
-    news: Arc<News>,
+pub(super) struct Reporter {
+    outlets: Arc<Outlets>,
     request: TokenRequest,
     /// Whether the key is counted among those whose gates are closed.
     closed: AtomicBool,
 }
 
-impl Teller {
-    pub(super) fn new(news: Arc<News>, request: TokenRequest) -> Self {
+impl Reporter {
+    pub(super) fn new(outlets: Arc<Outlets>, request: TokenRequest) -> Self {
         Self {
-            news,
+            outlets,
             request,
             closed: AtomicBool::new(false),
         }
     }
 
     pub(super) fn meters(&self) -> &Meters {
-        &self.news.meters
+        &self.outlets.meters
     }
 
     fn subject(&self) -> Subject<'_> {
         Subject {
-            cache: self.news.name,
+            cache: self.outlets.name,
             request: &self.request,
         }
     }
@@ -101,7 +101,7 @@ impl Teller {
     }
 
     /// Opens the span of a flight that is about to start.
-    pub(super) fn departs(&self, flight: &Flight, plan: &Plan) -> Span {
+    pub(super) fn open_span(&self, flight: &Flight, plan: &Plan) -> Span {
         let starts = Now::read().monotonic + plan.delay;
         flight
             .span()
@@ -113,7 +113,7 @@ impl Teller {
         let flight = flight.number();
         let Plan { forced, delay, .. } = *plan;
         telemetry::flight_started(flight, forced, delay, plan.failures);
-        self.news.bus.send(|| TokenEvent::FlightStarted {
+        self.outlets.bus.send(|| TokenEvent::FlightStarted {
             request: self.request.clone(),
             flight,
             forced,
@@ -145,7 +145,7 @@ impl Teller {
     pub(super) fn attempt_failed(&self, flight: &Flight, attempt: u32, error: &TokenError) {
         let flight = flight.number();
         telemetry::attempt_failed(flight, attempt, error);
-        self.news.bus.send(|| TokenEvent::AttemptFailed {
+        self.outlets.bus.send(|| TokenEvent::AttemptFailed {
             request: self.request.clone(),
             flight,
             attempt,
@@ -157,10 +157,10 @@ impl Teller {
     pub(super) fn landed(&self, flight: &Flight, end: &End, landing: &Landing) {
         flight
             .span()
-            .within(|| self.tell_landed(flight, end, landing));
+            .within(|| self.report_landed(flight, end, landing));
     }
 
-    fn tell_landed(&self, flight: &Flight, end: &End, landing: &Landing) {
+    fn report_landed(&self, flight: &Flight, end: &End, landing: &Landing) {
         let number = flight.number();
         let now = landing.now.monotonic;
         match (end, &landing.failing) {
@@ -171,7 +171,7 @@ impl Teller {
                 if !missing.is_empty() {
                     telemetry::scope_narrowed(self.subject(), token);
                 }
-                self.news.bus.send(|| TokenEvent::TokenReceived {
+                self.outlets.bus.send(|| TokenEvent::TokenReceived {
                     request: self.request.clone(),
                     flight: number,
                     took,
@@ -186,7 +186,7 @@ impl Teller {
                 let took = self.ended(flight, telemetry::FAILED, Some(error), landing);
                 telemetry::flight_failed(number, self.subject(), error, took, failing);
                 self.closed(failing);
-                self.news.bus.send(|| TokenEvent::FlightFailed {
+                self.outlets.bus.send(|| TokenEvent::FlightFailed {
                     request: self.request.clone(),
                     flight: number,
                     took,
@@ -200,7 +200,7 @@ impl Teller {
                 self.ended(flight, telemetry::LOST, None, landing);
                 telemetry::flight_lost(number, self.subject(), failing.failures);
                 self.closed(failing);
-                self.news.bus.send(|| TokenEvent::FlightLost {
+                self.outlets.bus.send(|| TokenEvent::FlightLost {
                     request: self.request.clone(),
                     flight: number,
                     failures: failing.failures,
@@ -239,7 +239,7 @@ impl Teller {
         telemetry::gate_opened("success");
         telemetry::recovered(flight, self.subject(), failures, outage);
         self.opened();
-        self.news.bus.send(|| TokenEvent::Recovered {
+        self.outlets.bus.send(|| TokenEvent::Recovered {
             request: self.request.clone(),
             flight,
             failures,
@@ -257,7 +257,7 @@ impl Teller {
     /// Requests fail from here on, which they have not done before in this outage.
     pub(super) fn requests_failing(&self, error: &TokenError, retry_in: Duration) {
         telemetry::requests_failing(self.subject(), error, retry_in);
-        self.news.bus.send(|| TokenEvent::RequestsFailing {
+        self.outlets.bus.send(|| TokenEvent::RequestsFailing {
             request: self.request.clone(),
             error: error.clone(),
         });
@@ -267,7 +267,7 @@ impl Teller {
         self.meters().refused(decided);
         telemetry::token_refused(self.subject(), complaint, decided, flight);
         if let (Decided::Started, Some(flight)) = (decided, flight) {
-            self.news.bus.send(|| TokenEvent::TokenRefused {
+            self.outlets.bus.send(|| TokenEvent::TokenRefused {
                 request: self.request.clone(),
                 flight,
             });
@@ -275,14 +275,14 @@ impl Teller {
     }
 }
 
-impl Drop for Teller {
+impl Drop for Reporter {
     fn drop(&mut self) {
         self.opened();
     }
 }
 
 /// Calls foreign code and drops its panic, of which the panic hook has told: what is left to do matters more.
-pub(super) fn quietly(call: impl FnOnce()) {
+pub(super) fn swallow_panics(call: impl FnOnce()) {
     let _ = panic::catch_unwind(AssertUnwindSafe(call));
 }
 
