@@ -399,7 +399,7 @@ impl Entry {
         let mut landing = Landing {
             now,
             grant: self.endpoint.grant(),
-            before: state.trouble(),
+            before: state.outage(),
             failing: None,
         };
         let end = match outcome {
@@ -534,7 +534,7 @@ impl Entry {
                 .map(|succeeded| since(succeeded.monotonic)),
             last_success: seen.succeeded.map(|succeeded| succeeded.wall),
             failures: seen.failures,
-            failing_for: seen.trouble.map(|trouble| since(trouble.since)),
+            failing_for: seen.outage.map(|outage| since(outage.since)),
             last_error: seen.error,
             retry_in: seen.opens.map(|opens| opens.remaining(now)),
             flight: seen.flight.as_ref().map(|flight| flight.number()),

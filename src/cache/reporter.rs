@@ -13,7 +13,7 @@ use tracing::Span;
 use super::{
     events::{Bus, TokenEvent},
     flight::{End, Flight},
-    state::{Plan, Trouble},
+    state::{Outage, Plan},
 };
 use crate::{
     error::TokenError,
@@ -153,7 +153,7 @@ impl Reporter {
         });
     }
 
-    /// Tells how a flight ended, with what it leaves behind or with the trouble that it ends.
+    /// Tells how a flight ended, with what it leaves behind or with the outage that it ends.
     pub(super) fn landed(&self, flight: &Flight, end: &End, landing: &Landing) {
         flight
             .span()
@@ -178,8 +178,8 @@ impl Reporter {
                     usable_until: token.usable_until(),
                     missing_scopes: missing,
                 });
-                if let Some(trouble) = &landing.before {
-                    self.recovered(number, trouble, now - trouble.since);
+                if let Some(outage) = &landing.before {
+                    self.recovered(number, outage, now - outage.since);
                 }
             }
             (End::Failed(error), Some(failing)) => {
@@ -234,16 +234,16 @@ impl Reporter {
         }
     }
 
-    fn recovered(&self, flight: u64, trouble: &Trouble, outage: Duration) {
-        let failures = trouble.failures;
+    fn recovered(&self, flight: u64, outage: &Outage, lasted: Duration) {
+        let failures = outage.failures;
         telemetry::gate_opened("success");
-        telemetry::recovered(flight, self.subject(), failures, outage);
+        telemetry::recovered(flight, self.subject(), failures, lasted);
         self.opened();
         self.outlets.bus.send(|| TokenEvent::Recovered {
             request: self.request.clone(),
             flight,
             failures,
-            outage,
+            outage: lasted,
         });
     }
 
@@ -291,8 +291,8 @@ pub(super) struct Landing {
     pub(super) now: Now,
     /// By which grant the token came.
     pub(super) grant: &'static str,
-    /// The trouble that there was before.
-    pub(super) before: Option<Trouble>,
+    /// The outage that there was before.
+    pub(super) before: Option<Outage>,
     /// What there is if the flight has failed.
     pub(super) failing: Option<Failing>,
 }

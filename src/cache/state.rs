@@ -59,7 +59,7 @@ pub(crate) struct State<F> {
     flights: u64,
     /// When the last one succeeded.
     succeeded: Option<Now>,
-    trouble: Option<Trouble>,
+    outage: Option<Outage>,
     gate: OwnGate,
     cooldown: Cooldown,
 }
@@ -78,12 +78,12 @@ struct OnRecord<F> {
 
 /// The flights that have failed since the last one that succeeded.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Trouble {
+pub(crate) struct Outage {
     /// When the first one of them began.
     pub(crate) since: Instant,
     pub(crate) failures: u32,
     /// Whether it was told that requests fail.
-    told: bool,
+    reported: bool,
 }
 
 /// How it is at one moment.
@@ -92,7 +92,7 @@ pub(crate) struct Snapshot<F> {
     pub(crate) state: TokenState,
     pub(crate) token: Option<AccessToken>,
     pub(crate) succeeded: Option<Now>,
-    pub(crate) trouble: Option<Trouble>,
+    pub(crate) outage: Option<Outage>,
     pub(crate) failures: u32,
     pub(crate) error: Option<TokenError>,
     pub(crate) opens: Option<Deadline>,
@@ -171,7 +171,7 @@ impl<F: Clone + PartialEq> State<F> {
             flight: None,
             flights: 0,
             succeeded: None,
-            trouble: None,
+            outage: None,
             gate: OwnGate::new(key),
             cooldown: Cooldown::default(),
         }
@@ -321,7 +321,7 @@ impl<F: Clone + PartialEq> State<F> {
         self.floor = Some(sent.after(policy::FLOOR));
         self.gate.open(shared, sent);
         self.succeeded = Some(now);
-        self.trouble = None;
+        self.outage = None;
         Some(token)
     }
 
@@ -335,12 +335,12 @@ impl<F: Clone + PartialEq> State<F> {
         now: Now,
     ) -> Option<Duration> {
         let began = self.close(flight, false, now)?;
-        let trouble = self.trouble.get_or_insert(Trouble {
+        let outage = self.outage.get_or_insert(Outage {
             since: began,
             failures: 0,
-            told: false,
+            reported: false,
         });
-        trouble.failures = trouble.failures.saturating_add(1);
+        outage.failures = outage.failures.saturating_add(1);
         let rng = &mut self.rng;
         Some(self.gate.shut(shared, error, rng, began, now))
     }
@@ -377,11 +377,11 @@ impl<F: Clone + PartialEq> State<F> {
 
     /// A token that has died, if its server lets it count on while the token endpoint fails.
     pub(crate) fn last_resort(&self, shared: &SharedGate, now: Now) -> Option<AccessToken> {
-        let outage = self
+        let is_outage = self
             .gate
             .remembered(shared)
             .is_some_and(TokenError::is_transient);
-        let token = self.token.as_ref().filter(|_| outage)?;
+        let token = self.token.as_ref().filter(|_| is_outage)?;
         token.is_extended(now).then(|| token.clone())
     }
 
@@ -407,8 +407,8 @@ impl<F: Clone + PartialEq> State<F> {
     }
 
     /// The flights that have failed since the last one that succeeded.
-    pub(crate) fn trouble(&self) -> Option<Trouble> {
-        self.trouble
+    pub(crate) fn outage(&self) -> Option<Outage> {
+        self.outage
     }
 
     /// What a flight that has failed just now leaves behind. Takes note that it is told.
@@ -418,9 +418,9 @@ impl<F: Clone + PartialEq> State<F> {
         let usable_for = attachable
             .or_else(extended)
             .map(|until| until.remaining(now));
-        let failures = self.trouble.as_mut().map_or(0, |trouble| {
-            trouble.told |= usable_for.is_none();
-            trouble.failures
+        let failures = self.outage.as_mut().map_or(0, |outage| {
+            outage.reported |= usable_for.is_none();
+            outage.failures
         });
         Failing {
             failures,
@@ -433,8 +433,8 @@ impl<F: Clone + PartialEq> State<F> {
 
     /// Whether it is the first time since the last success that a caller fails, and for how long no flight starts.
     pub(crate) fn begins_to_fail(&mut self, shared: &SharedGate, now: Now) -> Option<Duration> {
-        let trouble = self.trouble.as_mut().filter(|trouble| !trouble.told)?;
-        trouble.told = true;
+        let outage = self.outage.as_mut().filter(|outage| !outage.reported)?;
+        outage.reported = true;
         Some(remaining(self.gate.opens(shared), now))
     }
 
@@ -453,7 +453,7 @@ impl<F: Clone + PartialEq> State<F> {
             state,
             token,
             succeeded: self.succeeded,
-            trouble: self.trouble,
+            outage: self.outage,
             failures: self.gate.failures(shared),
             error: self.gate.remembered(shared).cloned(),
             opens: self.gate.opens(shared).filter(|opens| !opens.has_come(now)),
@@ -554,7 +554,7 @@ impl<F: Clone + PartialEq> State<F> {
             attempts,
             at_leisure,
             forced,
-            failures: self.trouble.map_or(0, |trouble| trouble.failures),
+            failures: self.outage.map_or(0, |outage| outage.failures),
             refresh_token,
             request: self.request.clone(),
             claims: None,
