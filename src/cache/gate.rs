@@ -72,7 +72,7 @@ pub(crate) struct SharedGate {
     /// Whether it binds the keys as well that have not failed themselves.
     certain: bool,
     /// When it was shut: a success that was asked for before says nothing against it.
-    shut: Option<Instant>,
+    shut_at: Option<Instant>,
     /// The key that had the last failure of which nobody can say whose fault it is.
     suspect: Option<KeyId>,
     /// The key that tries whether the endpoint is well again, and until when it is waited for.
@@ -80,10 +80,10 @@ pub(crate) struct SharedGate {
     /// How often the client was refused and has got other credentials since.
     renewals: u64,
     /// How often that was since the last success, and when the next time may be.
-    vain: u32,
+    vain_renewals: u32,
     renewable: Option<Deadline>,
     /// When the next one may pass in between who has waited for long.
-    between: Option<Deadline>,
+    next_bypass: Option<Deadline>,
 }
 
 impl SharedGate {
@@ -109,11 +109,11 @@ impl SharedGate {
         if !self.is_renewable(now) {
             return None;
         }
-        let vain = self.vain.saturating_add(1);
+        let vain = self.vain_renewals.saturating_add(1);
         let forgotten = self.gate.remembered.take();
         self.forget();
         self.renewals += 1;
-        self.vain = vain;
+        self.vain_renewals = vain;
         self.renewable = Some(now.after(policy::renewal_pause(vain)));
         forgotten
     }
@@ -127,7 +127,7 @@ impl SharedGate {
         let is_certain = Fault::of(error) != Fault::Either;
         let is_open = self.gate.is_open(now);
         // A thousand flights that were in the air together are one failure of the endpoint.
-        let is_known = !is_open && self.shut.is_some_and(|shut| began < shut);
+        let is_known = !is_open && self.shut_at.is_some_and(|shut| began < shut);
         let asks_for_more =
             error.is_some_and(|error| !error.is_transient() || error.retry_after().is_some());
         if is_known && !asks_for_more {
@@ -148,12 +148,12 @@ impl SharedGate {
             }
         }
         self.certain = is_certain || (self.certain && !is_open);
-        self.shut = Some(now.monotonic);
+        self.shut_at = Some(now.monotonic);
     }
 
     /// Whether an answer to what was asked at this time says something against what has shut it.
     fn is_answered(&self, asked: Instant) -> bool {
-        self.shut.is_none_or(|shut| shut <= asked)
+        self.shut_at.is_none_or(|shut| shut <= asked)
     }
 
     fn forget(&mut self) {
@@ -172,7 +172,7 @@ pub(crate) struct OwnGate {
     /// The renewals there had been when the client was refused, if that has shut the gate.
     refused: Option<u64>,
     /// From here on the key has waited for long.
-    overlooked: Option<Deadline>,
+    starved_from: Option<Deadline>,
 }
 
 impl OwnGate {
@@ -181,7 +181,7 @@ impl OwnGate {
             key,
             gate: Gate::default(),
             refused: None,
-            overlooked: None,
+            starved_from: None,
         }
     }
 
@@ -192,14 +192,14 @@ impl OwnGate {
     pub(crate) fn is_open(&self, shared: &SharedGate, now: Now) -> bool {
         let own = self.gate.is_open(now) || self.is_renewed(shared);
         let opens =
-            |shared: &SharedGate| shared.is_open(self.key, now) || self.passes_between(shared, now);
+            |shared: &SharedGate| shared.is_open(self.key, now) || self.may_bypass(shared, now);
         own && self.binding(shared).is_none_or(opens)
     }
 
     /// Whether it is this key's turn, though the shared gate is shut by what may be the fault of other keys.
-    fn passes_between(&self, shared: &SharedGate, now: Now) -> bool {
+    fn may_bypass(&self, shared: &SharedGate, now: Now) -> bool {
         let has_come = |moment: Option<Deadline>| moment.is_none_or(|moment| moment.has_come(now));
-        !shared.certain && has_come(self.overlooked) && has_come(shared.between)
+        !shared.certain && has_come(self.starved_from) && has_come(shared.next_bypass)
     }
 
     /// Whether a token at hard expiry may pass, open or not.
@@ -244,7 +244,7 @@ impl OwnGate {
             return;
         }
         if !shared.is_open(self.key, now) {
-            shared.between = Some(now.after(BETWEEN));
+            shared.next_bypass = Some(now.after(BYPASS_INTERVAL));
         }
         let probed = shared.probe.is_some_and(|(_, until)| now.monotonic < until);
         if !probed {
@@ -273,7 +273,7 @@ impl OwnGate {
     ) -> Duration {
         let was_probe = self.end_probe(shared);
         let fault = Fault::of(error);
-        let everybodys = match fault {
+        let is_shared = match fault {
             Fault::Endpoint | Fault::Client => true,
             Fault::Either => {
                 let before = shared.suspect.replace(self.key);
@@ -288,13 +288,13 @@ impl OwnGate {
                 false
             }
         };
-        if everybodys {
+        if is_shared {
             // With the same sample of chance: for a key that is the only one, both open at the same time.
             shared.shut(error, &mut rng.clone(), began, now);
         }
         self.refused = (fault == Fault::Client).then_some(shared.renewals);
         let own_for = self.gate.shut(error, rng, now);
-        self.overlooked = Some(now.after(own_for + OVERLOOKED));
+        self.starved_from = Some(now.after(own_for + STARVED_AFTER));
         own_for
     }
 
@@ -356,10 +356,10 @@ impl Fault {
 }
 
 /// For how long a key waits for others after its own gate has opened: as long as that is shut at most.
-const OVERLOOKED: Duration = Duration::from_secs(10);
+const STARVED_AFTER: Duration = Duration::from_secs(10);
 
 /// How often one of those passes: not so often that an endpoint that is down would be asked much more for it.
-const BETWEEN: Duration = Duration::from_secs(5);
+const BYPASS_INTERVAL: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
 mod tests {
