@@ -307,7 +307,7 @@ impl<S, R: Sealed> Sent<S, R> {
         let complaint = match challenge::judge(answer.status(), answer.headers()) {
             Verdict::InvalidToken => Complaint::Invalid,
             Verdict::MissingClaims(claims) => Complaint::Claims(claims),
-            Verdict::Unexplained if mark.heeds_unexplained() => Complaint::Unexplained,
+            Verdict::Unexplained if mark.refresh_on_unexplained_401() => Complaint::Unexplained,
             Verdict::Unexplained | Verdict::NotOurs => {
                 // What is left of a request goes before its answer is returned: its drop is foreign code, and if that
                 // panicked later, the answer would never be dropped, and keep its connection.

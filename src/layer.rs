@@ -59,7 +59,7 @@ impl BearerAuthLayer<Never> {
                 cache: cache.into(),
                 origins: Origins::default(),
                 keep_existing: false,
-                heed_unexplained: true,
+                refresh_on_unexplained_401: true,
             }),
             replay: Never,
         }
@@ -123,7 +123,7 @@ impl<R> BearerAuthLayer<R> {
     /// `invalid_token` for a token that expired or was revoked; many servers do not say it.
     #[must_use]
     pub fn refresh_on_unexplained_401(self, refresh: bool) -> Self {
-        self.with(|settings| settings.heed_unexplained = refresh)
+        self.with(|settings| settings.refresh_on_unexplained_401 = refresh)
     }
 
     /// Returns the cache that feeds this layer.

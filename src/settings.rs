@@ -9,7 +9,7 @@ pub(crate) struct Settings {
     /// Whether a request keeps the `Authorization` that it brings along.
     pub(crate) keep_existing: bool,
     /// Whether a 401 counts that does not say what is wrong.
-    pub(crate) heed_unexplained: bool,
+    pub(crate) refresh_on_unexplained_401: bool,
 }
 
 impl Settings {

@@ -84,7 +84,7 @@ pub(crate) struct Mark(NonZeroU64);
 
 impl Mark {
     pub(crate) fn new(token: &AccessToken, settings: &Settings) -> Self {
-        let word = (token.id().get() << 1) | u64::from(settings.heed_unexplained);
+        let word = (token.id().get() << 1) | u64::from(settings.refresh_on_unexplained_401);
         Self(NonZeroU64::new(word).expect("no token's number is 0"))
     }
 
@@ -93,7 +93,7 @@ impl Mark {
     }
 
     /// Whether a refusal counts that does not say what is wrong.
-    pub(crate) fn heeds_unexplained(self) -> bool {
+    pub(crate) fn refresh_on_unexplained_401(self) -> bool {
         self.0.get() & 1 == 1
     }
 }
@@ -334,7 +334,7 @@ mod tests {
             cache: TokenCache::new(source),
             origins: Origins::default(),
             keep_existing: false,
-            heed_unexplained: true,
+            refresh_on_unexplained_401: true,
         })
     }
 
@@ -490,10 +490,10 @@ mod tests {
         let mut settings = (*settings()).clone();
         let token = settings.cache.get().await.unwrap();
         for heeds in [true, false] {
-            settings.heed_unexplained = heeds;
+            settings.refresh_on_unexplained_401 = heeds;
             let mark = Mark::new(&token, &settings);
             assert_eq!(mark.token(), token.id());
-            assert_eq!(mark.heeds_unexplained(), heeds);
+            assert_eq!(mark.refresh_on_unexplained_401(), heeds);
         }
         assert_eq!(size_of::<Option<Mark>>(), 8);
     }
