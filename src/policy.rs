@@ -279,9 +279,9 @@ pub(crate) fn gate_times(
 }
 
 /// How long to pause after the `attempt`th attempt of a flight.
-pub(crate) fn pause(attempt: u32, at_leisure: bool, rng: &mut Rng) -> Duration {
-    match at_leisure {
-        true => doubled(LEISURELY_PAUSE, attempt, PAUSE_CAP).mul_f64(0.5 + rng.f64() / 2.0),
+pub(crate) fn pause(attempt: u32, in_background: bool, rng: &mut Rng) -> Duration {
+    match in_background {
+        true => doubled(BACKGROUND_PAUSE, attempt, PAUSE_CAP).mul_f64(0.5 + rng.f64() / 2.0),
         false => doubled(PAUSE, attempt, PAUSE_CAP).mul_f64(rng.f64()),
     }
 }
@@ -308,12 +308,12 @@ fn doubled(first: Duration, n: u32, cap: Duration) -> Duration {
 /// No unforced token request is sent sooner than this after the last successful one was.
 pub(crate) const FLOOR: Duration = Duration::from_secs(1);
 /// How long a request waits for the replacement of a token that the API refused before it uses that one.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
+pub(crate) const REPLACEMENT_WAIT: Duration = Duration::from_secs(1);
 /// Who has a token that lives for longer than this waits for no flight that starts now, unless an attempt hangs: the
 /// leisurely pauses take up to 3 s together.
-pub(crate) const LEISURE: Duration = Duration::from_secs(4);
+pub(crate) const BACKGROUND_LIFETIME: Duration = Duration::from_secs(4);
 /// How long requests may take a token that is due without a look at what else has happened.
-pub(crate) const EASE: Duration = Duration::from_millis(100);
+pub(crate) const SETTLED_LIMIT: Duration = Duration::from_millis(100);
 /// How much longer than a flight may take its waiters' own timers run: the flight's timer speaks first.
 pub(crate) const GRACE: Duration = Duration::from_millis(500);
 /// A recurrence of forced refreshes within so many cooldowns doubles the next cooldown.
@@ -325,7 +325,7 @@ const BACKOFF_CAP: Duration = Duration::from_secs(10);
 const TERMINAL: Duration = Duration::from_secs(5);
 const TERMINAL_CAP: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_millis(200);
-const LEISURELY_PAUSE: Duration = Duration::from_secs(1);
+const BACKGROUND_PAUSE: Duration = Duration::from_secs(1);
 const PAUSE_CAP: Duration = Duration::from_secs(5);
 const COOLDOWN: Duration = Duration::from_secs(5);
 const COOLDOWN_CAP: Duration = Duration::from_secs(60);

@@ -116,17 +116,17 @@ impl Future for Acquire {
 }
 
 /// Takes a seat in `flight`, with a timer on this runtime: the flight's own may be parked (law 6).
-fn wait_for(flight: &Arc<Flight>, impatient: bool, entry: &Entry) -> Result<Waiter, TokenError> {
+fn wait_for(flight: &Arc<Flight>, has_fallback: bool, entry: &Entry) -> Result<Waiter, TokenError> {
     if Handle::try_current().is_err() {
         return Err(TokenError::new(Kind::NoRuntime));
     }
     let Some(seat) = flight.seat(entry.policy().waiter_limit()) else {
         return Err(TokenError::new(Kind::Overloaded));
     };
-    let until = match impatient {
+    let until = match has_fallback {
         true => flight
             .overdue()
-            .min(Now::read().monotonic + policy::PATIENCE),
+            .min(Now::read().monotonic + policy::REPLACEMENT_WAIT),
         false => flight.overdue(),
     };
     Ok(Waiter::new(seat, until))

@@ -69,7 +69,7 @@ impl Endpoint {
     }
 
     /// Forgets that the client was refused if it can prove its identity by something else now.
-    pub(super) fn heed_new_credentials(&self, now: Now) {
+    pub(super) fn apply_new_credentials(&self, now: Now) {
         let held = {
             let gate = self.gate.lock();
             gate.remembered()

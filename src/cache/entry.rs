@@ -128,7 +128,7 @@ impl Entry {
         });
         registry::add(id, Arc::downgrade(&entry));
         #[cfg(feature = "test-util")]
-        entry.settle();
+        entry.apply_preset();
         entry
     }
 
@@ -185,11 +185,11 @@ impl Entry {
 
     /// The token for a request that has no time to wait; starts a refresh that is due.
     pub(super) fn attach(self: &Arc<Self>) -> Option<AccessToken> {
-        self.fresh().or_else(|| self.attach_closely())
+        self.fresh().or_else(|| self.attach_slow())
     }
 
     /// As [`attach`](Self::attach), if there is none that is fresh.
-    pub(super) fn attach_closely(self: &Arc<Self>) -> Option<AccessToken> {
+    pub(super) fn attach_slow(self: &Arc<Self>) -> Option<AccessToken> {
         self.settled().or_else(|| self.use_or_refresh())
     }
 
@@ -213,7 +213,7 @@ impl Entry {
 
     /// The token, if there is one that may be attached without a wait; starts a refresh that is due.
     fn use_or_refresh(self: &Arc<Self>) -> Option<AccessToken> {
-        self.look(|mut view| match view.acquire() {
+        self.with_state(|mut view| match view.acquire() {
             Decision::Use(token) => (Some(token), None),
             Decision::UseAndStart(token) => (Some(token), view.start_if_possible()),
             Decision::Start | Decision::Join(..) | Decision::Fail(_) => (None, None),
@@ -223,11 +223,11 @@ impl Entry {
     /// What a caller gets who can wait; starts the flight that it will wait for.
     pub(super) fn find(self: &Arc<Self>) -> Found {
         #[cfg(feature = "test-util")]
-        if let Some(error) = self.settled_error() {
+        if let Some(error) = self.preset_error() {
             return Found::Error(error);
         }
         let mut begins_to_fail = None;
-        let found = self.look(|mut view| match (view.acquire(), view.obstacle) {
+        let found = self.with_state(|mut view| match (view.acquire(), view.obstacle) {
             (_, Some(Kind::ShutDown)) => (Found::Error(TokenError::new(Kind::ShutDown)), None),
             (Decision::Use(token), _) => (Found::Token(token), None),
             (Decision::UseAndStart(token), _) => (Found::Token(token), view.start_if_possible()),
@@ -254,7 +254,7 @@ impl Entry {
 
     /// Starts the flight that is due, for nobody in particular.
     pub(super) fn refresh_if_due(self: &Arc<Self>) {
-        self.look(|mut view| match view.acquire() {
+        self.with_state(|mut view| match view.acquire() {
             Decision::UseAndStart(_) | Decision::Start => ((), view.start_if_possible()),
             _ => ((), None),
         });
@@ -263,11 +263,11 @@ impl Entry {
     /// The token, if there is one that may be attached; starts nothing.
     pub(super) fn peek(&self) -> Option<AccessToken> {
         // Without a lock: callers that cannot wait, such as a gRPC interceptor, look here for each request.
-        self.fresh().or_else(|| self.peek_closely())
+        self.fresh().or_else(|| self.peek_slow())
     }
 
     /// As [`peek`](Self::peek), if there is none that is fresh.
-    fn peek_closely(&self) -> Option<AccessToken> {
+    fn peek_slow(&self) -> Option<AccessToken> {
         let now = Now::read();
         let state = self.state.lock();
         let shared = self.endpoint.gate.lock();
@@ -301,7 +301,7 @@ impl Entry {
     pub(super) fn progress(&self) -> Progress {
         let state = self.state.lock();
         let shared = self.endpoint.gate.lock();
-        let token = state.unquestioned().filter(|token| !self.is_void(token));
+        let token = state.unrejected().filter(|token| !self.is_void(token));
         Progress {
             flights: state.flights(),
             next_due: state.next_due(&shared, self.endpoint.not_before()),
@@ -316,7 +316,7 @@ impl Entry {
     /// Promises to watch the clock for the token, if there is one that is fresh, and returns which it is.
     pub(super) fn begin_watch(&self) -> Option<TokenId> {
         let state = self.state.lock();
-        let token = state.unquestioned()?;
+        let token = state.unrejected()?;
         if token.fresh_until().has_come(Now::read()) {
             return None;
         }
@@ -339,8 +339,8 @@ impl Entry {
     /// Hears that the API refused this token, from a request that is not to be sent again.
     ///
     /// Only the token that the entry holds can be refused, or one before it that had the same text.
-    pub(super) fn heard(self: &Arc<Self>, token: TokenId, complaint: Complaint) {
-        let current = self.state.lock().token_of(token);
+    pub(super) fn refused_by_id(self: &Arc<Self>, token: TokenId, complaint: Complaint) {
+        let current = self.state.lock().token_like(token);
         match current {
             Some(token) => drop(self.refused(&token, complaint)),
             None => self
@@ -357,7 +357,7 @@ impl Entry {
         };
         let name = complaint.name();
         let mut decided = Decided::Passed;
-        let remedy = self.look(|mut view| {
+        let remedy = self.with_state(|mut view| {
             let start = match (view.refused(token, &complaint), view.obstacle) {
                 (Refusal::Replay(token), _) => {
                     decided = Decided::Replay;
@@ -447,26 +447,29 @@ impl Entry {
     pub(super) fn close(&self) -> Revocation {
         let now = Now::read();
         let mut state = self.state.lock();
-        let (flight, revocation) = state.close_for_good(now);
+        let (flight, revocation) = state.shut_down(now);
         self.publish(&state, None);
         drop(state);
         if let Some(flight) = flight {
             let end = End::Failed(TokenError::new(Kind::ShutDown));
             flight.end(end.clone());
-            swallow_panics(|| self.reporter.landed(&flight, &end, &self.gone(now)));
+            swallow_panics(|| {
+                self.reporter
+                    .landed(&flight, &end, &self.empty_landing(now))
+            });
         }
         self.reporter.opened();
         revocation
     }
 
     /// Decides something with the state locked, and does afterwards what must not be done under the lock.
-    fn look<T>(self: &Arc<Self>, decide: impl FnOnce(View<'_>) -> (T, Option<Start>)) -> T {
+    fn with_state<T>(self: &Arc<Self>, decide: impl FnOnce(View<'_>) -> (T, Option<Start>)) -> T {
         let runtime = Handle::try_current().ok();
         let now = Now::read();
-        self.endpoint.heed_new_credentials(now);
+        self.endpoint.apply_new_credentials(now);
         let mut state = self.state.lock();
         let mut shared = self.endpoint.gate.lock();
-        let void = state.heed_not_before(self.endpoint.not_before());
+        let void = state.apply_not_before(self.endpoint.not_before());
         let overdue = state.give_up_overdue(&mut shared, now);
         let failing = overdue.as_ref().map(|_| state.failing(&shared, now));
         let obstacle = match &runtime {
@@ -493,7 +496,7 @@ impl Entry {
             flight.end(End::Abandoned);
             let landing = Landing {
                 failing,
-                ..self.gone(now)
+                ..self.empty_landing(now)
             };
             self.report_landed(&flight, &End::Abandoned, &landing);
         }
@@ -501,7 +504,7 @@ impl Entry {
     }
 
     /// What there is to tell of a flight that brought nothing.
-    fn gone(&self, now: Now) -> Landing {
+    fn empty_landing(&self, now: Now) -> Landing {
         Landing {
             now,
             grant: self.endpoint.grant(),
@@ -557,7 +560,7 @@ impl Entry {
         if settled.is_some() || self.settled.load().is_some() {
             self.settled.store(settled);
         }
-        let token = state.unquestioned().map(|token| &token.0);
+        let token = state.unrejected().map(|token| &token.0);
         let shown = self.hot.load();
         if shown.as_ref().map(Arc::as_ptr) != token.map(Arc::as_ptr) {
             if self.plain {

@@ -273,7 +273,7 @@ pub(crate) fn launch(runtime: &Handle, entry: Arc<Entry>, flight: Arc<Flight>, p
         }
         if entry.is_plain() {
             let watching = entry.watching().clone();
-            watching.run_until_cancelled(watch::keep(entry)).await;
+            watching.run_until_cancelled(watch::run(entry)).await;
         }
     }));
 }
@@ -316,7 +316,7 @@ impl Ending {
             let fenced = poll_fn(|cx| {
                 let now = Instant::now();
                 // Not if the source itself took so long, by blocking its thread.
-                if now > left + LOOK + policy::GRACE {
+                if now > left + POLL_INTERVAL + policy::GRACE {
                     stood_still += now - left;
                 }
                 if self.flight.has_ended() || now >= deadline {
@@ -330,7 +330,7 @@ impl Ending {
             let mut fenced = pin!(time::timeout(limit, fenced));
             loop {
                 // So that it is polled that often, as long as somebody is there to hear a timer.
-                if let Ok(answer) = time::timeout(LOOK, fenced.as_mut()).await {
+                if let Ok(answer) = time::timeout(POLL_INTERVAL, fenced.as_mut()).await {
                     break answer;
                 }
             }
@@ -341,7 +341,7 @@ impl Ending {
 }
 
 /// How often it is looked whether the runtime is driven.
-const LOOK: Duration = Duration::from_millis(250);
+const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
 async fn fly(ending: &Ending, plan: Plan) -> Outcome {
     // A sleep of zero takes up to a millisecond.
@@ -362,7 +362,7 @@ async fn fly(ending: &Ending, plan: Plan) -> Outcome {
 async fn report_if_slow<T>(ending: &Ending, flown: impl Future<Output = T>) -> T {
     let mut flown = pin!(flown);
     loop {
-        if let Ok(flown) = time::timeout(SLOW, flown.as_mut()).await {
+        if let Ok(flown) = time::timeout(SLOW_AFTER, flown.as_mut()).await {
             return flown;
         }
         if ending.flight.waiters() > 0 {
@@ -382,7 +382,7 @@ fn failed(error: TokenError, stood_still: bool) -> Outcome {
 }
 
 /// What a request waits for longer than this is slow.
-const SLOW: Duration = Duration::from_secs(1);
+const SLOW_AFTER: Duration = Duration::from_secs(1);
 
 /// Asks the source until it answers, says that asking again is of no use, or the plan's attempts are made.
 async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
@@ -423,7 +423,7 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
         // The claims are the API's words and not ours: that they cannot be had is no reason to have no token.
         let without_claims = may_be_of_claims(&error) && plan.claims.take().is_some();
         let is_last = !without_claims && (!retry || attempt >= plan.attempts);
-        let pause = policy::pause(attempt, plan.at_leisure, &mut Rng::new());
+        let pause = policy::pause(attempt, plan.in_background, &mut Rng::new());
         let is_late = Now::read().monotonic + pause >= plan.deadline;
         if is_last || is_late || ending.entry.is_held_back() {
             return failed(error, stood_still);

@@ -101,7 +101,7 @@ impl Keys {
     }
 
     /// Up to `limit` of the entries, in no particular order.
-    pub(super) fn some(&self, limit: usize) -> Vec<Arc<Entry>> {
+    pub(super) fn up_to(&self, limit: usize) -> Vec<Arc<Entry>> {
         let map = self.read();
         map.entries.values().take(limit).cloned().collect()
     }

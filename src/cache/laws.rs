@@ -81,9 +81,9 @@ struct Note {
     success: Option<(u64, u64)>,
     retry_after: u64,
     /// Whether it was told that nobody is to ask for now.
-    told: bool,
+    told_to_wait: bool,
     /// When it made no further attempt for what another key was told.
-    heeded: Option<u64>,
+    held_back_at: Option<u64>,
     /// Whether the token that was held had just died, so that this flight may have passed the gate.
     at_expiry: bool,
     token: usize,
@@ -266,11 +266,12 @@ impl World {
             Answer::Hang => TokenError::new(Kind::Timeout),
         };
         let attempt = flight.attempt as u32;
-        let pause = policy::pause(attempt, flight.plan.at_leisure, &mut self.rng);
+        let pause = policy::pause(attempt, flight.plan.in_background, &mut self.rng);
         let next = now + pause.as_millis() as u64;
-        flight.note.told = matches!(self.answer, Answer::InvalidClient | Answer::RetryAfter(_));
+        flight.note.told_to_wait =
+            matches!(self.answer, Answer::InvalidClient | Answer::RetryAfter(_));
         let is_last = attempt >= flight.plan.attempts || next >= deadline;
-        let over = is_last || flight.note.told || !error.is_transient();
+        let over = is_last || flight.note.told_to_wait || !error.is_transient();
         if over || self.is_held_back(&mut flight.note) {
             return self.land(flight, Err(Some(error)));
         }
@@ -283,7 +284,7 @@ impl World {
     /// Whether the flight in the air is to make no further attempt.
     fn is_held_back(&self, note: &mut Note) -> bool {
         let is_held_back = self.state.is_held_back(&self.shared, self.now());
-        note.heeded = is_held_back.then_some(self.monotonic);
+        note.held_back_at = is_held_back.then_some(self.monotonic);
         is_held_back
     }
 
@@ -349,8 +350,8 @@ impl World {
             attempts: Vec::new(),
             success: None,
             retry_after: 0,
-            told: false,
-            heeded: None,
+            told_to_wait: false,
+            held_back_at: None,
             at_expiry: self
                 .tokens
                 .last()
@@ -379,7 +380,7 @@ impl World {
             .last()
             .filter(|(_, expiry)| !expiry.has_come(now))
             .cloned();
-        let refused = self.state.unquestioned().is_none();
+        let refused = self.state.unrejected().is_none();
         match (self.state.acquire(&self.shared, now), alive) {
             (Decision::Use(token), Some((held, _))) => assert!(token.same_text(&held)),
             (Decision::UseAndStart(token), Some((held, _))) => {
@@ -724,10 +725,12 @@ impl Worlds {
             keys.flat_map(|(key, world)| world.notes.iter().map(move |note| (key, note)))
         };
         for (key, note) in notes() {
-            let Some(heeded) = note.heeded else { continue };
-            let meanwhile = note.began..=heeded;
+            let Some(held_back_at) = note.held_back_at else {
+                continue;
+            };
+            let meanwhile = note.began..=held_back_at;
             assert!(
-                notes().any(|(_, other)| other.told && meanwhile.contains(&other.end)),
+                notes().any(|(_, other)| other.told_to_wait && meanwhile.contains(&other.end)),
                 "key {key} makes no further attempt, and nobody was told so: {note:?}"
             );
         }

@@ -186,7 +186,7 @@ impl TokenCache {
     ///
     /// Causes no token request. Each one is looked at by itself, so they are not of one moment.
     pub fn statuses(&self, limit: usize) -> Vec<Status> {
-        let keyed = self.keys.some(limit);
+        let keyed = self.keys.up_to(limit);
         let keyed = keyed.iter().map(|entry| entry.status());
         std::iter::once(self.status()).chain(keyed).collect()
     }
@@ -306,7 +306,7 @@ impl TokenCache {
             // The error of a full map is for `acquire` to return.
             Some(request) => {
                 let token = self.keys.fresh(request);
-                token.or_else(|| self.keys.get_or_insert(request).ok()?.attach_closely())
+                token.or_else(|| self.keys.get_or_insert(request).ok()?.attach_slow())
             }
         }
     }

@@ -71,7 +71,7 @@ impl TokenCache {
     }
 
     fn preset(preset: Preset) -> Self {
-        let mut endpoint = Endpoint::new(SharedSource::new(Nobody));
+        let mut endpoint = Endpoint::new(SharedSource::new(PresetSource));
         endpoint.preset = Some(preset);
         Self::over(endpoint, RefreshPolicy::new())
     }
@@ -79,16 +79,16 @@ impl TokenCache {
 
 impl Entry {
     /// Takes the token that is there from the start, if there is one.
-    pub(super) fn settle(&self) {
+    pub(super) fn apply_preset(&self) {
         if let Some(Preset::Token(response)) = &self.endpoint().preset {
             let mut state = self.state.lock();
-            state.settle(response.clone());
+            state.set_fixed_token(response.clone());
             self.publish(&state, None);
         }
     }
 
     /// The error that is there from the start, if there is one.
-    pub(super) fn settled_error(&self) -> Option<TokenError> {
+    pub(super) fn preset_error(&self) -> Option<TokenError> {
         match &self.endpoint().preset {
             Some(Preset::Error(error)) if !self.closing().is_cancelled() => Some(error.clone()),
             _ => None,
@@ -97,9 +97,9 @@ impl Entry {
 }
 
 /// The source of a cache that needs none: asked after a 401 only.
-struct Nobody;
+struct PresetSource;
 
-impl TokenSource for Nobody {
+impl TokenSource for PresetSource {
     async fn fetch(&self, _: Fetch) -> Result<TokenResponse, TokenError> {
         Err(TokenError::terminal("there is no token but the fixed one"))
     }

@@ -24,7 +24,7 @@ pub(super) fn add(id: KeyId, entry: Weak<Entry>) {
 pub(crate) fn refused(token: TokenId, complaint: Complaint) {
     // With nobody left who holds the entry, nobody is left to get another token from it.
     if let Some(entry) = find(token.entry()) {
-        entry.heard(token, complaint);
+        entry.refused_by_id(token, complaint);
     }
 }
 

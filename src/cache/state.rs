@@ -42,7 +42,7 @@ pub(crate) struct State<F> {
     rng: Rng,
     token: Option<AccessToken>,
     /// The first token that had the text of this one: servers hand out one token twice.
-    alike_since: Option<TokenId>,
+    same_text_since: Option<TokenId>,
     /// The API has said that the token is invalid, and the flight on record is to replace it.
     rejected: bool,
     /// The same, and no flight has replaced it: to be told, and of no other consequence.
@@ -138,7 +138,7 @@ pub(crate) struct Plan {
     pub(crate) deadline: Instant,
     pub(crate) attempts: u32,
     /// Whether nobody is going to wait for it.
-    pub(crate) at_leisure: bool,
+    pub(crate) in_background: bool,
     pub(crate) forced: bool,
     /// How many flights have failed in a row before it.
     pub(crate) failures: u32,
@@ -161,7 +161,7 @@ impl<F: Clone + PartialEq> State<F> {
             request,
             rng,
             token: None,
-            alike_since: None,
+            same_text_since: None,
             rejected: false,
             invalid: false,
             exempted: false,
@@ -179,10 +179,10 @@ impl<F: Clone + PartialEq> State<F> {
 
     /// Takes a token that stays for ever.
     #[cfg(feature = "test-util")]
-    pub(crate) fn settle(&mut self, response: TokenResponse) {
+    pub(crate) fn set_fixed_token(&mut self, response: TokenResponse) {
         let id = TokenId::new(self.gate.key(), self.flights);
         self.token = Some(AccessToken::fixed(response, id, self.request.clone()));
-        self.alike_since = Some(id);
+        self.same_text_since = Some(id);
     }
 
     /// What a caller who wants a token at `now` does.
@@ -315,7 +315,7 @@ impl<F: Clone + PartialEq> State<F> {
         let token = AccessToken::new(response, id, self.request.clone(), schedule, sent, now);
         let last = self.token.replace(token.clone());
         if !last.is_some_and(|last| last.same_text(&token)) {
-            self.alike_since = Some(id);
+            self.same_text_since = Some(id);
         }
         self.exempted = false;
         self.floor = Some(sent.after(policy::FLOOR));
@@ -361,7 +361,7 @@ impl<F: Clone + PartialEq> State<F> {
 
     /// Drops a token that the server has declared void: it came with a lower `not_before` than another token
     /// since. The refresh token of its session goes with it.
-    pub(crate) fn heed_not_before(&mut self, not_before: u64) -> Option<AccessToken> {
+    pub(crate) fn apply_not_before(&mut self, not_before: u64) -> Option<AccessToken> {
         let void = self
             .token
             .take_if(|token| token.not_before() < not_before)?;
@@ -386,16 +386,16 @@ impl<F: Clone + PartialEq> State<F> {
     }
 
     /// The token that requests may take without asking here, as long as it is fresh.
-    pub(crate) fn unquestioned(&self) -> Option<&AccessToken> {
+    pub(crate) fn unrejected(&self) -> Option<&AccessToken> {
         self.token.as_ref().filter(|_| !self.rejected)
     }
 
     /// The token that is held, if it has the text of this one.
-    pub(crate) fn token_of(&self, id: TokenId) -> Option<AccessToken> {
+    pub(crate) fn token_like(&self, id: TokenId) -> Option<AccessToken> {
         let token = self.token.as_ref()?;
-        let is_alike = |first| id.is_between(first, token.id());
-        let is_alike = self.alike_since.is_some_and(is_alike);
-        is_alike.then(|| token.clone())
+        let has_same_text = |first| id.is_between(first, token.id());
+        let has_same_text = self.same_text_since.is_some_and(has_same_text);
+        has_same_text.then(|| token.clone())
     }
 
     /// What callers get who cannot wait for a flight: the key's own error and the shared one.
@@ -479,15 +479,15 @@ impl<F: Clone + PartialEq> State<F> {
     /// The token, and until when whoever asks would get it and start nothing, if that is so: since a flight is under
     /// way, or the gate holds the next one back.
     ///
-    /// What ends it sooner, by another key's success or other credentials, is noticed within [`policy::EASE`].
+    /// What ends it sooner, by another key's success or other credentials, is noticed within [`policy::SETTLED_LIMIT`].
     pub(crate) fn settled(&self, shared: &SharedGate, now: Now) -> Option<(AccessToken, Deadline)> {
-        let token = self.unquestioned().filter(|token| token.is_alive(now))?;
-        let ease = now.after(policy::EASE);
+        let token = self.unrejected().filter(|token| token.is_alive(now))?;
+        let limit = now.after(policy::SETTLED_LIMIT);
         let until = match &self.flight {
-            Some(record) if record.overdue <= now.monotonic + policy::EASE => return None,
-            Some(_) => ease,
+            Some(record) if record.overdue <= now.monotonic + policy::SETTLED_LIMIT => return None,
+            Some(_) => limit,
             None if !token.is_due(now) || self.gate.is_open(shared, now) => return None,
-            None => self.gate.opens(shared)?.earliest(ease),
+            None => self.gate.opens(shared)?.earliest(limit),
         };
         Some((token.clone(), until.earliest(token.expiry())))
     }
@@ -511,7 +511,7 @@ impl<F: Clone + PartialEq> State<F> {
     }
 
     /// Gives up everything: the flight on record, to be told, and the tokens, to be revoked.
-    pub(crate) fn close_for_good(&mut self, now: Now) -> (Option<F>, Revocation) {
+    pub(crate) fn shut_down(&mut self, now: Now) -> (Option<F>, Revocation) {
         let flight = self.flight.take().map(|record| record.flight);
         let token = self.token.take();
         let spent = self.spent.take();
@@ -538,7 +538,8 @@ impl<F: Clone + PartialEq> State<F> {
         let overdue = deadline + policy::GRACE;
         let attempts = self.policy.attempts_after(self.gate.failures(shared));
         let token = self.attachable(now).filter(|_| !forced);
-        let at_leisure = token.is_some_and(|token| token.outlives(policy::LEISURE, now));
+        let in_background =
+            token.is_some_and(|token| token.outlives(policy::BACKGROUND_LIFETIME, now));
         self.gate.pass(shared, now, overdue);
         let flight = make(overdue);
         self.flights += 1;
@@ -552,7 +553,7 @@ impl<F: Clone + PartialEq> State<F> {
             delay,
             deadline,
             attempts,
-            at_leisure,
+            in_background,
             forced,
             failures: self.outage.map_or(0, |outage| outage.failures),
             refresh_token,
@@ -777,7 +778,7 @@ mod tests {
     /// Law 2: a flight takes its time while nobody is going to wait for it.
     #[test]
     fn a_flight_takes_its_time_unless_somebody_may_wait_for_it() {
-        for (passed, at_leisure) in [
+        for (passed, in_background) in [
             (800.0, true),
             (985.0, true),
             (987.0, false),
@@ -786,7 +787,7 @@ mod tests {
             let (mut case, _, _) = Case::with_token();
             case.pass(passed);
             let (_, plan) = case.begin();
-            assert_eq!(plan.at_leisure, at_leisure, "{passed}");
+            assert_eq!(plan.in_background, in_background, "{passed}");
         }
         let (mut case, _, _) = Case::with_token();
         case.flights += 1;
@@ -794,7 +795,7 @@ mod tests {
         let (_, plan) = case
             .state
             .begin_forced(&mut case.shared, make, true, case.now);
-        assert!(!plan.at_leisure);
+        assert!(!plan.in_background);
     }
 
     /// Law 2: at hard expiry one flight passes a backoff gate, and no Retry-After and no terminal error.
@@ -880,16 +881,16 @@ mod tests {
             again.push(case.grant("new", 1_000));
         }
         for token in [&new, &again[0], &again[1]] {
-            let held = case.state.token_of(token.id()).unwrap();
+            let held = case.state.token_like(token.id()).unwrap();
             assert_eq!(held.id(), again[1].id());
         }
-        assert!(case.state.token_of(old.id()).is_none());
+        assert!(case.state.token_like(old.id()).is_none());
         // One of before the flights' numbers started over.
         let oldest = TokenId::new(1, u64::MAX);
-        assert!(case.state.token_of(oldest).is_none());
+        assert!(case.state.token_like(oldest).is_none());
         case.pass(750.0);
         case.grant("newest", 1_000);
-        assert!(case.state.token_of(again[1].id()).is_none());
+        assert!(case.state.token_like(again[1].id()).is_none());
     }
 
     /// The count of flights in an id starts over, and no 401 is lost for that.
@@ -903,16 +904,16 @@ mod tests {
             case.pass(750.0);
             alike.push(case.grant("newer", 1_000));
             for token in &alike {
-                assert!(case.state.token_of(token.id()).is_some());
+                assert!(case.state.token_like(token.id()).is_some());
             }
         }
-        assert!(case.state.token_of(old.id()).is_none());
+        assert!(case.state.token_like(old.id()).is_none());
         case.pass(750.0);
         let newest = case.grant("newest", 1_000);
         for token in &alike {
-            assert!(case.state.token_of(token.id()).is_none());
+            assert!(case.state.token_like(token.id()).is_none());
         }
-        assert!(case.state.token_of(newest.id()).is_some());
+        assert!(case.state.token_like(newest.id()).is_some());
     }
 
     /// Law 8: without a token to replay with, a late 401 costs nothing either.
@@ -1114,11 +1115,11 @@ mod tests {
         case.state
             .succeeded(&mut case.shared, &flight, response, now, now)
             .unwrap();
-        assert!(case.state.heed_not_before(7).is_none());
+        assert!(case.state.apply_not_before(7).is_none());
         // A server that was set back, or one of several that has not heard of it yet.
-        assert!(case.state.heed_not_before(0).is_none());
+        assert!(case.state.apply_not_before(0).is_none());
         assert_eq!(case.acquire(), "use old");
-        assert!(case.state.heed_not_before(8).is_some());
+        assert!(case.state.apply_not_before(8).is_some());
         assert_eq!(case.acquire(), "start");
         let (_, plan) = case.begin();
         assert!(plan.refresh_token.is_none());
@@ -1136,9 +1137,9 @@ mod tests {
         let (_, plan) = case.begin();
         assert!(settled(&case));
         let overdue = plan.deadline + policy::GRACE;
-        case.now.monotonic = overdue - policy::EASE - Duration::from_millis(1);
+        case.now.monotonic = overdue - policy::SETTLED_LIMIT - Duration::from_millis(1);
         assert!(settled(&case));
-        case.now.monotonic = overdue - policy::EASE;
+        case.now.monotonic = overdue - policy::SETTLED_LIMIT;
         assert!(!settled(&case));
     }
 
@@ -1173,7 +1174,7 @@ mod tests {
             .unwrap();
         case.pass(800.0);
         let flight = case.begin_forced(false);
-        let (ended, revocation) = case.state.close_for_good(case.now);
+        let (ended, revocation) = case.state.shut_down(case.now);
         assert_eq!(ended, Some(flight));
         assert_eq!(revocation.access_token.unwrap().expose_secret(), "token");
         // It was forgotten with the refusal of its access token.
@@ -1197,7 +1198,7 @@ mod tests {
                 .unwrap();
         };
         let revoked = |mut case: Case| {
-            let (_, revocation) = case.state.close_for_good(case.now);
+            let (_, revocation) = case.state.shut_down(case.now);
             let left = revocation.refresh_token;
             left.map(|token| token.expose_secret().to_owned())
         };

@@ -26,7 +26,7 @@ use crate::{policy, time::Now, token::TokenId};
 ///
 /// Every flight for the token without a key ends in this, so the newest one's runtime keeps the watch. It
 /// ends with the last handle on the cache.
-pub(super) async fn keep(entry: Arc<Entry>) {
+pub(super) async fn run(entry: Arc<Entry>) {
     let this_flight = entry.progress().flights;
     let mut watch = Watch::begin(&entry);
     let entry = {
@@ -50,7 +50,7 @@ pub(super) async fn keep(entry: Arc<Entry>) {
         let Some(next) = next else {
             return;
         };
-        let mut pause = next.remaining(now).min(STEP);
+        let mut pause = next.remaining(now).min(MAX_SLEEP);
         if next.has_come(now) {
             entry.refresh_if_due();
             if entry.progress().flights != this_flight {
@@ -113,7 +113,7 @@ impl Drop for Watch {
 }
 
 /// The monotonic clock, and with it this timer, stops while a machine sleeps: look at the wall clock too.
-const STEP: Duration = Duration::from_secs(30);
+const MAX_SLEEP: Duration = Duration::from_secs(30);
 
 #[cfg(test)]
 mod tests {
