@@ -27,13 +27,13 @@ pub(crate) struct Origins {
 
 /// How a request may go out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Passage {
+pub(crate) enum Disposition {
     /// With the token.
-    Carry,
+    Attach,
     /// Without it: the origin is none of the pinned ones.
     Bare,
     /// Not at all: the token would be readable on its way.
-    Refuse,
+    Reject,
 }
 
 impl Origins {
@@ -72,23 +72,23 @@ impl Origins {
 
     /// Judges a request by its URI. This runs on every request, before anything is asked of the cache.
     #[inline]
-    pub(crate) fn judge(&self, uri: &Uri) -> Passage {
+    pub(crate) fn judge(&self, uri: &Uri) -> Disposition {
         // What most requests are.
         if self.pinned.is_none() && uri.scheme_str() == Some("https") {
-            return Passage::Carry;
+            return Disposition::Attach;
         }
-        self.judge_closely(uri)
+        self.judge_slow(uri)
     }
 
-    fn judge_closely(&self, uri: &Uri) -> Passage {
+    fn judge_slow(&self, uri: &Uri) -> Disposition {
         // Such a request cannot leave the one host that the service below is bound to.
         let Some(authority) = uri.authority() else {
-            return Passage::Carry;
+            return Disposition::Attach;
         };
         let is_safe = match &self.pinned {
             Some(pinned) => match Origin::find(pinned, uri, authority) {
                 Some(origin) => origin.is_safe || self.plain_http,
-                None => return Passage::Bare,
+                None => return Disposition::Bare,
             },
             // `Uri` parses a scheme of any case to these two. One built from the part "HTTPS" equals neither, and
             // a connector that compares in the same way may send it in the clear.
@@ -99,15 +99,15 @@ impl Origins {
             },
         };
         if is_safe {
-            Passage::Carry
+            Disposition::Attach
         } else {
-            Passage::Refuse
+            Disposition::Reject
         }
     }
 }
 
-/// The error of a request whose [`Passage`] is [`Refuse`](Passage::Refuse).
-pub(crate) fn refusal(uri: &Uri) -> TokenError {
+/// The error of a request whose [`Disposition`] is [`Reject`](Disposition::Reject).
+pub(crate) fn insecure_uri(uri: &Uri) -> TokenError {
     // Only what the rule looked at is told: userinfo, path and query may be secrets.
     let scheme = uri.scheme_str().unwrap_or("(no scheme)");
     let host = uri.host().unwrap_or_default();
@@ -120,7 +120,7 @@ pub(crate) fn refusal(uri: &Uri) -> TokenError {
 fn is_loopback_authority(authority: &Authority) -> bool {
     // The usual spellings are told without a search for where the host begins and ends, which takes half as long as
     // the header does.
-    let is_spelt = |host| {
+    let is_usual_spelling = |host| {
         let rest = authority.as_str().strip_prefix(host);
         rest.is_some_and(|rest| match rest.as_bytes() {
             [] => true,
@@ -129,7 +129,7 @@ fn is_loopback_authority(authority: &Authority) -> bool {
             _ => false,
         })
     };
-    LOOPBACK.into_iter().any(is_spelt) || is_loopback(authority.host())
+    LOOPBACK.into_iter().any(is_usual_spelling) || is_loopback(authority.host())
 }
 
 /// The usual spellings of this machine.
@@ -200,9 +200,9 @@ impl Origin {
         let scheme = uri.scheme()?;
         // First by the usual spelling: to take an authority apart costs as much as the header does, so that is done once
         // and not for each origin. The scheme comes last, being the same most often.
-        let spelt =
+        let same_spelling =
             |origin: &&Self| *origin.authority == *authority.as_str() && origin.scheme == *scheme;
-        pinned.iter().find(spelt).or_else(|| {
+        pinned.iter().find(same_spelling).or_else(|| {
             let host = authority.host();
             let port = port(authority, host, default_port(scheme)?)?;
             pinned.iter().find(|origin| {
@@ -249,16 +249,16 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::{Passage::*, *};
+    use super::{Disposition::*, *};
 
     fn pin(origins: &[&str]) -> Origins {
         Origins::default().pin(origins).unwrap()
     }
 
-    fn assert_all(origins: &Origins, table: &[(&str, Passage)]) {
-        for (uri, passage) in table {
+    fn assert_all(origins: &Origins, table: &[(&str, Disposition)]) {
+        for (uri, disposition) in table {
             let parsed: Uri = uri.parse().unwrap();
-            assert_eq!(origins.judge(&parsed), *passage, "{uri} by {origins:?}");
+            assert_eq!(origins.judge(&parsed), *disposition, "{uri} by {origins:?}");
         }
     }
 
@@ -266,24 +266,24 @@ mod tests {
     #[test]
     fn https_loopback_and_bound_services_carry_the_token() {
         let table = [
-            ("https://api.example.com/a?b=c", Carry),
-            ("HTTPS://API.EXAMPLE.COM/", Carry),
-            ("https://api.example.com:8443/", Carry),
-            ("https://user:password@api.example.com/", Carry),
-            ("https://[2001:db8::1]/", Carry),
-            ("/a?b=c", Carry),
-            ("*", Carry),
-            ("//evil.example/a", Carry), // A path, to `Uri`.
-            ("http://localhost/", Carry),
-            ("http://LocalHost:8080/", Carry),
-            ("HTTP://localhost/", Carry),
-            ("http://127.0.0.1/", Carry),
-            ("http://127.255.255.254:1/", Carry),
-            ("http://[::1]:80/", Carry),
-            ("http://[0:0:0:0:0:0:0:1]/", Carry),
-            ("http://[::ffff:127.0.0.1]/", Carry),
-            ("http://[::FFFF:7f00:1]/", Carry),
-            ("http://user@[::1]/", Carry),
+            ("https://api.example.com/a?b=c", Attach),
+            ("HTTPS://API.EXAMPLE.COM/", Attach),
+            ("https://api.example.com:8443/", Attach),
+            ("https://user:password@api.example.com/", Attach),
+            ("https://[2001:db8::1]/", Attach),
+            ("/a?b=c", Attach),
+            ("*", Attach),
+            ("//evil.example/a", Attach), // A path, to `Uri`.
+            ("http://localhost/", Attach),
+            ("http://LocalHost:8080/", Attach),
+            ("HTTP://localhost/", Attach),
+            ("http://127.0.0.1/", Attach),
+            ("http://127.255.255.254:1/", Attach),
+            ("http://[::1]:80/", Attach),
+            ("http://[0:0:0:0:0:0:0:1]/", Attach),
+            ("http://[::ffff:127.0.0.1]/", Attach),
+            ("http://[::FFFF:7f00:1]/", Attach),
+            ("http://user@[::1]/", Attach),
         ];
         assert_all(&Origins::default(), &table);
     }
@@ -291,35 +291,35 @@ mod tests {
     #[test]
     fn everything_else_is_refused() {
         let table = [
-            ("http://api.example.com/", Refuse),
-            ("http://api.example.com:443/", Refuse),
-            ("http://10.0.0.1/", Refuse),
-            ("http://0.0.0.0/", Refuse),
-            ("http://[::]/", Refuse),
-            ("http://[::ffff:10.0.0.1]/", Refuse),
+            ("http://api.example.com/", Reject),
+            ("http://api.example.com:443/", Reject),
+            ("http://10.0.0.1/", Reject),
+            ("http://0.0.0.0/", Reject),
+            ("http://[::]/", Reject),
+            ("http://[::ffff:10.0.0.1]/", Reject),
             // Not what it looks like.
-            ("http://localhost@evil.example/", Refuse),
-            ("http://localhost:80@evil.example/", Refuse),
-            ("http://[::1]@evil.example/", Refuse),
-            ("http://a@localhost@evil.example/", Refuse),
-            ("http://localhost.evil.example/", Refuse),
-            ("http://evil.example.localhost.", Refuse),
-            ("http://notlocalhost/", Refuse),
-            ("http://127.0.0.1.evil.example/", Refuse),
-            ("http://127.evil.example/", Refuse),
+            ("http://localhost@evil.example/", Reject),
+            ("http://localhost:80@evil.example/", Reject),
+            ("http://[::1]@evil.example/", Reject),
+            ("http://a@localhost@evil.example/", Reject),
+            ("http://localhost.evil.example/", Reject),
+            ("http://evil.example.localhost.", Reject),
+            ("http://notlocalhost/", Reject),
+            ("http://127.0.0.1.evil.example/", Reject),
+            ("http://127.evil.example/", Reject),
             // What some resolver may call this machine.
-            ("http://localhost./", Refuse),
-            ("http://127.0.0.1./", Refuse),
-            ("http://127.1/", Refuse),
-            ("http://2130706433/", Refuse),
-            ("http://0177.0.0.1/", Refuse),
-            ("http://[127.0.0.1]/", Refuse),
-            ("http://[::1%25lo]/", Refuse),
+            ("http://localhost./", Reject),
+            ("http://127.0.0.1./", Reject),
+            ("http://127.1/", Reject),
+            ("http://2130706433/", Reject),
+            ("http://0177.0.0.1/", Reject),
+            ("http://[127.0.0.1]/", Reject),
+            ("http://[::1%25lo]/", Reject),
             // Other schemes, or none.
-            ("ws://localhost/", Refuse),
-            ("wss://api.example.com/", Refuse),
-            ("ftp://localhost/", Refuse),
-            ("api.example.com:443", Refuse),
+            ("ws://localhost/", Reject),
+            ("wss://api.example.com/", Reject),
+            ("ftp://localhost/", Reject),
+            ("api.example.com:443", Reject),
         ];
         assert_all(&Origins::default(), &table);
     }
@@ -332,21 +332,21 @@ mod tests {
             .path_and_query("/")
             .build()
             .unwrap();
-        assert_eq!(Origins::default().judge(&uri), Refuse);
+        assert_eq!(Origins::default().judge(&uri), Reject);
         assert_eq!(pin(&["https://api.example.com"]).judge(&uri), Bare);
     }
 
     #[test]
     fn plain_http_opens_http_and_nothing_else() {
         let table = [
-            ("http://api.example.com/", Carry),
-            ("http://localhost@evil.example/", Carry),
-            ("ws://api.example.com/", Refuse),
-            ("api.example.com:80", Refuse),
+            ("http://api.example.com/", Attach),
+            ("http://localhost@evil.example/", Attach),
+            ("ws://api.example.com/", Reject),
+            ("api.example.com:80", Reject),
         ];
         assert_all(&Origins::default().plain_http(true), &table);
         let shut_again = Origins::default().plain_http(true).plain_http(false);
-        assert_all(&shut_again, &[("http://api.example.com/", Refuse)]);
+        assert_all(&shut_again, &[("http://api.example.com/", Reject)]);
     }
 
     #[test]
@@ -358,14 +358,14 @@ mod tests {
             "http://localhost:8080",
         ]);
         let table = [
-            ("https://api.example.com/a?b", Carry),
-            ("https://API.example.COM:443/", Carry),
-            ("https://api.example.com:0443/", Carry),
-            ("https://user@api.example.com/", Carry),
-            ("https://upper.example:8443/", Carry),
-            ("https://[2001:db8:0::1]:444/", Carry),
-            ("http://localhost:8080/", Carry),
-            ("/a", Carry),
+            ("https://api.example.com/a?b", Attach),
+            ("https://API.example.COM:443/", Attach),
+            ("https://api.example.com:0443/", Attach),
+            ("https://user@api.example.com/", Attach),
+            ("https://upper.example:8443/", Attach),
+            ("https://[2001:db8:0::1]:444/", Attach),
+            ("http://localhost:8080/", Attach),
+            ("/a", Attach),
             ("http://api.example.com/", Bare),
             ("http://api.example.com:443/", Bare),
             ("https://api.example.com:444/", Bare),
@@ -392,10 +392,10 @@ mod tests {
 
     #[test]
     fn a_pinned_origin_is_no_safer_for_it() {
-        let table = [("http://api.example.com/", Refuse), ("http://b/", Bare)];
+        let table = [("http://api.example.com/", Reject), ("http://b/", Bare)];
         let origins = pin(&["http://api.example.com"]);
         assert_all(&origins, &table);
-        let table = [("http://api.example.com/", Carry), ("http://b/", Bare)];
+        let table = [("http://api.example.com/", Attach), ("http://b/", Bare)];
         assert_all(&origins.plain_http(true), &table);
     }
 
@@ -441,7 +441,7 @@ mod tests {
     #[test]
     fn a_refusal_names_the_setting_and_no_secret() {
         let uri = "http://user:hunter2@api.example.com/hunter2?token=hunter2";
-        let error = refusal(&uri.parse().unwrap());
+        let error = insecure_uri(&uri.parse().unwrap());
         assert!(error.is_insecure_uri());
         assert!(!error.is_transient());
         assert!(error.to_string().contains("`dangerous_plain_http`"));
@@ -455,8 +455,8 @@ mod tests {
     fn a_refusal_of_another_scheme_says_nothing_of_how_the_setting_stands() {
         for text in ["wss://api.example.com/", "api.example.com:443"] {
             let uri = text.parse().unwrap();
-            assert_eq!(Origins::default().plain_http(true).judge(&uri), Refuse);
-            let error = refusal(&uri).to_string();
+            assert_eq!(Origins::default().plain_http(true).judge(&uri), Reject);
+            let error = insecure_uri(&uri).to_string();
             assert!(!error.contains("is off"), "{text}: {error}");
             assert!(error.contains("neither https, nor http"), "{text}: {error}");
         }
@@ -478,12 +478,12 @@ mod tests {
                 uri.scheme_str() == Some("https")
                     || (uri.scheme_str() == Some("http") && is_this_machine(host))
             });
-            let carries = Origins::default().judge(&uri) == Carry;
+            let carries = Origins::default().judge(&uri) == Attach;
             prop_assert_eq!(carries, safe);
 
             let pinned = pin(&["https://localhost", "http://127.0.0.1:1"]).judge(&uri);
-            prop_assert!(pinned != Carry || carries);
-            refusal(&uri);
+            prop_assert!(pinned != Attach || carries);
+            insecure_uri(&uri);
         }
 
         #[test]

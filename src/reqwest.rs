@@ -97,7 +97,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        origin::{Origins, Passage},
+        origin::{Disposition, Origins},
         replay::Never,
     };
 
@@ -110,26 +110,29 @@ mod tests {
     #[test]
     fn a_url_is_judged_as_the_uri_that_it_is_sent_to() {
         let table = [
-            ("https://API.example.com/a?b#c", Some(Passage::Carry)),
-            ("https://b\u{fc}cher.example", Some(Passage::Carry)),
-            ("http://localhost:1/", Some(Passage::Carry)),
+            ("https://API.example.com/a?b#c", Some(Disposition::Attach)),
+            ("https://b\u{fc}cher.example", Some(Disposition::Attach)),
+            ("http://localhost:1/", Some(Disposition::Attach)),
             // Unlike `Uri`, `Url` reads numbers as addresses.
-            ("http://127.1/", Some(Passage::Carry)),
-            ("http://2130706433/", Some(Passage::Carry)),
-            ("http://[0:0::1]/", Some(Passage::Carry)),
-            ("http://127.0.0.1@api.example.com/", Some(Passage::Refuse)),
-            ("http:\\\\api.example.com", Some(Passage::Refuse)),
-            ("http://10.0.0.1/", Some(Passage::Refuse)),
-            ("wss://api.example.com/", Some(Passage::Refuse)),
-            ("api.example.com:443", Some(Passage::Refuse)),
+            ("http://127.1/", Some(Disposition::Attach)),
+            ("http://2130706433/", Some(Disposition::Attach)),
+            ("http://[0:0::1]/", Some(Disposition::Attach)),
+            (
+                "http://127.0.0.1@api.example.com/",
+                Some(Disposition::Reject),
+            ),
+            ("http:\\\\api.example.com", Some(Disposition::Reject)),
+            ("http://10.0.0.1/", Some(Disposition::Reject)),
+            ("wss://api.example.com/", Some(Disposition::Reject)),
+            ("api.example.com:443", Some(Disposition::Reject)),
             ("data:text/plain,a", None),
             ("file:///etc/passwd", None),
         ];
-        for (url, passage) in table {
+        for (url, disposition) in table {
             let request = request(url, None);
             let uri = HttpRequest::uri(&request);
             let judged = uri.map(|uri| Origins::default().judge(&uri));
-            assert_eq!(judged, passage, "{url}");
+            assert_eq!(judged, disposition, "{url}");
         }
     }
 

@@ -14,7 +14,7 @@ use crate::{
     error::{BoxError, TokenError},
     future::{ResponseFuture, Sent},
     message::{self, HttpRequest, HttpResponse},
-    origin::{self, Passage},
+    origin::{self, Disposition},
     replay::Replay,
     slot::{Mark, Prepared, Slot},
     source::TokenRequest,
@@ -147,16 +147,16 @@ impl<S, R> BearerAuth<S, R> {
         Req: HttpRequest,
     {
         // What most requests come to, past all that is to be asked of the others.
-        let passage = match self.takes_usual && request.is_usual() {
-            true => Some(Passage::Carry),
+        let disposition = match self.takes_usual && request.is_usual() {
+            true => Some(Disposition::Attach),
             false => self.judge(request),
         };
-        let prepared = match passage {
-            Some(Passage::Carry) => self.slot.held(),
+        let prepared = match disposition {
+            Some(Disposition::Attach) => self.slot.held(),
             _ => None,
         };
         let Some(prepared) = prepared else {
-            return self.sign_closely(request, copy, passage);
+            return self.sign_slow(request, copy, disposition);
         };
         let sent = Sent::new(prepared.mark, copy, || {
             (self.inner.clone(), Arc::clone(prepared))
@@ -169,7 +169,7 @@ impl<S, R> BearerAuth<S, R> {
 
     /// How a request goes out, if its URI alone says so: with the token that is for nothing in particular, or without.
     #[inline(never)]
-    fn judge<Req: HttpRequest>(&self, request: &Req) -> Option<Passage> {
+    fn judge<Req: HttpRequest>(&self, request: &Req) -> Option<Disposition> {
         let settings = self.slot.settings();
         if settings.keep_existing
             || request.extension::<WithoutToken>().is_some()
@@ -182,18 +182,18 @@ impl<S, R> BearerAuth<S, R> {
 
     /// As [`sign`](Self::sign), after a look at all that the request and the settings say.
     #[inline(never)]
-    fn sign_closely<Req>(
+    fn sign_slow<Req>(
         &mut self,
         request: &mut Req,
         copy: &mut Option<R::Copied>,
-        passage: Option<Passage>,
+        disposition: Option<Disposition>,
     ) -> Result<Sent<S, R>, Obstacle>
     where
         S: Clone,
         R: Replay<Req>,
         Req: HttpRequest,
     {
-        if !self.admits(request, passage)? {
+        if !self.admits(request, disposition)? {
             discard(copy);
             return Ok(Sent::bare());
         }
@@ -217,11 +217,11 @@ impl<S, R> BearerAuth<S, R> {
         Ok(sent)
     }
 
-    /// Whether a request is to carry a token of ours; `passage` is what its URI says, if that is known.
+    /// Whether a request is to carry a token of ours; `disposition` is what its URI says, if that is known.
     fn admits<Req: HttpRequest>(
         &self,
         request: &Req,
-        passage: Option<Passage>,
+        disposition: Option<Disposition>,
     ) -> Result<bool, Obstacle> {
         let settings = self.slot.settings();
         let requests = || settings.cache.meters().requests();
@@ -229,22 +229,22 @@ impl<S, R> BearerAuth<S, R> {
             request.extension::<WithoutToken>().is_some()
                 || (settings.keep_existing && request.headers().contains_key(AUTHORIZATION))
         };
-        let passage = match passage {
-            None if is_bare() => Some(Passage::Bare),
+        let disposition = match disposition {
+            None if is_bare() => Some(Disposition::Bare),
             None => request.uri().map(|uri| settings.origins.judge(&uri)),
             known => known,
         };
-        match passage {
+        match disposition {
             // What is no URI cannot be sent: the error is the inner service's.
-            Some(Passage::Carry) => Ok(request.uri().is_some()),
-            Some(Passage::Bare) => {
+            Some(Disposition::Attach) => Ok(request.uri().is_some()),
+            Some(Disposition::Bare) => {
                 requests().bare();
                 Ok(false)
             }
-            Some(Passage::Refuse) => {
+            Some(Disposition::Reject) => {
                 requests().refused();
                 let uri = request.uri().expect("it was judged by its URI");
-                Err(Obstacle::Refused(origin::refusal(&uri)))
+                Err(Obstacle::Refused(origin::insecure_uri(&uri)))
             }
             None => Ok(false),
         }
