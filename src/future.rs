@@ -109,7 +109,7 @@ where
             request: Some(request),
             service,
             settings,
-            turn: Turn::First { replay },
+            attempt: SendAttempt::First { replay },
             rounds: ROUNDS,
             phase: Phase::Acquiring { acquire },
         });
@@ -202,7 +202,7 @@ where
         this.state.set(State::Done);
         match sent.judge(answer, copy) {
             Judged::Answer(answer) => Poll::Ready(Ok(answer)),
-            Judged::Again(waiting) => {
+            Judged::Resend(waiting) => {
                 this.state.set(State::Waiting { waiting });
                 self.poll_waiting(cx)
             }
@@ -216,7 +216,7 @@ where
     ) -> Poll<Result<S::Response, BoxError>> {
         let mut this = self.as_mut().project();
         let left = match this.state.as_mut().project() {
-            StateProj::Waiting { waiting } => ready!(waiting.as_mut().poll_leave(cx)),
+            StateProj::Waiting { waiting } => ready!(waiting.as_mut().poll_wait(cx)),
             StateProj::Refused { error } => Err(error.clone().into()),
             StateProj::Sending { .. } | StateProj::Done => {
                 panic!("`ResponseFuture` polled after completion")
@@ -224,11 +224,11 @@ where
         };
         this.state.set(State::Done);
         match left? {
-            Leave::Send(next) => {
+            WaitOutcome::Send(next) => {
                 self.set(next);
                 self.poll_sending(cx)
             }
-            Leave::Answer(answer) => Poll::Ready(Ok(answer)),
+            WaitOutcome::Answer(answer) => Poll::Ready(Ok(answer)),
         }
     }
 }
@@ -252,14 +252,14 @@ where
 }
 
 /// What it takes to send a request once more, beside its copy.
-type Again<S, R> = <R as Sealed>::Kept<(S, Arc<Prepared>)>;
+type Resend<S, R> = <R as Sealed>::Kept<(S, Arc<Prepared>)>;
 
 /// What is known of a request that has left.
 pub(crate) struct Sent<S, R: Sealed> {
     /// Of the token, if there is one of ours on it.
     mark: Option<Mark>,
     /// There is none without a copy of the request.
-    again: Option<Again<S, R>>,
+    resend: Option<Resend<S, R>>,
 }
 
 /// What an answer comes to.
@@ -269,20 +269,20 @@ where
     R: Replay<Req>,
 {
     Answer(S::Response),
-    Again(Pin<Box<Waiting<S, R, Req>>>),
+    Resend(Pin<Box<Waiting<S, R, Req>>>),
 }
 
 impl<S, R: Sealed> Sent<S, R> {
-    /// Of a request with a token of ours; `again` makes what it takes to send it once more, if there is a copy of it.
+    /// Of a request with a token of ours; `resend` makes what it takes to send it once more, if there is a copy of it.
     #[inline]
     pub(crate) fn new<C>(
         mark: Mark,
         copy: &Option<C>,
-        again: impl FnOnce() -> (S, Arc<Prepared>),
+        resend: impl FnOnce() -> (S, Arc<Prepared>),
     ) -> Self {
         Self {
             mark: Some(mark),
-            again: copy.as_ref().and_then(|_| R::keep(again)),
+            resend: copy.as_ref().and_then(|_| R::keep(resend)),
         }
     }
 
@@ -291,7 +291,7 @@ impl<S, R: Sealed> Sent<S, R> {
     pub(crate) fn bare() -> Self {
         Self {
             mark: None,
-            again: None,
+            resend: None,
         }
     }
 
@@ -311,15 +311,15 @@ impl<S, R: Sealed> Sent<S, R> {
             Verdict::Unexplained | Verdict::NotOurs => {
                 // What is left of a request goes before its answer is returned: its drop is foreign code, and if that
                 // panicked later, the answer would never be dropped, and keep its connection.
-                drop((copy, self.again));
+                drop((copy, self.resend));
                 return Judged::Answer(answer);
             }
         };
-        let (Some(copy), Some(again)) = (copy, self.again) else {
+        let (Some(copy), Some(resend)) = (copy, self.resend) else {
             cache::refused(mark.token(), complaint);
             return Judged::Answer(answer);
         };
-        let (request, (service, prepared)) = (R::restore(copy), R::release(again));
+        let (request, (service, prepared)) = (R::restore(copy), R::release(resend));
         let Prepared {
             token, settings, ..
         } = &*prepared;
@@ -340,11 +340,11 @@ impl<S, R: Sealed> Sent<S, R> {
                 answer: Some(Box::new(answer)),
             },
         };
-        Judged::Again(Box::pin(Waiting {
+        Judged::Resend(Box::pin(Waiting {
             request: Some(request),
             service,
             settings: Arc::clone(settings),
-            turn: Turn::Second { refused },
+            attempt: SendAttempt::Replay { refused },
             rounds: 0,
             phase,
         }))
@@ -362,7 +362,7 @@ pin_project! {
         // Polled for readiness only while a token is at hand.
         service: S,
         settings: Arc<Settings>,
-        turn: Turn<R>,
+        attempt: SendAttempt<R>,
         // How many tokens may yet die while the service gets ready.
         rounds: u8,
         #[pin]
@@ -384,17 +384,17 @@ pin_project! {
 }
 
 /// Which of its two times a request is about to leave.
-enum Turn<R> {
+enum SendAttempt<R> {
     First { replay: R },
-    Second { refused: AccessToken },
+    Replay { refused: AccessToken },
 }
 
-impl<R> Turn<R> {
+impl<R> SendAttempt<R> {
     /// Whether the request may leave with `token`: the second time only with another one (law 8).
     fn allows(&self, token: &AccessToken) -> bool {
         match self {
             Self::First { .. } => true,
-            Self::Second { refused } => !token.same_text(refused),
+            Self::Replay { refused } => !token.same_text(refused),
         }
     }
 
@@ -408,13 +408,13 @@ impl<R> Turn<R> {
     fn replay(&self) -> Option<&R> {
         match self {
             Self::First { replay } => Some(replay),
-            Self::Second { .. } => None,
+            Self::Replay { .. } => None,
         }
     }
 }
 
 /// How a wait ends.
-enum Leave<S, R, Req>
+enum WaitOutcome<S, R, Req>
 where
     S: Service<Req>,
     R: Replay<Req>,
@@ -430,16 +430,16 @@ where
     R: Replay<Req>,
     Req: HttpRequest,
 {
-    fn poll_leave(
+    fn poll_wait(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Result<Leave<S, R, Req>, BoxError>> {
+    ) -> Poll<Result<WaitOutcome<S, R, Req>, BoxError>> {
         let mut this = self.project();
         loop {
             let next = match this.phase.as_mut().project() {
                 PhaseProj::Acquiring { acquire } => {
                     let token = ready!(acquire.poll(cx));
-                    let token = token.inspect_err(|_| this.turn.failed(&this.settings.cache))?;
+                    let token = token.inspect_err(|_| this.attempt.failed(&this.settings.cache))?;
                     Phase::Readying { token }
                 }
                 PhaseProj::Holding { acquire, answer } => {
@@ -447,12 +447,12 @@ where
                     let answer = answer
                         .take()
                         .expect("the refusal is held until the wait ends");
-                    match token.filter(|token| this.turn.allows(token)) {
+                    match token.filter(|token| this.attempt.allows(token)) {
                         Some(token) => {
                             drop(answer);
                             Phase::Readying { token }
                         }
-                        None => return Poll::Ready(Ok(Leave::Answer(*answer))),
+                        None => return Poll::Ready(Ok(WaitOutcome::Answer(*answer))),
                     }
                 }
                 PhaseProj::Readying { token } => {
@@ -460,7 +460,7 @@ where
                     // Getting ready takes its time: the token may have been replaced, or have died.
                     let cache = &this.settings.cache;
                     let current = cache.attach(Some(token.request()));
-                    let current = current.filter(|current| this.turn.allows(current));
+                    let current = current.filter(|current| this.attempt.allows(current));
                     let is_stale =
                         current.is_none() && (token.has_died(Now::read()) || cache.is_void(token));
                     // Of a cache that was shut down there is an error to be had, and nothing else.
@@ -469,7 +469,7 @@ where
                         // The next wait is one without readiness again.
                         *this.service = this.service.clone();
                         let acquire = cache.acquire(Some(token.request()));
-                        let acquire = acquire.inspect_err(|_| this.turn.failed(cache))?;
+                        let acquire = acquire.inspect_err(|_| this.attempt.failed(cache))?;
                         Phase::Acquiring { acquire }
                     } else {
                         let request = this
@@ -477,16 +477,16 @@ where
                             .take()
                             .expect("the request is there until sent");
                         let token = current.unwrap_or_else(|| token.clone());
-                        match this.turn {
-                            Turn::First { .. } => cache.meters().requests().waited(&token),
-                            Turn::Second { .. } => telemetry::replayed(cache.meters()),
+                        match this.attempt {
+                            SendAttempt::First { .. } => cache.meters().requests().waited(&token),
+                            SendAttempt::Replay { .. } => telemetry::replayed(cache.meters()),
                         }
-                        return Poll::Ready(Ok(Leave::Send(ResponseFuture::send(
+                        return Poll::Ready(Ok(WaitOutcome::Send(ResponseFuture::send(
                             this.service,
                             request,
                             token,
                             this.settings,
-                            this.turn.replay(),
+                            this.attempt.replay(),
                         ))));
                     }
                 }
