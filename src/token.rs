@@ -81,7 +81,7 @@ pub(crate) struct Inner {
     /// Until when it counts while the token endpoint fails.
     extended: Option<Deadline>,
     /// Until when a token that was past its margin on arrival serves those who waited for it.
-    stillborn: Option<Deadline>,
+    arrival_grace: Option<Deadline>,
     not_before: u64,
 }
 
@@ -108,7 +108,7 @@ impl AccessToken {
             expiry,
             until,
             extended: schedule.extended_after.map(|after| sent.after(after)),
-            stillborn: expiry.has_come(now).then(|| now.after(FLOOR)),
+            arrival_grace: expiry.has_come(now).then(|| now.after(FLOOR)),
             not_before: response.not_before_policy.unwrap_or_default(),
         }))
     }
@@ -124,7 +124,8 @@ impl AccessToken {
         let now = Now::read();
         let mut token = Self::new(response, id, request, never, now, now);
         let inner = Arc::get_mut(&mut token.0).expect("nobody else has it yet");
-        (inner.due, inner.expiry, inner.stillborn) = (Deadline::never(), Deadline::never(), None);
+        (inner.due, inner.expiry, inner.arrival_grace) =
+            (Deadline::never(), Deadline::never(), None);
         inner.until = Coarse::MAX;
         token
     }
@@ -251,7 +252,7 @@ impl AccessToken {
     ///
     /// One that was past its margin on arrival serves for as long as no other one may be asked for.
     pub(crate) fn has_died(&self, now: Now) -> bool {
-        !self.is_alive(now) && self.0.stillborn.is_none_or(|until| until.has_come(now))
+        !self.is_alive(now) && self.0.arrival_grace.is_none_or(|until| until.has_come(now))
     }
 
     /// Whether both would look the same to the API: servers hand out one token twice.
