@@ -11,9 +11,9 @@ use std::{
 use super::{Kind, TokenError};
 
 impl TokenError {
-    pub(super) fn breakage(&self) -> Option<Cow<'static, str>> {
+    pub(super) fn connection_cause(&self) -> Option<Cow<'static, str>> {
         match self.0.kind {
-            Kind::Transport => self.sources().find_map(breakage),
+            Kind::Transport => self.sources().find_map(connection_cause),
             #[cfg(feature = "rustls")]
             Kind::Timeout => {
                 let client = |error: &(dyn Error + 'static)| {
@@ -41,7 +41,7 @@ impl TokenError {
     }
 }
 
-fn breakage(error: &(dyn Error + 'static)) -> Option<Cow<'static, str>> {
+fn connection_cause(error: &(dyn Error + 'static)) -> Option<Cow<'static, str>> {
     #[cfg(feature = "rustls")]
     if let Some(error) = error.downcast_ref::<hyper::Error>() {
         if error.is_incomplete_message() {
@@ -53,12 +53,12 @@ fn breakage(error: &(dyn Error + 'static)) -> Option<Cow<'static, str>> {
     }
     #[cfg(feature = "rustls")]
     if let Some(Unresolved(error)) = error.downcast_ref() {
-        return io_breakage(error).or(Some("host name not resolved".into()));
+        return io_cause(error).or(Some("host name not resolved".into()));
     }
-    io_breakage(error.downcast_ref()?)
+    io_cause(error.downcast_ref()?)
 }
 
-fn io_breakage(error: &io::Error) -> Option<Cow<'static, str>> {
+fn io_cause(error: &io::Error) -> Option<Cow<'static, str>> {
     let words = match error.kind() {
         ErrorKind::ConnectionRefused => "connection refused",
         ErrorKind::ConnectionReset => "connection reset",
@@ -69,11 +69,11 @@ fn io_breakage(error: &io::Error) -> Option<Cow<'static, str>> {
         _ => {
             #[cfg(feature = "rustls")]
             if let Some(error) = tls_error(error) {
-                return Some(tls_breakage(error));
+                return Some(tls_cause(error));
             }
             // One I/O error in another is not among its sources.
             return match error.get_ref() {
-                Some(inner) => io_breakage(inner.downcast_ref()?),
+                Some(inner) => io_cause(inner.downcast_ref()?),
                 // The system's own words, such as those of too many open files.
                 None => error.raw_os_error().map(|_| error.to_string().into()),
             };
@@ -84,7 +84,7 @@ fn io_breakage(error: &io::Error) -> Option<Cow<'static, str>> {
 
 /// Names are the registered ones, or numbers.
 #[cfg(feature = "rustls")]
-fn tls_breakage(error: &rustls::Error) -> Cow<'static, str> {
+fn tls_cause(error: &rustls::Error) -> Cow<'static, str> {
     use rustls::{CertificateError as Bad, Error};
     let words = match error {
         Error::AlertReceived(alert) => return format!("TLS alert {alert:?}").into(),

@@ -377,8 +377,8 @@ impl fmt::Display for TokenError {
             (Some(status), Some(code)) => write!(f, " ({code}, status {})", status.as_u16()),
             (Some(status), None) => write!(f, " (status {})", status.as_u16()),
             (None, Some(code)) => write!(f, " ({code})"),
-            (None, None) => match self.breakage() {
-                Some(breakage) => write!(f, " ({breakage})"),
+            (None, None) => match self.connection_cause() {
+                Some(cause) => write!(f, " ({cause})"),
                 None => Ok(()),
             },
         }
