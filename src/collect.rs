@@ -157,10 +157,10 @@ where
             let service = self.inner.clone();
             drop(mem::replace(&mut self.inner, service.clone()));
             let collecting = Box::new(Collecting {
-                ahead: Some((service, head)),
+                pending: Some((service, head)),
                 body: Some(Box::pin(body)),
                 limit: self.limit,
-                read: BytesMut::with_capacity(least.min(AHEAD)),
+                read: BytesMut::with_capacity(least.min(INITIAL_CAPACITY)),
                 trailers: None,
             });
             return CollectBodyFuture {
@@ -220,7 +220,7 @@ where
             let response = match state.as_mut().project() {
                 StateProj::Collecting { collecting } => {
                     let body = ready!(collecting.poll_body(cx)).map_err(Into::into)?;
-                    let (service, head) = collecting.ahead.take().expect("it waits for its body");
+                    let (service, head) = collecting.pending.take().expect("it waits for its body");
                     Oneshot::new(service, Request::from_parts(head, body))
                 }
                 StateProj::Readying { response } => return response.poll(cx).map_err(Into::into),
@@ -248,12 +248,12 @@ where
 }
 
 /// How much room is made for a body on its own word, which may come from a peer: for more it has to send something.
-const AHEAD: usize = 64 * 1024;
+const INITIAL_CAPACITY: usize = 64 * 1024;
 
 /// A request whose body is being read.
 struct Collecting<S, B> {
     /// Present until the body has been read, as the body is.
-    ahead: Option<(S, request::Parts)>,
+    pending: Option<(S, request::Parts)>,
     body: Option<Pin<Box<B>>>,
     limit: usize,
     read: BytesMut,
