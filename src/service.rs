@@ -206,7 +206,7 @@ impl<S, R> BearerAuth<S, R> {
             key => {
                 let settings = self.slot.settings();
                 let token = settings.cache.attach(key).ok_or(Obstacle::NoToken)?;
-                settings.cache.meters().requests().looked(&token);
+                settings.cache.meters().requests().checked(&token);
                 message::authorize(request.headers_mut(), token.header_value().clone());
                 Sent::new(Mark::new(&token, settings), copy, || {
                     let prepared = Prepared::new(token, Arc::clone(settings));

@@ -258,7 +258,7 @@ impl Slot {
                 prepared
             }
         };
-        prepared.requests.looked(&prepared.token);
+        prepared.requests.checked(&prepared.token);
         Some(prepared)
     }
 

@@ -30,7 +30,7 @@ use crate::{
     policy::RefreshPolicy,
     source::{ErasedSource, Revocation, TokenRequest, TokenResponse},
     sync::Mutex,
-    telemetry::{self, Decided},
+    telemetry::{self, RefusalOutcome},
     time::{Deadline, Now},
     token::{self, AccessToken, KeyId, TokenId},
 };
@@ -345,7 +345,7 @@ impl Entry {
             Some(token) => drop(self.refused(&token, complaint)),
             None => self
                 .reporter
-                .refused(complaint.name(), Decided::Passed, None),
+                .refused(complaint.name(), RefusalOutcome::Passed, None),
         }
     }
 
@@ -356,29 +356,29 @@ impl Entry {
             Remedy::Wait(Joined { entry, flight })
         };
         let name = complaint.name();
-        let mut decided = Decided::Passed;
+        let mut outcome = RefusalOutcome::Passed;
         let remedy = self.with_state(|mut view| {
             let start = match (view.refused(token, &complaint), view.obstacle) {
                 (Refusal::Replay(token), _) => {
-                    decided = Decided::Replay;
+                    outcome = RefusalOutcome::Replay;
                     return (Remedy::Token(token), None);
                 }
                 (Refusal::Join(flight), None) => {
-                    decided = Decided::Joined;
+                    outcome = RefusalOutcome::Joined;
                     return (join(flight), None);
                 }
                 (Refusal::Start, None) => view.start_forced(complaint),
                 (Refusal::Refresh, None) => view.start(),
                 _ => return (Remedy::Nothing, None),
             };
-            decided = Decided::Started;
+            outcome = RefusalOutcome::Started;
             (join(Arc::clone(&start.flight)), Some(start))
         });
         let flight = match &remedy {
             Remedy::Wait(joined) => Some(joined.flight.number()),
             Remedy::Token(_) | Remedy::Nothing => None,
         };
-        self.reporter.refused(name, decided, flight);
+        self.reporter.refused(name, outcome, flight);
         remedy
     }
 
@@ -400,7 +400,7 @@ impl Entry {
             now,
             grant: self.endpoint.grant(),
             before: state.outage(),
-            failing: None,
+            failure: None,
         };
         let end = match outcome {
             Outcome::Granted(mut response, sent) => {
@@ -418,9 +418,9 @@ impl Entry {
             }
             Outcome::Failed(_) | Outcome::Lost => {
                 let shut = state.failed(&mut shared, flight, error.as_ref(), now);
-                landing.failing = shut
+                landing.failure = shut
                     .filter(|_| !is_ended)
-                    .map(|_| state.failing(&shared, now));
+                    .map(|_| state.failure_report(&shared, now));
                 shut.map(|_| error.clone().map_or(End::Abandoned, End::Failed))
             }
         };
@@ -471,7 +471,7 @@ impl Entry {
         let mut shared = self.endpoint.gate.lock();
         let void = state.apply_not_before(self.endpoint.not_before());
         let overdue = state.give_up_overdue(&mut shared, now);
-        let failing = overdue.as_ref().map(|_| state.failing(&shared, now));
+        let failure = overdue.as_ref().map(|_| state.failure_report(&shared, now));
         let obstacle = match &runtime {
             _ if self.closing().is_cancelled() => Some(Kind::ShutDown),
             Some(_) => None,
@@ -495,7 +495,7 @@ impl Entry {
         if let Some(flight) = overdue {
             flight.end(End::Abandoned);
             let landing = Landing {
-                failing,
+                failure,
                 ..self.empty_landing(now)
             };
             self.report_landed(&flight, &End::Abandoned, &landing);
@@ -509,7 +509,7 @@ impl Entry {
             now,
             grant: self.endpoint.grant(),
             before: None,
-            failing: None,
+            failure: None,
         }
     }
 

@@ -19,7 +19,7 @@ use crate::{
     error::TokenError,
     policy::RefreshPolicy,
     source::TokenRequest,
-    telemetry::{self, Decided, Failing, Meters, Subject, Wait},
+    telemetry::{self, FailureReport, Meters, RefusalOutcome, Subject, Wait},
     time::Now,
 };
 
@@ -163,7 +163,7 @@ impl Reporter {
     fn report_landed(&self, flight: &Flight, end: &End, landing: &Landing) {
         let number = flight.number();
         let now = landing.now.monotonic;
-        match (end, &landing.failing) {
+        match (end, &landing.failure) {
             (End::Done(token), _) => {
                 let took = self.ended(flight, telemetry::GRANTED, None, landing);
                 telemetry::token_received(number, token, landing.grant, took);
@@ -182,28 +182,28 @@ impl Reporter {
                     self.recovered(number, outage, now - outage.since);
                 }
             }
-            (End::Failed(error), Some(failing)) => {
+            (End::Failed(error), Some(failure)) => {
                 let took = self.ended(flight, telemetry::FAILED, Some(error), landing);
-                telemetry::flight_failed(number, self.subject(), error, took, failing);
-                self.closed(failing);
+                telemetry::flight_failed(number, self.subject(), error, took, failure);
+                self.closed(failure);
                 self.outlets.bus.send(|| TokenEvent::FlightFailed {
                     request: self.request.clone(),
                     flight: number,
                     took,
                     error: error.clone(),
-                    failures: failing.failures,
-                    retry_in: failing.retry_in,
-                    usable_for: failing.usable_for,
+                    failures: failure.failures,
+                    retry_in: failure.retry_in,
+                    usable_for: failure.usable_for,
                 });
             }
-            (End::Abandoned, Some(failing)) => {
+            (End::Abandoned, Some(failure)) => {
                 self.ended(flight, telemetry::LOST, None, landing);
-                telemetry::flight_lost(number, self.subject(), failing.failures);
-                self.closed(failing);
+                telemetry::flight_lost(number, self.subject(), failure.failures);
+                self.closed(failure);
                 self.outlets.bus.send(|| TokenEvent::FlightLost {
                     request: self.request.clone(),
                     flight: number,
-                    failures: failing.failures,
+                    failures: failure.failures,
                 });
             }
             // Of a cache that was shut down.
@@ -227,8 +227,8 @@ impl Reporter {
         took
     }
 
-    fn closed(&self, failing: &Failing) {
-        telemetry::gate_closed(failing);
+    fn closed(&self, failure: &FailureReport) {
+        telemetry::gate_closed(failure);
         if !self.closed.swap(true, Ordering::SeqCst) {
             self.meters().gates(1);
         }
@@ -263,10 +263,15 @@ impl Reporter {
         });
     }
 
-    pub(super) fn refused(&self, complaint: &'static str, decided: Decided, flight: Option<u64>) {
-        self.meters().refused(decided);
-        telemetry::token_refused(self.subject(), complaint, decided, flight);
-        if let (Decided::Started, Some(flight)) = (decided, flight) {
+    pub(super) fn refused(
+        &self,
+        complaint: &'static str,
+        outcome: RefusalOutcome,
+        flight: Option<u64>,
+    ) {
+        self.meters().refused(outcome);
+        telemetry::token_refused(self.subject(), complaint, outcome, flight);
+        if let (RefusalOutcome::Started, Some(flight)) = (outcome, flight) {
             self.outlets.bus.send(|| TokenEvent::TokenRefused {
                 request: self.request.clone(),
                 flight,
@@ -294,5 +299,5 @@ pub(super) struct Landing {
     /// The outage that there was before.
     pub(super) before: Option<Outage>,
     /// What there is if the flight has failed.
-    pub(super) failing: Option<Failing>,
+    pub(super) failure: Option<FailureReport>,
 }

@@ -28,7 +28,7 @@ use crate::{
     error::TokenError,
     policy::{self, RefreshPolicy},
     source::{RefreshToken, Revocation, TokenRequest, TokenResponse},
-    telemetry::Failing,
+    telemetry::FailureReport,
     time::{Deadline, Now},
     token::{AccessToken, KeyId, TokenId},
 };
@@ -412,7 +412,7 @@ impl<F: Clone + PartialEq> State<F> {
     }
 
     /// What a flight that has failed just now leaves behind. Takes note that it is told.
-    pub(crate) fn failing(&mut self, shared: &SharedGate, now: Now) -> Failing {
+    pub(crate) fn failure_report(&mut self, shared: &SharedGate, now: Now) -> FailureReport {
         let attachable = self.attachable(now).map(|token| token.expiry());
         let extended = || self.last_resort(shared, now)?.extended();
         let usable_for = attachable
@@ -422,7 +422,7 @@ impl<F: Clone + PartialEq> State<F> {
             outage.reported |= usable_for.is_none();
             outage.failures
         });
-        Failing {
+        FailureReport {
             failures,
             usable_for,
             invalid: self.invalid,

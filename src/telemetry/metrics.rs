@@ -26,7 +26,7 @@ use metrics::{
     gauge, histogram,
 };
 
-use super::Decided;
+use super::RefusalOutcome;
 use crate::{error::TokenError, time::Now, token::AccessToken};
 
 const TOKEN_REQUESTS: &str = "tower_bearer_token_requests_total";
@@ -73,7 +73,7 @@ impl Meters {
             keys: AtomicI64::new(0),
             handles: ArcSwap::from_pointee(Handles::of(cache)),
         }));
-        meters.show_all();
+        meters.register_all();
         meters
     }
 
@@ -83,18 +83,17 @@ impl Meters {
     pub(crate) fn renew(&self) {
         describe();
         self.0.handles.store(Arc::new(Handles::of(self.0.cache)));
-        self.show_all();
+        self.register_all();
     }
 
-    fn show_all(&self) {
+    fn register_all(&self) {
         self.waiters(0);
         self.gates(0);
         self.keys(0);
         // Without a zero to begin with, a rate misses the first one.
         counter!(REPLAYS, "cache" => self.0.cache).increment(0);
-        for decision in Decided::ALL {
-            counter!(REFUSALS, "cache" => self.0.cache, "decision" => decision.label())
-                .increment(0);
+        for outcome in RefusalOutcome::ALL {
+            counter!(REFUSALS, "cache" => self.0.cache, "decision" => outcome.label()).increment(0);
         }
     }
 
@@ -115,8 +114,8 @@ impl Meters {
             .record(took.as_secs_f64());
     }
 
-    pub(crate) fn refused(&self, decision: Decided) {
-        counter!(REFUSALS, "cache" => self.0.cache, "decision" => decision.label()).increment(1);
+    pub(crate) fn refused(&self, outcome: RefusalOutcome) {
+        counter!(REFUSALS, "cache" => self.0.cache, "decision" => outcome.label()).increment(1);
     }
 
     pub(crate) fn replayed(&self) {
@@ -126,19 +125,19 @@ impl Meters {
     /// So many more requests wait.
     pub(crate) fn waiters(&self, more: i64) {
         self.0.waiters.fetch_add(more, Ordering::SeqCst);
-        show(&self.0.waiters, || self.0.handles.load().waiters.clone());
+        set_gauge(&self.0.waiters, || self.0.handles.load().waiters.clone());
     }
 
     /// So many more gates are closed.
     pub(crate) fn gates(&self, more: i64) {
         self.0.gates.fetch_add(more, Ordering::SeqCst);
-        show(&self.0.gates, || gauge!(GATES, "cache" => self.0.cache));
+        set_gauge(&self.0.gates, || gauge!(GATES, "cache" => self.0.cache));
     }
 
     /// So many more keys there are.
     pub(crate) fn keys(&self, more: i64) {
         self.0.keys.fetch_add(more, Ordering::SeqCst);
-        show(&self.0.keys, || gauge!(KEYS, "cache" => self.0.cache));
+        set_gauge(&self.0.keys, || gauge!(KEYS, "cache" => self.0.cache));
     }
 }
 
@@ -161,7 +160,7 @@ impl Requests {
     }
 
     /// A request leaves with a token that was looked at.
-    pub(crate) fn looked(&self, token: &AccessToken) {
+    pub(crate) fn checked(&self, token: &AccessToken) {
         match token.is_fresh() {
             true => self.0.fresh.increment(1),
             false => self.0.due.increment(1),
@@ -223,7 +222,7 @@ impl Handles {
 /// Sets a gauge to a level that others may change at the same time: whoever comes last leaves it right.
 ///
 /// Some levels change on drop, where a recorder that panics must not: while a panic unwinds, it would end the process.
-fn show(level: &AtomicI64, gauge: impl FnOnce() -> Gauge) {
+fn set_gauge(level: &AtomicI64, gauge: impl FnOnce() -> Gauge) {
     let set = || {
         let gauge = gauge();
         loop {

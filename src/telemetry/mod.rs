@@ -67,7 +67,13 @@ impl FlightSpan {
     }
 
     /// Opens the span within that of whoever starts the flight, and returns it.
-    pub(crate) fn open(&self, flight: u64, of: Subject<'_>, forced: bool, starts: Instant) -> Span {
+    pub(crate) fn open(
+        &self,
+        flight: u64,
+        subject: Subject<'_>,
+        forced: bool,
+        starts: Instant,
+    ) -> Span {
         // A flight starts once.
         let _ = self.starts.set(starts);
         let span = span!(
@@ -75,9 +81,9 @@ impl FlightSpan {
             parent: None,
             Level::DEBUG,
             "token_flight",
-            cache = of.cache,
+            cache = subject.cache,
             flight,
-            key = key(of.request),
+            key = key(subject.request),
             grant = Empty,
             forced,
             attempts = Empty,
@@ -155,7 +161,7 @@ pub(crate) struct Wait {
     meters: Meters,
     flight: u64,
     since: Instant,
-    told: bool,
+    ended: bool,
 }
 
 impl Wait {
@@ -166,13 +172,13 @@ impl Wait {
             meters,
             flight,
             since: now,
-            told: false,
+            ended: false,
         }
     }
 
     /// Emits that the wait has ended; `outcome` is what for.
     pub(crate) fn end(&mut self, outcome: &'static str) {
-        self.told = true;
+        self.ended = true;
         let (flight, took) = (self.flight, round(self.since.elapsed()));
         emit!(
             DEBUG "waited",
@@ -188,7 +194,7 @@ impl Drop for Wait {
     fn drop(&mut self) {
         self.meters.waiters(-1);
         // A subscriber is foreign code: if it panicked while a panic unwinds, it would end the process.
-        if !self.told && !thread::panicking() {
+        if !self.ended && !thread::panicking() {
             self.end("dropped");
         }
     }
@@ -222,24 +228,24 @@ pub(crate) fn attempt_failed(flight: u64, attempt: u32, error: &TokenError) {
 /// A refresh token brought no access token, and the attempt goes on with the client's own credentials.
 ///
 /// `DEBUG`, since it is how every session ends.
-pub(crate) fn refresh_token_failed(flight: u64, of: Subject<'_>, error: &TokenError) {
+pub(crate) fn refresh_token_failed(flight: u64, subject: Subject<'_>, error: &TokenError) {
     emit!(
         DEBUG "refresh_token_failed",
-        cache = of.cache,
+        cache = subject.cache,
         flight,
-        key = key(of.request),
+        key = key(subject.request),
         %error,
         "the refresh token brought no access token, client credentials were next",
     );
 }
 
 /// The server named no lifetime that can be read, and this one is assumed.
-pub(crate) fn lifetime_assumed(flight: u64, of: Subject<'_>, lifetime: Duration) {
+pub(crate) fn lifetime_assumed(flight: u64, subject: Subject<'_>, lifetime: Duration) {
     emit!(
         WARN "lifetime_assumed",
-        cache = of.cache,
+        cache = subject.cache,
         flight,
-        key = key(of.request),
+        key = key(subject.request),
         ?lifetime,
         "the token response has no usable expires_in",
     );
@@ -275,7 +281,7 @@ pub(crate) struct Subject<'a> {
 
 /// What a flight that failed leaves behind.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Failing {
+pub(crate) struct FailureReport {
     /// How many have failed in a row.
     pub(crate) failures: u32,
     /// For how long requests go on with a token that is there, if there is one.
@@ -291,25 +297,25 @@ pub(crate) struct Failing {
 /// A token request failed.
 pub(crate) fn flight_failed(
     flight: u64,
-    of: Subject<'_>,
+    subject: Subject<'_>,
     error: &TokenError,
     took: Duration,
-    failing: &Failing,
+    failure: &FailureReport,
 ) {
-    let Failing {
+    let FailureReport {
         failures,
         usable_for,
         invalid,
         retry_in,
         ..
-    } = *failing;
+    } = *failure;
     macro_rules! tell {
         ($message:literal) => {
             emit!(
                 WARN "flight_failed",
-                cache = of.cache,
+                cache = subject.cache,
                 flight,
-                key = key(of.request),
+                key = key(subject.request),
                 %error,
                 failures,
                 took = ?round(took),
@@ -329,12 +335,12 @@ pub(crate) fn flight_failed(
 }
 
 /// Requests wait for this token request, which has taken so long and goes on.
-pub(crate) fn requests_waiting(flight: u64, of: Subject<'_>, waiters: usize, age: Duration) {
+pub(crate) fn requests_waiting(flight: u64, subject: Subject<'_>, waiters: usize, age: Duration) {
     emit!(
         WARN "requests_waiting",
-        cache = of.cache,
+        cache = subject.cache,
         flight,
-        key = key(of.request),
+        key = key(subject.request),
         waiters,
         age = ?round(age),
         "requests wait for a token request that takes long",
@@ -342,23 +348,23 @@ pub(crate) fn requests_waiting(flight: u64, of: Subject<'_>, waiters: usize, age
 }
 
 /// A token request ended with its runtime, or that was not driven for too long.
-pub(crate) fn flight_lost(flight: u64, of: Subject<'_>, failures: u32) {
+pub(crate) fn flight_lost(flight: u64, subject: Subject<'_>, failures: u32) {
     emit!(
         WARN "flight_lost",
-        cache = of.cache,
+        cache = subject.cache,
         flight,
-        key = key(of.request),
+        key = key(subject.request),
         failures,
         "token request lost with the runtime that ran it",
     );
 }
 
 /// The token that requests went on with has died while token requests fail: from here on they fail as well.
-pub(crate) fn requests_failing(of: Subject<'_>, error: &TokenError, retry_in: Duration) {
+pub(crate) fn requests_failing(subject: Subject<'_>, error: &TokenError, retry_in: Duration) {
     emit!(
         WARN "requests_failing",
-        cache = of.cache,
-        key = key(of.request),
+        cache = subject.cache,
+        key = key(subject.request),
         %error,
         retry_in = ?round(retry_in),
         "the last token has expired, requests fail until a token request succeeds",
@@ -366,13 +372,13 @@ pub(crate) fn requests_failing(of: Subject<'_>, error: &TokenError, retry_in: Du
 }
 
 /// A token request succeeded after so many that failed, the first one of them so long ago.
-pub(crate) fn recovered(flight: u64, of: Subject<'_>, failures: u32, outage: Duration) {
+pub(crate) fn recovered(flight: u64, subject: Subject<'_>, failures: u32, outage: Duration) {
     let outage = round(outage);
     emit!(
         INFO "recovered",
-        cache = of.cache,
+        cache = subject.cache,
         flight,
-        key = key(of.request),
+        key = key(subject.request),
         failures,
         ?outage,
         "token requests succeed again",
@@ -380,13 +386,13 @@ pub(crate) fn recovered(flight: u64, of: Subject<'_>, failures: u32, outage: Dur
 }
 
 /// No token request of this key starts for a while, or if `shared` of any key of its source.
-pub(crate) fn gate_closed(failing: &Failing) {
-    let Failing {
+pub(crate) fn gate_closed(failure: &FailureReport) {
+    let FailureReport {
         failures,
         retry_in,
         shared,
         ..
-    } = *failing;
+    } = *failure;
     emit!(
         DEBUG "gate_closed",
         failures,
@@ -406,11 +412,11 @@ pub(crate) fn gate_opened(cause: &'static str) {
 }
 
 /// The server has granted less than was asked for, which the API may miss.
-pub(crate) fn scope_narrowed(of: Subject<'_>, token: &AccessToken) {
+pub(crate) fn scope_narrowed(subject: Subject<'_>, token: &AccessToken) {
     let missing = token.missing_scopes().collect::<Vec<_>>().join(" ");
     emit!(
         WARN "scope_narrowed",
-        cache = of.cache,
+        cache = subject.cache,
         missing,
         "the token was granted for fewer scopes than were asked for",
     );
@@ -418,15 +424,15 @@ pub(crate) fn scope_narrowed(of: Subject<'_>, token: &AccessToken) {
 
 /// The API refused a token, and what was decided: a `flight` that is waited for may be one that it has started.
 pub(crate) fn token_refused(
-    of: Subject<'_>,
+    subject: Subject<'_>,
     complaint: &'static str,
-    decision: Decided,
+    outcome: RefusalOutcome,
     flight: Option<u64>,
 ) {
-    let (cache, label) = (of.cache, decision.label());
-    match decision {
+    let (cache, label) = (subject.cache, outcome.label());
+    match outcome {
         // No more often than forced token requests are: whatever may come in floods is for DEBUG.
-        Decided::Started => emit!(
+        RefusalOutcome::Started => emit!(
             INFO "token_refused",
             cache,
             complaint,
@@ -434,7 +440,7 @@ pub(crate) fn token_refused(
             flight,
             "the API refused the token, another one is asked for",
         ),
-        Decided::Joined | Decided::Replay | Decided::Passed => emit!(
+        RefusalOutcome::Joined | RefusalOutcome::Replay | RefusalOutcome::Passed => emit!(
             DEBUG "token_refused",
             cache,
             complaint,
@@ -447,7 +453,7 @@ pub(crate) fn token_refused(
 
 /// What becomes of a token's refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Decided {
+pub(crate) enum RefusalOutcome {
     /// It starts a token request.
     Started,
     /// There is a token request under way.
@@ -458,7 +464,7 @@ pub(crate) enum Decided {
     Passed,
 }
 
-impl Decided {
+impl RefusalOutcome {
     #[cfg(feature = "metrics")]
     pub(crate) const ALL: [Self; 4] = [Self::Started, Self::Joined, Self::Replay, Self::Passed];
 

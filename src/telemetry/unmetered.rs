@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::Decided;
+use super::RefusalOutcome;
 use crate::{error::TokenError, token::AccessToken};
 
 #[derive(Clone, Debug)]
@@ -23,7 +23,7 @@ impl Meters {
 
     pub(crate) const fn flight_ended(&self, _: &'static str, _: Duration) {}
 
-    pub(crate) const fn refused(&self, _: Decided) {}
+    pub(crate) const fn refused(&self, _: RefusalOutcome) {}
 
     pub(crate) const fn replayed(&self) {}
 
@@ -42,7 +42,7 @@ impl Requests {
     pub(crate) const fn fresh(&self, _: &AccessToken) {}
 
     #[inline]
-    pub(crate) const fn looked(&self, _: &AccessToken) {}
+    pub(crate) const fn checked(&self, _: &AccessToken) {}
 
     pub(crate) const fn waited(&self, _: &AccessToken) {}
 
