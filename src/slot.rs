@@ -1,5 +1,5 @@
-//! [`Prepared`]: a token as services attach it, with no wait for a lock and no more than a coarse look at the wall clock;
-//! and [`Slot`], by which each service gets to one.
+//! [`Prepared`]: a token that services attach without waiting for a lock, after one coarse read of the wall clock; and
+//! [`Slot`]: where each service keeps one.
 
 use std::{
     num::NonZeroU64,
@@ -20,14 +20,14 @@ use crate::{
     token::{AccessToken, TokenId},
 };
 
-/// A token with all that a request takes of it, and all that is needed if the API refuses it.
+/// A token with all that a request needs of it, also if the API refuses it.
 pub(crate) struct Prepared {
     pub(crate) token: AccessToken,
-    /// The token's header value, or a copy of it with a reference count of its own.
+    /// The token's header value, or a copy of it with its own reference count.
     header: HeaderValue,
     id: TokenId,
     pub(crate) mark: Mark,
-    /// Where to see whether the token still stands.
+    /// Says whether the token is still valid.
     watched: Watched,
     /// When the token is due or dead by the wall clock.
     until: Coarse,
@@ -56,14 +56,14 @@ impl Prepared {
 
     /// The header value for one request.
     ///
-    /// Out of line, so that it is written where it is to go: in line it is moved once more, by wider loads than it was
-    /// just written by, and a processor waits for those.
+    /// Out of line, so that the value is written in place: inlined, it is moved once more, by loads wider than the
+    /// stores that just wrote it, which stall the processor.
     #[inline(never)]
     pub(crate) fn header(&self) -> HeaderValue {
         self.header.clone()
     }
 
-    /// Whether a request may leave with the token as it stands.
+    /// Whether a request may use the token as it is.
     #[inline]
     fn is_fresh(&self) -> bool {
         self.is_watched() && Coarse::read() < self.until
@@ -75,10 +75,10 @@ impl Prepared {
     }
 }
 
-/// What a request in flight knows of its token, to say if it is refused.
+/// What a request in flight keeps of its token, to report a refusal.
 ///
-/// A word and no more: to count references would cost every request what the rare one makes use of that is refused,
-/// and a future that is larger is moved more slowly.
+/// A single word: with a reference count every request would pay for what only the rare refused one uses, and a
+/// larger future is slower to move.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mark(NonZeroU64);
 
@@ -92,7 +92,7 @@ impl Mark {
         TokenId::from(self.0.get() >> 1)
     }
 
-    /// Whether a refusal counts that does not say what is wrong.
+    /// Whether a refusal that does not say what is wrong counts.
     pub(crate) fn refresh_on_unexplained_401(self) -> bool {
         self.0.get() & 1 == 1
     }
@@ -100,11 +100,11 @@ impl Mark {
 
 /// Where the clones of a service find the token.
 ///
-/// On cache lines of its own, since each clone writes to it.
+/// On its own cache lines, since each clone writes to it.
 #[repr(align(128))]
 struct SharedSlot {
     settings: Arc<Settings>,
-    /// What was found last. Nobody waits for this lock: whoever finds it taken does without.
+    /// The token found last. Nobody waits for this lock: a service that finds it taken does without.
     last: TryLock<Option<Arc<Prepared>>>,
 }
 
@@ -116,7 +116,7 @@ impl SharedSlot {
         })
     }
 
-    /// What was found last, unless it is known to be of no use by now.
+    /// The token found last, while it is watched.
     #[inline]
     fn watched(&self) -> Option<Arc<Prepared>> {
         let last = self.last.try_lock()?;
@@ -124,18 +124,18 @@ impl SharedSlot {
         prepared.is_watched().then(|| Arc::clone(prepared))
     }
 
-    /// What was found last if it is fresh, or what the cache has.
+    /// The token found last if it is fresh, or else the cache's.
     fn find(&self) -> Option<Arc<Prepared>> {
         let Some(last) = self.last.try_lock().map(|last| last.clone()) else {
             let token = self.settings.cache.attach(None)?;
-            // Whoever looks for itself keeps it for as long as the token stands.
+            // A copy, since the service may keep it for as long as the token is valid.
             return Some(self.prepare_copy(token));
         };
         if last.as_ref().is_some_and(|prepared| prepared.is_fresh()) {
             return last;
         }
         let token = self.settings.cache.attach(None)?;
-        // Not by the id: what was kept for long enough may have that of another token.
+        // Not by id: ids repeat, and one kept for long enough may be another token's.
         if let Some(last) = last.filter(|last| Arc::ptr_eq(&last.token.0, &token.0)) {
             return Some(last);
         }
@@ -144,7 +144,7 @@ impl SharedSlot {
         Some(prepared)
     }
 
-    /// Makes a copy of the token that shares its count of references with nobody.
+    /// Prepares a copy of the token with its own reference count.
     fn prepare_copy(&self, token: AccessToken) -> Arc<Prepared> {
         Prepared::with_header(token.copy_header(), token, Arc::clone(&self.settings))
     }
@@ -152,19 +152,19 @@ impl SharedSlot {
     fn store(&self, prepared: Arc<Prepared>) {
         let replaced = self.last.try_lock();
         let replaced = replaced.and_then(|mut last| last.replace(prepared));
-        // After the lock: with a token goes what its requests are counted by, which is code that is not ours.
+        // After the lock: dropping a token drops its metrics handles, which is foreign code.
         drop(replaced);
     }
 }
 
-/// One [`SharedSlot`] for each of some threads: a service that is cloned for each request may be cloned by all at once.
+/// [`SharedSlot`]s by thread: a service that is cloned for each request may be cloned by all threads at once.
 #[derive(Default)]
 struct Stripes([OnceLock<Arc<SharedSlot>>; STRIPES]);
 
 const STRIPES: usize = 16;
 
 impl Stripes {
-    /// The one of this thread, and of few others if there are many.
+    /// This thread's stripe; if there are many threads, a few share one.
     #[inline]
     fn current(&self) -> &OnceLock<Arc<SharedSlot>> {
         static THREADS: AtomicUsize = AtomicUsize::new(0);
@@ -175,14 +175,14 @@ impl Stripes {
     }
 }
 
-/// A service's way to the token.
+/// Where a service keeps the token it uses.
 ///
-/// What requests count themselves in and out of, above all the header's text, is on cache lines that are slow if
-/// several threads write them. So whatever is used often gets copies of its own: a service that is called for more than
-/// a few requests, and one that is cloned again, one per thread for all the clones to come, which may each be for one.
+/// Requests count references, above all to the header's text, on cache lines that are slow when several threads write
+/// them. So what is used often gets its own copies: a service that is called more than a few times gets one, and a
+/// service that is cloned again gets one per thread for all later clones, each of which may serve a single request.
 pub(crate) struct Slot {
     content: Content,
-    /// How many more requests may leave with what others use as well, or [`OWN_COPY`].
+    /// How many more requests may use a copy shared with others, or [`OWN_COPY`].
     shared_uses: u8,
     /// For the clones of this service, from the second one on.
     stripes: OnceLock<Box<Stripes>>,
@@ -190,18 +190,18 @@ pub(crate) struct Slot {
 }
 
 enum Content {
-    /// The token that the service has used last, or that it was made with.
+    /// The token that the service used last or was made with.
     Token(Arc<Prepared>),
     Shared(Arc<SharedSlot>),
 }
 
-/// How often a service is called before it gets copies of its own.
+/// How often a service is called before it gets its own copy.
 ///
-/// A copy costs about what this many requests lose by counting references where another thread counts too, and many
-/// clones are made for a few requests only.
+/// A copy costs about as much as this many requests lose to a reference count contended by another thread, and many
+/// clones serve only a few requests.
 const SHARED_USES: u8 = 8;
 
-/// Of [`Slot::shared_uses`]: the service has copies of its own.
+/// [`Slot::shared_uses`] of a service that has its own copy.
 const OWN_COPY: u8 = u8::MAX;
 
 impl Slot {
@@ -226,7 +226,7 @@ impl Slot {
         }
     }
 
-    /// What the service has, if one more request may leave with it.
+    /// The token that the service holds, if one more request may use it.
     #[inline]
     pub(crate) fn held(&mut self) -> Option<&Arc<Prepared>> {
         match &self.content {
@@ -241,7 +241,7 @@ impl Slot {
         }
     }
 
-    /// The token for a request that has no time to wait.
+    /// The token for a request that cannot wait.
     pub(crate) fn prepared(&mut self) -> Option<Arc<Prepared>> {
         if let Some(held) = self.held() {
             return Some(Arc::clone(held));
@@ -262,7 +262,7 @@ impl Slot {
         Some(prepared)
     }
 
-    /// A service that finds its token by `shared`.
+    /// A clone that finds its token in `shared`.
     #[inline]
     fn from_shared(shared: &Arc<SharedSlot>) -> Self {
         Self::with(match shared.watched() {
@@ -271,7 +271,7 @@ impl Slot {
         })
     }
 
-    /// Makes a clone while there is nothing for clones yet.
+    /// Clones while this thread has no stripe yet.
     fn clone_slow(&self) -> Self {
         if self.cloned.load(Ordering::Relaxed) {
             return Self::from_shared(self.stripe());
@@ -281,7 +281,7 @@ impl Slot {
             Content::Token(prepared) if prepared.is_watched() => {
                 Self::with(Content::Token(Arc::clone(prepared)))
             }
-            // A clone may be the next to be cloned, and so on: each would have to make itself a copy of the next token.
+            // In a chain of clones, each clone would otherwise make its own copy of the next token.
             Content::Token(_) => Self::from_shared(self.stripe()),
             Content::Shared(shared) => Self::from_shared(shared),
         }
@@ -342,17 +342,17 @@ mod tests {
         slot.prepared().unwrap().header()
     }
 
-    /// Where the text is that the service attaches: the same place is the same count of references.
+    /// Where the attached text is in memory: the same place means the same reference count.
     fn text(slot: &mut Slot) -> *const u8 {
         header(slot).as_bytes().as_ptr()
     }
 
-    /// What is used often counts references where nobody else does.
+    /// What is used often has an uncontended reference count.
     #[tokio::test]
-    async fn a_service_that_is_called_often_or_cloned_again_has_a_copy_of_its_own() {
+    async fn a_service_that_is_called_often_or_cloned_again_has_its_own_copy() {
         let settings = settings();
         settings.cache.get().await.unwrap();
-        // Somebody watches the token from here on.
+        // The token is watched from here on.
         tokio::task::yield_now().await;
         let mut called = Slot::new((*settings).clone());
         let shared = [0; SHARED_USES as usize].map(|_| text(&mut called));
@@ -361,7 +361,7 @@ mod tests {
         assert_ne!(shared[0], own);
         assert_eq!(own, text(&mut called));
 
-        // The clones of one that is called share what it has, until they are called often.
+        // The clones of a called service share its copy until they are called often.
         let mut clone = called.clone();
         let shared = [0; SHARED_USES as usize].map(|_| text(&mut clone));
         assert_eq!(shared, [own; SHARED_USES as usize]);
@@ -369,22 +369,22 @@ mod tests {
         assert_ne!(other, own);
         assert_eq!(other, text(&mut clone));
 
-        // The second clone of one that is not called and all after it share what is theirs.
+        // The second and later clones of an uncalled service share one copy.
         let cloned = Slot::new((*settings).clone());
         let [first, second, third] = [0; 3].map(|_| text(&mut cloned.clone()));
         assert_ne!(first, second);
         assert_eq!(second, third);
     }
 
-    /// As in a middleware that calls the service which was polled ready, and keeps a clone in its place.
+    /// As in a middleware that calls the service that was polled ready and keeps a clone in its place.
     #[tokio::test]
-    async fn a_service_that_gives_way_to_its_clone_passes_on_each_token() {
+    async fn a_service_replaced_by_its_clone_passes_on_each_token() {
         let settings = settings();
         let mut kept = Slot::new((*settings).clone());
         for _ in 0..2 {
             let token = settings.cache.get().await.unwrap();
             tokio::task::yield_now().await;
-            // Held on to, so that each one has a place of its own.
+            // Kept alive, so that each has its own place.
             let headers = [0; 6].map(|_| {
                 let clone = kept.clone();
                 header(&mut mem::replace(&mut kept, clone))
@@ -395,7 +395,7 @@ mod tests {
         }
     }
 
-    /// A token that has to be looked at each time is no reason to make a copy each time.
+    /// An unwatched token has to be checked each time, but not copied each time.
     #[test]
     fn clones_share_a_token_that_nobody_watches() {
         let settings = settings();
@@ -404,7 +404,7 @@ mod tests {
         let slot = Slot::new((*settings).clone());
         let mut headers = vec![header(&mut slot.clone()), header(&mut slot.clone())];
         assert!(matches!(slot.clone().content, Content::Token(_)));
-        // With the runtime goes the watch.
+        // The watch ends with the runtime.
         drop(runtime);
         assert!(matches!(slot.clone().content, Content::Shared(_)));
         headers.extend([0; 3].map(|_| header(&mut slot.clone())));
@@ -415,7 +415,7 @@ mod tests {
 
     /// A service that all threads clone for each request would otherwise be slower than one thread.
     #[tokio::test]
-    async fn the_clones_that_threads_make_of_one_service_share_nothing_with_those_of_others() {
+    async fn clones_made_by_different_threads_share_nothing() {
         let settings = settings();
         settings.cache.get().await.unwrap();
         tokio::task::yield_now().await;
@@ -437,13 +437,13 @@ mod tests {
             assert_eq!([first, first], [second, third]);
             copies.insert(first);
         }
-        // Other tests count threads too, so that two of these may have got the same stripe.
+        // Other tests count threads too, so two of these may share a stripe.
         assert!(copies.len() > STRIPES / 4, "{}", copies.len());
     }
 
-    /// Nobody waits for another clone that is being made.
+    /// Nobody waits while another clone is being made.
     #[tokio::test]
-    async fn a_service_whose_token_is_in_use_elsewhere_finds_one_all_the_same() {
+    async fn a_service_finds_a_token_while_its_shared_slot_is_locked() {
         let settings = settings();
         let token = settings.cache.get().await.unwrap();
         let original = token.header_value();
@@ -456,21 +456,21 @@ mod tests {
         let last = shared.last.try_lock().unwrap();
         assert!(last.is_some());
         for _ in 0..3 {
-            // It is a copy, since a service may keep it.
+            // A copy, since a service may keep it.
             assert_ne!(text(&mut slot.clone()), original.as_bytes().as_ptr());
         }
         drop(last);
         assert!(matches!(slot.clone().content, Content::Token(_)));
     }
 
-    /// Ids start over after so many flights: one that a service has kept for that long is another token's by then.
+    /// Ids start over after enough flights: one that a service kept for that long may be another token's.
     #[tokio::test]
-    async fn a_token_that_was_kept_is_not_taken_for_one_of_the_same_id() {
+    async fn a_kept_token_is_not_mistaken_for_one_with_the_same_id() {
         let settings = settings();
         let token = settings.cache.get().await.unwrap();
         tokio::task::yield_now().await;
         let mut now = Now::read();
-        // A coarse reading is behind by some milliseconds.
+        // A coarse reading lags by a few milliseconds.
         now.wall -= Duration::from_secs(1);
         let schedule = Schedule {
             refresh_after: Duration::ZERO,
@@ -498,7 +498,7 @@ mod tests {
         assert_eq!(size_of::<Option<Mark>>(), 8);
     }
 
-    /// A runtime that is parked, and a machine that slept, stop the watch: the wall clock does not.
+    /// A parked runtime or a sleeping machine stops the watch, but not the wall clock.
     #[tokio::test]
     async fn a_watched_token_is_dead_when_the_wall_clock_says_so() {
         let settings = settings();
