@@ -45,7 +45,7 @@ pin_project! {
     {
         #[pin]
         state: State<S, R, Req>,
-        // Of a request that the inner service has; beside the state and each by itself, to be moved less often.
+        // Of a request in `Sending`; separate fields outside the state, so that they are moved less often.
         sent: Sent<S, R>,
         copy: Option<R::Copied>,
     }
@@ -58,13 +58,13 @@ pin_project! {
         S: Service<Req>,
         R: Replay<Req>,
     {
-        // The request has not left, or is to leave once more; it holds nothing of the inner service.
+        // The request waits to be sent, or to be sent again; it holds no readiness of the inner service.
         Waiting { waiting: Pin<Box<Waiting<S, R, Req>>> },
-        // The inner service has the request; with a token of ours, or without one.
+        // The inner service has the request, with or without our token.
         Sending { #[pin] response: S::Future },
-        // The request may not be sent.
+        // The request is not sent.
         Refused { error: TokenError },
-        // The response was handed out.
+        // The response was returned.
         Done,
     }
 }
@@ -74,7 +74,7 @@ where
     S: Service<Req>,
     R: Replay<Req>,
 {
-    /// A request that the inner service has; with a token of ours, or without one.
+    /// A request that the inner service has, with or without our token.
     #[inline]
     pub(crate) fn sending(response: S::Future, sent: Sent<S, R>, copy: Option<R::Copied>) -> Self {
         Self {
@@ -84,7 +84,7 @@ where
         }
     }
 
-    /// A request that may not go at all.
+    /// A request that is not sent.
     pub(crate) fn refused(error: TokenError) -> Self {
         Self {
             state: State::Refused { error },
@@ -127,7 +127,7 @@ where
     R: Replay<Req>,
     Req: HttpRequest,
 {
-    /// Sends `request` with a token, and keeps what it takes to send it once more if `replay` says how.
+    /// Sends `request` with a token, and keeps what a replay needs if `replay` allows one.
     #[inline]
     fn send(
         service: &mut S,
@@ -183,7 +183,7 @@ where
         };
         match ready!(response.poll(cx)) {
             Ok(answer) if challenge::is_candidate(&answer) => self.poll_judged(answer, cx),
-            // What most requests come to; what is left of them goes with this future.
+            // The common case; the remaining fields are dropped with this future.
             Ok(answer) => Poll::Ready(Ok(answer)),
             Err(error) => Poll::Ready(Err(error.into())),
         }
@@ -198,7 +198,7 @@ where
         let mut this = self.as_mut().project();
         let sent = mem::replace(this.sent, Sent::bare());
         let copy = this.copy.take();
-        // The inner future goes before anything waits: it may hold a permit of a limit below.
+        // Dropped before any wait: the inner future may hold a permit of a limit below.
         this.state.set(State::Done);
         match sent.judge(answer, copy) {
             Judged::Answer(answer) => Poll::Ready(Ok(answer)),
@@ -251,18 +251,18 @@ where
     }
 }
 
-/// What it takes to send a request once more, beside its copy.
+/// What a replay needs besides the copy of the request.
 type Resend<S, R> = <R as Sealed>::Kept<(S, Arc<Prepared>)>;
 
-/// What is known of a request that has left.
+/// What is kept of a request that was sent.
 pub(crate) struct Sent<S, R: Sealed> {
-    /// Of the token, if there is one of ours on it.
+    /// Of our token, if the request carries it.
     mark: Option<Mark>,
-    /// There is none without a copy of the request.
+    /// Only with a copy of the request.
     resend: Option<Resend<S, R>>,
 }
 
-/// What an answer comes to.
+/// What to do with an answer.
 enum Judged<S, R, Req>
 where
     S: Service<Req>,
@@ -273,7 +273,7 @@ where
 }
 
 impl<S, R: Sealed> Sent<S, R> {
-    /// Of a request with a token of ours; `resend` makes what it takes to send it once more, if there is a copy of it.
+    /// Of a request with our token; `resend` makes what a replay needs, if there is a copy.
     #[inline]
     pub(crate) fn new<C>(
         mark: Mark,
@@ -286,7 +286,7 @@ impl<S, R: Sealed> Sent<S, R> {
         }
     }
 
-    /// Of a request without a token of ours.
+    /// Of a request without our token.
     #[inline]
     pub(crate) fn bare() -> Self {
         Self {
@@ -295,7 +295,7 @@ impl<S, R: Sealed> Sent<S, R> {
         }
     }
 
-    /// Tells the cache if `answer` is a refusal of the token, and whether the request is to go once more.
+    /// Reports to the cache if `answer` refuses the token, and decides whether to send the request again.
     fn judge<Req>(self, answer: S::Response, copy: Option<R::Copied>) -> Judged<S, R, Req>
     where
         S: Service<Req, Response: HttpResponse>,
@@ -309,8 +309,8 @@ impl<S, R: Sealed> Sent<S, R> {
             Verdict::MissingClaims(claims) => Complaint::Claims(claims),
             Verdict::Unexplained if mark.refresh_on_unexplained_401() => Complaint::Unexplained,
             Verdict::Unexplained | Verdict::NotOurs => {
-                // What is left of a request goes before its answer is returned: its drop is foreign code, and if that
-                // panicked later, the answer would never be dropped, and keep its connection.
+                // Dropped before the answer is returned: this drop is foreign code, and a later panic in it would
+                // leak the answer with its connection.
                 drop((copy, self.resend));
                 return Judged::Answer(answer);
             }
@@ -331,7 +331,7 @@ impl<S, R: Sealed> Sent<S, R> {
                 return Judged::Answer(answer);
             }
             Remedy::Token(token) => {
-                // The other way round, for the same reason.
+                // The same in reverse: a panic here must not leak the request.
                 drop(answer);
                 Phase::Readying { token }
             }
@@ -352,18 +352,18 @@ impl<S, R: Sealed> Sent<S, R> {
 }
 
 pin_project! {
-    /// A request that waits for a token, and then for the inner service.
+    /// A request that waits for a token and then for the inner service.
     struct Waiting<S, R, Req>
     where
         S: Service<Req>,
     {
         // Present until sent.
         request: Option<Req>,
-        // Polled for readiness only while a token is at hand.
+        // Polled for readiness only once there is a token.
         service: S,
         settings: Arc<Settings>,
         attempt: SendAttempt<R>,
-        // How many tokens may yet die while the service gets ready.
+        // How many more tokens may die while the service gets ready.
         rounds: u8,
         #[pin]
         phase: Phase<S::Response>,
@@ -373,24 +373,24 @@ pin_project! {
 pin_project! {
     #[project = PhaseProj]
     enum Phase<Answer> {
-        // There is no token, and nothing is held of the service.
+        // Waits for a token, without readiness of the service.
         Acquiring { #[pin] acquire: Acquire },
-        // There is a refusal, which is the answer if no other token comes. It is held and not dropped, because
-        // hyper keeps a connection if it has had the time to read a small body. Boxed, as most waits have none.
+        // Waits for another token; if none comes, the refusal is the answer. It is held rather than dropped, because
+        // hyper keeps a connection if it had time to read a small body. Boxed, as most waits have none.
         Holding { #[pin] acquire: Acquire, answer: Option<Box<Answer>> },
-        // There is a token; the service is being made ready.
+        // Has a token, and makes the service ready.
         Readying { token: AccessToken },
     }
 }
 
-/// Which of its two times a request is about to leave.
+/// Whether a request is sent for the first or the second time.
 enum SendAttempt<R> {
     First { replay: R },
     Replay { refused: AccessToken },
 }
 
 impl<R> SendAttempt<R> {
-    /// Whether the request may leave with `token`: the second time only with another one (law 8).
+    /// Whether the request may be sent with `token`: a replay only with another one (law 8).
     fn allows(&self, token: &AccessToken) -> bool {
         match self {
             Self::First { .. } => true,
@@ -398,7 +398,7 @@ impl<R> SendAttempt<R> {
         }
     }
 
-    /// Counts a request that fails for want of a token; by its second time it is counted already.
+    /// Counts a request that fails for lack of a token; a replay was counted before.
     fn failed(&self, cache: &TokenCache) {
         if let Self::First { .. } = self {
             cache.meters().requests().failed();
@@ -457,16 +457,16 @@ where
                 }
                 PhaseProj::Readying { token } => {
                     ready!(this.service.poll_ready(cx)).map_err(Into::into)?;
-                    // Getting ready takes its time: the token may have been replaced, or have died.
+                    // Getting ready takes time: meanwhile the token may have been replaced or have died.
                     let cache = &this.settings.cache;
                     let current = cache.attach(Some(token.request()));
                     let current = current.filter(|current| this.attempt.allows(current));
                     let is_stale =
                         current.is_none() && (token.has_died(Now::read()) || cache.is_void(token));
-                    // Of a cache that was shut down there is an error to be had, and nothing else.
+                    // After a shutdown there is only an error, which `acquire` returns.
                     if cache.is_closed() || (is_stale && *this.rounds > 0) {
                         *this.rounds = this.rounds.saturating_sub(1);
-                        // The next wait is one without readiness again.
+                        // Gives the readiness back before the next wait.
                         *this.service = this.service.clone();
                         let acquire = cache.acquire(Some(token.request()));
                         let acquire = acquire.inspect_err(|_| this.attempt.failed(cache))?;
@@ -496,7 +496,6 @@ where
     }
 }
 
-/// So many tokens may die while a service gets ready before a request leaves with one that has: a service
-/// that takes longer than tokens live would keep its requests for ever (law 6), and the API has the last
-/// word on a token's life.
+/// How many tokens may die while a service gets ready before a request is sent with a dead one: a service that takes
+/// longer than tokens live would keep its requests forever (law 6), and the API decides whether a token is valid.
 const ROUNDS: u8 = 2;

@@ -43,7 +43,7 @@ use crate::{
 /// ```
 #[derive(Clone)]
 pub struct BearerAuthLayer<R = Never> {
-    /// Its services find the token as the clones of one service do: some programs apply the layer for each request.
+    /// Cloned into each service like the clones of one service, since some programs apply the layer for each request.
     slot: Slot,
     replay: R,
 }

@@ -48,7 +48,7 @@ use crate::{
 #[derive(Clone)]
 pub struct BearerAuth<S, R> {
     inner: S,
-    /// Whether a request that is [usual](HttpRequest::is_usual) may carry the token.
+    /// Whether a [usual](HttpRequest::is_usual) request may carry the token.
     takes_usual: bool,
     slot: Slot,
     replay: R,
@@ -103,13 +103,13 @@ where
 
     #[inline]
     fn call(&mut self, mut request: Req) -> Self::Future {
-        // Before anything else, so that it is made where it stays; in vain, if the request waits or carries no token.
+        // First, so that the copy is made in place; wasted if the request waits or carries no token.
         let mut copy = self.replay.copy(&request);
         match self.sign(&mut request, &mut copy) {
-            // The one place from which requests leave at once, so that the inner service's code can be part of it.
+            // The only call of the inner service without a wait, so that it can be inlined here.
             Ok(sent) => ResponseFuture::sending(self.inner.call(request), sent, copy),
             Err(obstacle) => {
-                // Its drop is foreign code: if that panicked once the future is there, the future would never be dropped.
+                // The copy's drop is foreign code: a panic in it once the future exists would leak the future.
                 discard(&mut copy);
                 self.call_later(request, obstacle)
             }
@@ -117,24 +117,24 @@ where
     }
 }
 
-/// Drops the copy of a request that is not sent again; out of line, since most are kept.
+/// Drops an unneeded copy; out of line, since most are kept.
 #[cold]
 #[inline(never)]
 fn discard<T>(copy: &mut Option<T>) {
     *copy = None;
 }
 
-/// Why a request does not leave at once.
+/// Why a request is not sent at once.
 enum Obstacle {
-    /// There is no token for it.
+    /// There is no token.
     NoToken,
-    /// It may not leave at all.
+    /// It may not be sent at all.
     Refused(TokenError),
 }
 
 impl<S, R> BearerAuth<S, R> {
-    /// Attaches a token, if the request is to carry one, and returns what is to be known of it then. A request that
-    /// goes without one has no use for its `copy`.
+    /// Attaches a token if the request is to carry one, and returns what its future has to know. Discards the `copy` of
+    /// a request that carries none.
     #[inline]
     fn sign<Req>(
         &mut self,
@@ -146,7 +146,7 @@ impl<S, R> BearerAuth<S, R> {
         R: Replay<Req>,
         Req: HttpRequest,
     {
-        // What most requests come to, past all that is to be asked of the others.
+        // The common case, which skips all other checks.
         let disposition = match self.takes_usual && request.is_usual() {
             true => Some(Disposition::Attach),
             false => self.judge(request),
@@ -167,7 +167,7 @@ impl<S, R> BearerAuth<S, R> {
         Ok(sent)
     }
 
-    /// How a request goes out, if its URI alone says so: with the token that is for nothing in particular, or without.
+    /// The disposition of a request that only its URI decides; such a request carries the plain token, if any.
     #[inline(never)]
     fn judge<Req: HttpRequest>(&self, request: &Req) -> Option<Disposition> {
         let settings = self.slot.settings();
@@ -180,7 +180,7 @@ impl<S, R> BearerAuth<S, R> {
         request.uri().map(|uri| settings.origins.judge(&uri))
     }
 
-    /// As [`sign`](Self::sign), after a look at all that the request and the settings say.
+    /// As [`sign`](Self::sign), with all that the request and the settings say.
     #[inline(never)]
     fn sign_slow<Req>(
         &mut self,
@@ -217,7 +217,7 @@ impl<S, R> BearerAuth<S, R> {
         Ok(sent)
     }
 
-    /// Whether a request is to carry a token of ours; `disposition` is what its URI says, if that is known.
+    /// Whether a request is to carry our token; `disposition` is what its URI says, if known.
     fn admits<Req: HttpRequest>(
         &self,
         request: &Req,
@@ -235,7 +235,7 @@ impl<S, R> BearerAuth<S, R> {
             known => known,
         };
         match disposition {
-            // What is no URI cannot be sent: the error is the inner service's.
+            // Without a URI it cannot be sent: the inner service returns the error.
             Some(Disposition::Attach) => Ok(request.uri().is_some()),
             Some(Disposition::Bare) => {
                 requests().bare();
@@ -257,8 +257,7 @@ impl<S, R> BearerAuth<S, R> {
         R: Replay<Req>,
         Req: HttpRequest,
     {
-        // Dropping the ready service gives back what its readiness holds, a permit or a place; the clones hold
-        // none.
+        // Dropping the ready service releases the permit or queue slot its readiness holds; the clones hold none.
         let service = self.inner.clone();
         drop(mem::replace(&mut self.inner, service.clone()));
         if let Obstacle::Refused(error) = obstacle {

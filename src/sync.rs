@@ -1,4 +1,4 @@
-//! The mutex that shared state is kept in: std's, or the model checker's.
+//! The mutex for shared state: std's, or loom's.
 
 #[cfg(tower_bearer_loom)]
 use loom::sync as imp;
@@ -7,11 +7,10 @@ use std::sync as imp;
 
 pub(crate) use imp::MutexGuard;
 
-/// A mutex that a panic does not close.
+/// A mutex that ignores poisoning.
 ///
-/// What it guards changes in single assignments or not at all while code that may panic runs, so the value
-/// behind a poisoned lock is as good as any other, and a cache that one panic could kill would break
-/// more than the panic did.
+/// While code that may panic runs, the guarded value changes in single assignments or not at all, so the value behind a
+/// poisoned lock is still good; and a cache that one panic could kill would do more harm than the panic.
 #[derive(Debug)]
 pub(crate) struct Mutex<T>(imp::Mutex<T>);
 
