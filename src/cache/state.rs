@@ -1,18 +1,17 @@
 //! The decisions of the cache, as a pure state machine: (state, event, now) -> decision.
 //!
-//! Nothing here locks, waits, spawns or reads a clock. `F` stands for a flight, of which the machine only
-//! needs to know whether two are the same one. The gate that a key shares with the others of its source is an
-//! argument of whatever needs it.
+//! Nothing here locks, waits, spawns or reads a clock. `F` stands for a flight; the machine only compares flights.
+//! The gate that a key shares with the other keys of its source is passed as an argument.
 //!
 //! # Invariants
 //!
-//! 1. At most one flight is on record. Only its own end, or its being overdue, takes it off (law 1).
+//! 1. At most one flight is on record. Only its end, or its being overdue, takes it off (law 1).
 //! 2. A result counts only while its flight is on record: a flight that was given up is fenced.
-//! 3. Only a newer token displaces a token, or the server's word that all tokens up to then are void. No
-//!    failure and no 401 does (law 3).
-//! 4. A token is named rejected only while a flight is on record.
-//! 5. A flight starts only past the floor and through an open gate, but for the one exemption that each token
-//!    has at its expiry; a forced one, past the cooldown instead of the floor (law 2).
+//! 3. Only a newer token displaces a token, or the server's word that all earlier tokens are void. No failure and no
+//!    401 does (law 3).
+//! 4. A token is marked rejected only while a flight is on record.
+//! 5. A flight starts only past the floor and through an open gate, except for the one exemption that each token has
+//!    at its expiry; a forced one starts past the cooldown instead of the floor (law 2).
 //! 6. Every gate, cooldown and floor is a moment that comes: nothing closes for good (law 7).
 
 use std::{sync::Arc, time::Duration};
@@ -33,7 +32,7 @@ use crate::{
     token::{AccessToken, KeyId, TokenId},
 };
 
-/// What is known about one key's token.
+/// The state of one key's token.
 #[derive(Debug)]
 pub(crate) struct State<F> {
     policy: Arc<RefreshPolicy>,
@@ -41,21 +40,21 @@ pub(crate) struct State<F> {
     request: TokenRequest,
     rng: Rng,
     token: Option<AccessToken>,
-    /// The first token that had the text of this one: servers hand out one token twice.
+    /// The first token with the same text as this one: servers may grant the same token twice.
     same_text_since: Option<TokenId>,
-    /// The API has said that the token is invalid, and the flight on record is to replace it.
+    /// The API called the token invalid, and the flight on record is to replace it.
     rejected: bool,
-    /// The same, and no flight has replaced it: to be told, and of no other consequence.
+    /// The API called the token invalid, and no flight has replaced it since: only reported.
     invalid: bool,
-    /// The token has used its exemption from the gate.
+    /// The token's exemption from the gate is used up.
     exempted: bool,
     refresh_token: Option<Expiring>,
-    /// The refresh token that was handed out last. It is not to be sent again, but its session may go on.
+    /// The refresh token handed out last. It is not sent again, but its session may still be alive.
     spent: Option<Expiring>,
     /// No unforced flight sends before this.
     floor: Option<Deadline>,
     flight: Option<OnRecord<F>>,
-    /// How many flights have been on record.
+    /// How many flights there were.
     flights: u64,
     /// When the last one succeeded.
     succeeded: Option<Now>,
@@ -64,29 +63,29 @@ pub(crate) struct State<F> {
     cooldown: Cooldown,
 }
 
-/// A refresh token, and when it expires if the server has said so.
+/// A refresh token, and its expiry if the server named one.
 type Expiring = (RefreshToken, Option<Deadline>);
 
 #[derive(Debug)]
 struct OnRecord<F> {
     flight: F,
-    /// When its waiters give it up. By the monotonic clock alone, as their timers are.
+    /// When its waiters give it up. Monotonic only, like their timers.
     overdue: Instant,
     began: Instant,
     forced: bool,
 }
 
-/// The flights that have failed since the last one that succeeded.
+/// The flights that failed since the last success.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Outage {
-    /// When the first one of them began.
+    /// When the first of them began.
     pub(crate) since: Instant,
     pub(crate) failures: u32,
-    /// Whether it was told that requests fail.
+    /// Whether it was reported that requests fail.
     reported: bool,
 }
 
-/// How it is at one moment.
+/// The state at one moment.
 #[derive(Debug)]
 pub(crate) struct Snapshot<F> {
     pub(crate) state: TokenState,
@@ -108,22 +107,22 @@ pub(crate) enum Decision<F> {
     UseAndStart(AccessToken),
     /// Start a flight and wait for it.
     Start,
-    /// Wait for this flight; with a fallback for a while only, and use that then or if the flight fails.
+    /// Wait for this flight. With a fallback, wait only briefly, and use it after that or if the flight fails.
     Join(F, Option<AccessToken>),
     /// There is no token, and this is why.
     Fail(TokenError),
 }
 
-/// What becomes of a 401.
+/// What to do about a 401.
 #[derive(Debug)]
 pub(crate) enum Refusal<F> {
-    /// This token is newer than the one that was refused: send the request with it.
+    /// Send the request with this token, which is newer than the refused one.
     Replay(AccessToken),
     /// This flight brings another token.
     Join(F),
     /// Start a forced flight: it brings another token.
     Start,
-    /// Start the flight that is due anyway, since the token has died.
+    /// Start the flight that is due anyway, since the token is dead.
     Refresh,
     /// There is no other token to try.
     Pass,
@@ -137,15 +136,15 @@ pub(crate) struct Plan {
     /// When all attempts must have ended.
     pub(crate) deadline: Instant,
     pub(crate) attempts: u32,
-    /// Whether nobody is going to wait for it.
+    /// Whether no caller is going to wait for it.
     pub(crate) in_background: bool,
     pub(crate) forced: bool,
-    /// How many flights have failed in a row before it.
+    /// How many flights failed in a row before it.
     pub(crate) failures: u32,
     pub(crate) refresh_token: Option<RefreshToken>,
     /// What the token is for.
     pub(crate) request: TokenRequest,
-    /// The claims that the API has missed in the token.
+    /// The claims that the API missed in the token.
     pub(crate) claims: Option<String>,
 }
 
@@ -177,7 +176,7 @@ impl<F: Clone + PartialEq> State<F> {
         }
     }
 
-    /// Takes a token that stays for ever.
+    /// Sets a token that never expires.
     #[cfg(feature = "test-util")]
     pub(crate) fn set_fixed_token(&mut self, response: TokenResponse) {
         let id = TokenId::new(self.gate.key(), self.flights);
@@ -204,7 +203,7 @@ impl<F: Clone + PartialEq> State<F> {
                     (None, flight) => match (self.gate.remembered(shared), flight) {
                         (Some(error), _) => Decision::Fail(error.clone()),
                         (None, Some(flight)) => Decision::Join(flight.clone(), None),
-                        // Shut by a flight that was lost: the next one waits for it to open.
+                        // Shut by a lost flight: the next flight waits for the gate to open.
                         (None, None) => Decision::Start,
                     },
                 }
@@ -212,10 +211,10 @@ impl<F: Clone + PartialEq> State<F> {
         }
     }
 
-    /// What becomes of a 401 about the token `sent`, which the API has `named` invalid or just refused.
+    /// What to do about a 401 to the token `sent`; `named` if the API called it invalid.
     ///
-    /// A 401 counts against the token that was sent (law 8), and only for as much as the cooldown and the
-    /// gate allow: while there is no way to another token, it changes nothing.
+    /// A 401 counts against the token that was sent (law 8), and only as far as the cooldown and the gate allow:
+    /// while no other token can be had, it changes nothing.
     pub(crate) fn refused(
         &mut self,
         shared: &SharedGate,
@@ -244,7 +243,7 @@ impl<F: Clone + PartialEq> State<F> {
 
     /// Puts a flight on record, as [`Decision::Start`] and [`Decision::UseAndStart`] ask for.
     ///
-    /// `make` makes it of the moment at which it is overdue.
+    /// `make` creates it, given the moment at which it is overdue.
     pub(crate) fn begin(
         &mut self,
         shared: &mut SharedGate,
@@ -259,8 +258,8 @@ impl<F: Clone + PartialEq> State<F> {
                 delay = delay.max(remaining(self.gate.opens(shared), now));
             }
         }
-        // Each refresh token is handed out once, whatever becomes of it: servers that rotate them take a
-        // second use for theft, and a lost answer cannot be told from a lost request.
+        // Each refresh token is handed out once, whatever comes of it: servers that rotate them treat a second use
+        // as theft, and a lost answer cannot be told from a lost request.
         let refresh_token = self.refresh_token.take();
         let refresh_token = refresh_token.filter(|token| lives(token, now));
         if let Some(token) = &refresh_token {
@@ -272,7 +271,7 @@ impl<F: Clone + PartialEq> State<F> {
 
     /// Puts a flight on record that a 401 forced, as [`Refusal::Start`] asks for.
     ///
-    /// The session may be gone that the refresh token belongs to, so it is forgotten.
+    /// The refresh token is forgotten, since its session may be gone.
     pub(crate) fn begin_forced(
         &mut self,
         shared: &mut SharedGate,
@@ -287,7 +286,7 @@ impl<F: Clone + PartialEq> State<F> {
         self.record(shared, make, true, Duration::ZERO, None, now)
     }
 
-    /// Takes the result of `flight` and returns the token, if the flight is still on record.
+    /// Takes the response of `flight` and returns the token, if the flight is still on record.
     pub(crate) fn succeeded(
         &mut self,
         shared: &mut SharedGate,
@@ -304,7 +303,7 @@ impl<F: Clone + PartialEq> State<F> {
             let expiry = token.expires_in.map(|after| sent.after(after));
             (token, expiry)
         });
-        // A server that does not rotate its refresh tokens sends the one that it got, or none.
+        // A server that does not rotate refresh tokens returns the one it was sent, or none.
         let again = self.refresh_token.take_if(|(token, _)| {
             let spent = self.spent.as_ref();
             spent.is_some_and(|(spent, _)| spent.same_text(token))
@@ -325,7 +324,7 @@ impl<F: Clone + PartialEq> State<F> {
         Some(token)
     }
 
-    /// Takes the failure of `flight`, or without an error its loss, and returns for how long the gate is shut, if
+    /// Takes the failure of `flight`, or its loss if there is no error, and returns for how long the gate is shut, if
     /// the flight is still on record.
     pub(crate) fn failed(
         &mut self,
@@ -345,10 +344,9 @@ impl<F: Clone + PartialEq> State<F> {
         Some(self.gate.shut(shared, error, rng, began, now))
     }
 
-    /// Takes an overdue flight off the record and returns it, so that its waiters can be told.
+    /// Takes an overdue flight off the record and returns it, so that its waiters can be woken.
     ///
-    /// Whoever looks at the state does this first. It is the fence of law 6: from here on the flight's
-    /// result counts for nothing.
+    /// Every decision does this first. It is the fence of law 6: from here on the flight's result is ignored.
     pub(crate) fn give_up_overdue(&mut self, shared: &mut SharedGate, now: Now) -> Option<F> {
         let record = self.flight.as_ref()?;
         if now.monotonic < record.overdue {
@@ -359,8 +357,8 @@ impl<F: Clone + PartialEq> State<F> {
         Some(flight)
     }
 
-    /// Drops a token that the server has declared void: it came with a lower `not_before` than another token
-    /// since. The refresh token of its session goes with it.
+    /// Drops a token that the server has voided: a later token came with a higher `not_before`. The refresh token of
+    /// its session goes with it.
     pub(crate) fn apply_not_before(&mut self, not_before: u64) -> Option<AccessToken> {
         let void = self
             .token
@@ -375,7 +373,7 @@ impl<F: Clone + PartialEq> State<F> {
         self.token.clone().filter(|token| token.is_alive(now))
     }
 
-    /// A token that has died, if its server lets it count on while the token endpoint fails.
+    /// A dead token, if its server lets it be used while the token endpoint fails.
     pub(crate) fn last_resort(&self, shared: &SharedGate, now: Now) -> Option<AccessToken> {
         let is_outage = self
             .gate
@@ -385,12 +383,12 @@ impl<F: Clone + PartialEq> State<F> {
         token.is_extended(now).then(|| token.clone())
     }
 
-    /// The token that requests may take without asking here, as long as it is fresh.
+    /// The token that requests may take without asking here while it is fresh.
     pub(crate) fn unrejected(&self) -> Option<&AccessToken> {
         self.token.as_ref().filter(|_| !self.rejected)
     }
 
-    /// The token that is held, if it has the text of this one.
+    /// The held token, if it has the same text as the one with this id.
     pub(crate) fn token_like(&self, id: TokenId) -> Option<AccessToken> {
         let token = self.token.as_ref()?;
         let has_same_text = |first| id.is_between(first, token.id());
@@ -398,7 +396,7 @@ impl<F: Clone + PartialEq> State<F> {
         has_same_text.then(|| token.clone())
     }
 
-    /// What callers get who cannot wait for a flight: the key's own error and the shared one.
+    /// The errors for callers who cannot wait for a flight: the key's own and the shared one.
     pub(crate) fn remembered(&self, shared: &SharedGate) -> [Option<TokenError>; 2] {
         [
             self.gate.own_remembered().cloned(),
@@ -406,12 +404,12 @@ impl<F: Clone + PartialEq> State<F> {
         ]
     }
 
-    /// The flights that have failed since the last one that succeeded.
+    /// The flights that failed since the last success.
     pub(crate) fn outage(&self) -> Option<Outage> {
         self.outage
     }
 
-    /// What a flight that has failed just now leaves behind. Takes note that it is told.
+    /// The report on a flight that has just failed. Notes that it is reported.
     pub(crate) fn failure_report(&mut self, shared: &SharedGate, now: Now) -> FailureReport {
         let attachable = self.attachable(now).map(|token| token.expiry());
         let extended = || self.last_resort(shared, now)?.extended();
@@ -431,7 +429,7 @@ impl<F: Clone + PartialEq> State<F> {
         }
     }
 
-    /// Whether it is the first time since the last success that a caller fails, and for how long no flight starts.
+    /// If a caller fails for the first time since the last success: for how long no flight starts.
     pub(crate) fn begins_to_fail(&mut self, shared: &SharedGate, now: Now) -> Option<Duration> {
         let outage = self.outage.as_mut().filter(|outage| !outage.reported)?;
         outage.reported = true;
@@ -461,12 +459,12 @@ impl<F: Clone + PartialEq> State<F> {
         }
     }
 
-    /// How many flights have been on record.
+    /// How many flights there were.
     pub(crate) fn flights(&self) -> u64 {
         self.flights
     }
 
-    /// When to look whether a refresh is due, if there is a token, or was one until the server declared it void.
+    /// When to check whether a refresh is due, if there is a token, or was one until the server voided it.
     pub(crate) fn next_due(&self, shared: &SharedGate, not_before: u64) -> Option<Deadline> {
         let token = self.token.as_ref();
         let token = token.filter(|token| token.not_before() >= not_before);
@@ -476,10 +474,11 @@ impl<F: Clone + PartialEq> State<F> {
         Some(opens.map_or(due, |opens| opens.latest(due)))
     }
 
-    /// The token, and until when whoever asks would get it and start nothing, if that is so: since a flight is under
-    /// way, or the gate holds the next one back.
+    /// The token, and until when callers get it without starting anything: because a flight is under way, or the gate
+    /// holds the next one back.
     ///
-    /// What ends it sooner, by another key's success or other credentials, is noticed within [`policy::SETTLED_LIMIT`].
+    /// What ends this sooner, such as another key's success or new credentials, is noticed within
+    /// [`policy::SETTLED_LIMIT`].
     pub(crate) fn settled(&self, shared: &SharedGate, now: Now) -> Option<(AccessToken, Deadline)> {
         let token = self.unrejected().filter(|token| token.is_alive(now))?;
         let limit = now.after(policy::SETTLED_LIMIT);
@@ -492,12 +491,12 @@ impl<F: Clone + PartialEq> State<F> {
         Some((token.clone(), until.earliest(token.expiry())))
     }
 
-    /// Whether there is no way past the gate, not even for a token at its expiry.
+    /// Whether the gate is shut even for a token at its expiry.
     pub(crate) fn is_held_back(&self, shared: &SharedGate, now: Now) -> bool {
         !self.gate.is_lenient(shared, now)
     }
 
-    /// Whether nothing is lost if this is forgotten, and nothing is asked for sooner for it.
+    /// Whether forgetting this loses nothing and causes no earlier token request.
     pub(crate) fn is_idle(&self, shared: &SharedGate, now: Now) -> bool {
         let is_dead = self
             .token
@@ -510,7 +509,7 @@ impl<F: Clone + PartialEq> State<F> {
             && remaining(self.floor, now).is_zero()
     }
 
-    /// Gives up everything: the flight on record, to be told, and the tokens, to be revoked.
+    /// Gives up everything: the flight on record, to be ended, and the tokens, to be revoked.
     pub(crate) fn shut_down(&mut self, now: Now) -> (Option<F>, Revocation) {
         let flight = self.flight.take().map(|record| record.flight);
         let token = self.token.take();
@@ -563,7 +562,7 @@ impl<F: Clone + PartialEq> State<F> {
         (flight, plan)
     }
 
-    /// Takes `flight` off the record, if it is on it, and returns when it was put there.
+    /// Takes `flight` off the record, if it is there, and returns when it began.
     fn close(&mut self, flight: &F, succeeded: bool, now: Now) -> Option<Instant> {
         let record = self.flight.take_if(|record| record.flight == *flight)?;
         self.rejected = false;
@@ -573,12 +572,12 @@ impl<F: Clone + PartialEq> State<F> {
         Some(record.began)
     }
 
-    /// Whether a flight may start now, with nothing attachable.
+    /// Whether a flight may start now, without an attachable token.
     fn may_pass(&self, shared: &SharedGate, now: Now) -> bool {
         self.gate.is_open(shared, now) || self.is_exempt(shared, now)
     }
 
-    /// Whether the token has just died and its one flight past a backoff gate is still to be had.
+    /// Whether the token is dead and its one flight past a backoff gate is unused.
     fn is_exempt(&self, shared: &SharedGate, now: Now) -> bool {
         let died = self
             .token
@@ -588,16 +587,16 @@ impl<F: Clone + PartialEq> State<F> {
     }
 }
 
-/// How long after a forced refresh the next one may follow.
+/// How soon after a forced refresh the next one may follow.
 ///
-/// It grows with those that bring a token which is refused again. One that fails says nothing of the API.
+/// It grows with each one whose token is refused again. One that fails says nothing about the API.
 #[derive(Debug, Default)]
 struct Cooldown {
     length: Option<Duration>,
     over: Option<Deadline>,
     /// From here on a further forced refresh is no recurrence.
     calm: Option<Deadline>,
-    /// Whether the one that is under way is a recurrence.
+    /// Whether the one under way is a recurrence.
     recurs: bool,
 }
 
@@ -655,7 +654,7 @@ mod tests {
             }
         }
 
-        /// With a token of 1,000 s that is neither the first nor due, and its predecessor.
+        /// A case with a token of 1,000 s that is neither the first nor due, and its predecessor.
         fn with_token() -> (Self, AccessToken, AccessToken) {
             let mut case = Self::new();
             let old = case.grant("old", 1_000);
@@ -717,7 +716,7 @@ mod tests {
             }
         }
 
-        /// What becomes of a 401 about `token`, in a word.
+        /// What to do about a 401 to `token`, in a word.
         fn refused(&mut self, token: &AccessToken, named: bool) -> String {
             match self.state.refused(&self.shared, token, named, self.now) {
                 Refusal::Replay(token) => format!("replay {}", token.expose_secret()),
@@ -775,9 +774,9 @@ mod tests {
         assert_eq!(plan.attempts, 1);
     }
 
-    /// Law 2: a flight takes its time while nobody is going to wait for it.
+    /// Law 2: a flight that nobody waits for makes longer pauses.
     #[test]
-    fn a_flight_takes_its_time_unless_somebody_may_wait_for_it() {
+    fn a_flight_is_in_the_background_unless_a_caller_may_wait() {
         for (passed, in_background) in [
             (800.0, true),
             (985.0, true),
@@ -798,7 +797,7 @@ mod tests {
         assert!(!plan.in_background);
     }
 
-    /// Law 2: at hard expiry one flight passes a backoff gate, and no Retry-After and no terminal error.
+    /// Law 2: at hard expiry one flight passes a backoff gate, but neither a Retry-After nor a terminal error.
     #[test]
     fn one_flight_at_hard_expiry_passes_a_backoff_gate() {
         let strict = down().with_retry_after(Duration::from_secs(60));
@@ -854,7 +853,7 @@ mod tests {
         assert_eq!(case.acquire(), "join 2");
     }
 
-    /// Law 8, and each row that the cache decides of what an answer means.
+    /// Law 8, and every meaning of an answer that the cache decides.
     #[test]
     fn a_401_counts_against_the_token_that_was_sent() {
         let (mut case, old, new) = Case::with_token();
@@ -863,7 +862,7 @@ mod tests {
         let flight = case.begin_forced(true);
         assert_eq!(case.refused(&new, true), format!("join {flight}"));
         assert_eq!(case.acquire(), format!("join {flight} or use new"));
-        // There is nothing to be gained from a token that is refused itself.
+        // A token that is refused itself is of no use.
         assert_eq!(case.refused(&old, true), format!("join {flight}"));
         let newest = case.land(flight, "newest", 1_000).unwrap();
         assert_eq!(case.refused(&new, true), "replay newest");
@@ -885,7 +884,7 @@ mod tests {
             assert_eq!(held.id(), again[1].id());
         }
         assert!(case.state.token_like(old.id()).is_none());
-        // One of before the flights' numbers started over.
+        // From before the flight numbers started over.
         let oldest = TokenId::new(1, u64::MAX);
         assert!(case.state.token_like(oldest).is_none());
         case.pass(750.0);
@@ -893,7 +892,7 @@ mod tests {
         assert!(case.state.token_like(again[1].id()).is_none());
     }
 
-    /// The count of flights in an id starts over, and no 401 is lost for that.
+    /// The flight number in an id starts over, and no 401 is lost by that.
     #[test]
     fn an_id_stands_for_its_text_past_the_last_number() {
         let mut case = Case::new();
@@ -922,7 +921,7 @@ mod tests {
         let (mut case, old, new) = Case::with_token();
         case.pass(990.5);
         assert_eq!(case.refused(&old, true), "pass");
-        // Its own death explains the 401 about the last token: no force, and no cooldown.
+        // The last token's death explains its 401: no force and no cooldown.
         assert_eq!(case.refused(&new, true), "refresh");
         let (flight, _) = case.begin();
         assert_eq!(case.refused(&old, true), format!("join {flight}"));
@@ -972,7 +971,7 @@ mod tests {
         }
     }
 
-    /// Law 7: a token that was revoked while the endpoint is down is replaced as soon as any other would be.
+    /// Law 7: a token revoked while the endpoint is down is replaced as soon as any other.
     #[test]
     fn forced_refreshes_that_fail_lengthen_no_cooldown() {
         let (mut case, _, token) = Case::with_token();
@@ -986,7 +985,7 @@ mod tests {
         }
     }
 
-    /// Laws 1 and 6: what a flight brings that was given up counts for nothing.
+    /// Laws 1 and 6: the result of a flight that was given up is ignored.
     #[test]
     fn an_overdue_flight_is_given_up_and_fenced() {
         let mut case = Case::new();
@@ -998,7 +997,7 @@ mod tests {
             case.state.give_up_overdue(&mut case.shared, case.now),
             Some(flight)
         );
-        // Nothing is known against the server, so callers wait for the gate and the next flight.
+        // There is no error from the server, so callers wait for the gate and the next flight.
         assert_eq!(case.acquire(), "start");
         let (next, plan) = case.begin();
         assert!(plan.delay >= Duration::from_millis(250));
@@ -1011,7 +1010,7 @@ mod tests {
         assert_eq!(case.acquire(), format!("join {next}"));
     }
 
-    /// What the server has said last stands: a flight that is lost afterwards is no word of it.
+    /// The server's last error stands: a flight lost afterwards does not replace it.
     #[test]
     fn a_lost_flight_takes_back_no_error() {
         let mut case = Case::new();
@@ -1046,7 +1045,7 @@ mod tests {
         assert_eq!(case.acquire(), "fail");
         case.pass(0.6);
         assert_eq!(case.acquire(), "start");
-        // The same after a suspension: what was to be waited for is over.
+        // The same after a suspension: the wait is over.
         let mut case = Case::new();
         let (flight, _) = case.begin();
         case.fail(
@@ -1066,7 +1065,7 @@ mod tests {
             .ext_expires_in(Duration::from_secs(5_000))
     }
 
-    /// A dead token counts on while the endpoint fails, if user and server allow it, and nobody waits.
+    /// A dead token stays in use while the endpoint fails, if user and server allow it, and nobody waits.
     #[test]
     fn an_extended_token_is_used_in_an_outage_only() {
         for (allowed, error, expected) in [
@@ -1083,7 +1082,7 @@ mod tests {
                 .succeeded(&mut case.shared, &flight, hinted("token"), now, now);
             assert!(landed.is_some());
             case.pass(1_500.0);
-            // Nothing is known against the endpoint: the token is dead.
+            // The endpoint has not failed: the token is dead.
             assert_eq!(case.acquire(), "start");
             let (flight, _) = case.begin();
             assert_eq!(case.acquire(), format!("join {flight}"));
@@ -1103,9 +1102,9 @@ mod tests {
         }
     }
 
-    /// Keycloak: whoever raises `not-before-policy` has voided the tokens that came before.
+    /// Keycloak: raising `not-before-policy` voids all earlier tokens.
     #[test]
-    fn a_rise_of_not_before_drops_a_token_and_its_refresh_token() {
+    fn raising_not_before_drops_a_token_and_its_refresh_token() {
         let mut case = Case::new();
         let (flight, _) = case.begin();
         let response = hinted("old")
@@ -1116,7 +1115,7 @@ mod tests {
             .succeeded(&mut case.shared, &flight, response, now, now)
             .unwrap();
         assert!(case.state.apply_not_before(7).is_none());
-        // A server that was set back, or one of several that has not heard of it yet.
+        // A server that was rolled back, or a replica that is behind.
         assert!(case.state.apply_not_before(0).is_none());
         assert_eq!(case.acquire(), "use old");
         assert!(case.state.apply_not_before(8).is_some());
@@ -1127,7 +1126,7 @@ mod tests {
         assert_eq!(plan.delay, policy::FLOOR);
     }
 
-    /// Law 6: nobody goes on past the moment at which a flight is to be given up.
+    /// Law 6: a token is not settled past the moment at which its flight is to be given up.
     #[test]
     fn a_due_token_is_settled_until_its_flight_is_about_to_be_overdue() {
         let (mut case, _, _) = Case::with_token();
@@ -1164,7 +1163,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_closed_hands_out_all_that_lives() {
+    fn shutdown_returns_the_live_tokens() {
         let mut case = Case::new();
         let (flight, _) = case.begin();
         let response = hinted("token").refresh_token(RefreshToken::new("refresh"));
@@ -1177,13 +1176,13 @@ mod tests {
         let (ended, revocation) = case.state.shut_down(case.now);
         assert_eq!(ended, Some(flight));
         assert_eq!(revocation.access_token.unwrap().expose_secret(), "token");
-        // It was forgotten with the refusal of its access token.
+        // Forgotten when its access token was refused.
         assert!(revocation.refresh_token.is_none());
         assert!(case.land(flight, "late", 300).is_none());
         assert_eq!(case.acquire(), "start");
     }
 
-    /// RFC 6749 section 6: a refresh token that no other one has replaced counts on, and so does its session.
+    /// RFC 6749 section 6: a refresh token stays valid until another replaces it, and so does its session.
     #[test]
     fn a_refresh_token_that_was_sent_and_not_replaced_is_left_to_be_revoked() {
         let hour = Duration::from_secs(3_600);
@@ -1202,7 +1201,7 @@ mod tests {
             let left = revocation.refresh_token;
             left.map(|token| token.expose_secret().to_owned())
         };
-        // Nor is it lost while the answer is to come, or if there is none.
+        // It is kept while the answer is pending, and if none comes.
         for fails in [false, true] {
             let mut case = Case::new();
             grant(&mut case, refresh("first"));
@@ -1216,7 +1215,7 @@ mod tests {
         for (answered, later, expected) in [
             (None, 0.0, Some("first")),
             (None, 3_000.0, None),
-            // Sent again, it lives on.
+            // Returned by the server, it lives on.
             (refresh("first"), 3_000.0, Some("first")),
             (refresh("second"), 3_000.0, Some("second")),
         ] {
@@ -1227,7 +1226,7 @@ mod tests {
             case.pass(later);
             assert_eq!(revoked(case).as_deref(), expected);
         }
-        // One that was replaced is nobody's any more, whatever became of that which has replaced it.
+        // A replaced one is gone, whatever became of its replacement.
         let mut case = Case::new();
         grant(&mut case, refresh("first"));
         case.pass(750.0);
@@ -1267,7 +1266,7 @@ mod tests {
         let (flight, plan) = case.begin();
         assert_eq!(sent(plan), None);
         case.fail(flight, &down());
-        // The server sends again what was sent to it.
+        // The server returns the one it was sent.
         grant(&mut case, RefreshToken::new("one"));
         let (flight, plan) = case.begin();
         assert_eq!(sent(plan), None);
