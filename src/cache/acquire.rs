@@ -23,15 +23,15 @@ use crate::{
 };
 
 pin_project! {
-    /// Waits for a token: for the flight that it finds or starts, or for one that it has joined.
+    /// Waits for a token: for the flight that it finds, starts or has joined.
     ///
-    /// A flight that was lost with its runtime is no answer, so a caller looks for the next one, once.
+    /// A flight lost with its runtime is no answer, so a caller looks once for another one.
     #[derive(Debug)]
     pub(crate) struct Acquire {
         entry: Arc<Entry>,
-        // A flight that was joined and is not yet waited for.
+        // A joined flight that is not waited for yet.
         joined: Option<Arc<Flight>>,
-        // What to use when the wait has lasted long enough, or was in vain.
+        // What to use when the wait times out or fails.
         fallback: Option<AccessToken>,
         #[pin]
         waiter: Option<Waiter>,
@@ -53,7 +53,7 @@ impl Acquire {
         }
     }
 
-    /// Waits for `flight` and for no other.
+    /// Waits for `flight` only.
     pub(super) fn joined(entry: Arc<Entry>, flight: Arc<Flight>) -> Self {
         Self {
             joined: Some(flight),
@@ -74,7 +74,7 @@ impl Future for Acquire {
                 this.waiter.set(None);
                 let (outcome, result) = match (end, this.fallback.take()) {
                     (Some(End::Done(token)), _) => ("token", Some(Ok(token))),
-                    // Refused by the API, but not by all of it, and better than nothing.
+                    // Parts of the API may still accept it, and it is better than nothing.
                     (_, Some(fallback)) => ("old_token", Some(Ok(fallback))),
                     (Some(End::Failed(error)), None) => match this.entry.last_resort() {
                         Some(token) => ("old_token", Some(Ok(token))),
@@ -132,5 +132,5 @@ fn wait_for(flight: &Arc<Flight>, has_fallback: bool, entry: &Entry) -> Result<W
     Ok(Waiter::new(seat, until))
 }
 
-/// The flight that is there, and one more if that is lost.
+/// The current flight, and one more if that is lost.
 const LOOKS: u8 = 2;

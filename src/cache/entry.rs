@@ -1,4 +1,4 @@
-//! [`Entry`]: all that belongs to one key, and the one place where its state is locked.
+//! [`Entry`]: everything that belongs to one key, and the only place that locks its state.
 
 use std::{
     fmt,
@@ -35,61 +35,61 @@ use crate::{
     token::{self, AccessToken, KeyId, TokenId},
 };
 
-/// The source of a key's tokens, the state, and the token for the hot path.
+/// A key's source, its state, and its token for the hot path.
 pub(crate) struct Entry {
     endpoint: Arc<Endpoint>,
     common: Arc<Common>,
-    /// Whether the token is for nothing in particular: only then its clock is watched.
+    /// Whether this is the plain key, the only one whose token is watched.
     plain: bool,
     id: KeyId,
-    /// The token that requests take without a lock; absent while the API has it named invalid.
+    /// The token that requests take without a lock; absent while it is rejected.
     ///
     /// Written with the state locked, so that it follows the state in order.
     hot: ArcSwapOption<token::Inner>,
-    /// The token that requests take without a lock while nothing can be done about its being due.
+    /// A due token that requests take without a lock while its refresh cannot start.
     ///
-    /// Written as `hot` is, and gone with whatever changes the state.
+    /// Written like `hot`, and cleared by every change of the state.
     settled: ArcSwapOption<Settled>,
     pub(super) state: Mutex<State<Arc<Flight>>>,
     reporter: Reporter,
 }
 
-/// A token that is due, and until when nothing can be done about it.
+/// A due token, and until when no refresh can start.
 struct Settled {
     token: AccessToken,
     until: Deadline,
 }
 
-/// What a caller who can wait for a token gets.
+/// What a caller that can wait for a token gets.
 pub(super) enum Found {
     Token(AccessToken),
-    /// Wait for this flight; with a fallback for a while only.
+    /// Wait for this flight; with a fallback, only briefly.
     Flight(Arc<Flight>, Option<AccessToken>),
     Error(TokenError),
 }
 
-/// How far an entry has come.
+/// What the watch needs to know.
 pub(super) struct Progress {
     /// How many flights there were.
     pub(super) flights: u64,
     /// When the next one is due.
     pub(super) next_due: Option<Deadline>,
-    /// Until when requests may take the token without a further look.
+    /// Until when requests may take the token without another check.
     pub(super) fresh_until: Option<Deadline>,
 }
 
-/// What a request whose token was refused can do.
+/// What to do with a request whose token was refused.
 #[derive(Debug)]
 pub(crate) enum Remedy {
-    /// Go again with this token.
+    /// Send it again with this token.
     Token(AccessToken),
     /// Wait for another token.
     Wait(Joined),
-    /// Take the refusal for the answer.
+    /// Return the refusal.
     Nothing,
 }
 
-/// A flight to wait for, together with the entry that it fills.
+/// A flight to wait for, and the entry that it fills.
 #[derive(Debug)]
 pub(crate) struct Joined {
     entry: Arc<Entry>,
@@ -97,7 +97,7 @@ pub(crate) struct Joined {
 }
 
 impl Joined {
-    /// Waits for this flight, and for no other.
+    /// Waits for this flight only.
     pub(crate) fn wait(self) -> Acquire {
         Acquire::joined(self.entry, self.flight)
     }
@@ -149,7 +149,7 @@ impl Entry {
         &self.reporter
     }
 
-    /// Counts what a call of the source came to, and tells of a refresh token that was of no use to it.
+    /// Counts the outcome of a call of the source, and reports a refresh token that failed in it.
     pub(super) fn attempt_ended(
         &self,
         flight: &Flight,
@@ -170,7 +170,7 @@ impl Entry {
         self.plain
     }
 
-    /// Whether the token is refreshed without a request that asks for it.
+    /// Whether the token is refreshed without a request for it.
     pub(super) fn stays_warm(&self) -> bool {
         self.plain && self.policy().keep_warm
     }
@@ -183,17 +183,17 @@ impl Entry {
         &self.common.watching
     }
 
-    /// The token for a request that has no time to wait; starts a refresh that is due.
+    /// The token for a request that cannot wait; starts a refresh that is due.
     pub(super) fn attach(self: &Arc<Self>) -> Option<AccessToken> {
         self.fresh().or_else(|| self.attach_slow())
     }
 
-    /// As [`attach`](Self::attach), if there is none that is fresh.
+    /// As [`attach`](Self::attach), without a fresh token.
     pub(super) fn attach_slow(self: &Arc<Self>) -> Option<AccessToken> {
         self.settled().or_else(|| self.use_or_refresh())
     }
 
-    /// The token, if there is one that is neither due nor refused: without a lock.
+    /// The token, if it is neither due nor refused; takes no lock.
     pub(super) fn fresh(&self) -> Option<AccessToken> {
         let token = self.hot.load();
         let token = token.as_ref()?;
@@ -203,7 +203,7 @@ impl Entry {
         is_fresh.then(|| AccessToken(Arc::clone(token)))
     }
 
-    /// The token, if there is one that is due while nothing can be done about it: without a lock.
+    /// The token, if it is due and its refresh cannot start; takes no lock.
     fn settled(&self) -> Option<AccessToken> {
         let settled = self.settled.load();
         let Settled { token, until } = &**settled.as_ref()?;
@@ -211,7 +211,7 @@ impl Entry {
         is_settled.then(|| token.clone())
     }
 
-    /// The token, if there is one that may be attached without a wait; starts a refresh that is due.
+    /// The token, if one may be attached without a wait; starts a refresh that is due.
     fn use_or_refresh(self: &Arc<Self>) -> Option<AccessToken> {
         self.with_state(|mut view| match view.acquire() {
             Decision::Use(token) => (Some(token), None),
@@ -220,7 +220,7 @@ impl Entry {
         })
     }
 
-    /// What a caller gets who can wait; starts the flight that it will wait for.
+    /// What a caller that can wait gets; starts the flight that it will wait for.
     pub(super) fn find(self: &Arc<Self>) -> Found {
         #[cfg(feature = "test-util")]
         if let Some(error) = self.preset_error() {
@@ -235,7 +235,7 @@ impl Entry {
                 begins_to_fail = view.state.begins_to_fail(view.shared, view.now);
                 (Found::Error(error), None)
             }
-            // Without a runtime there is neither a task for the flight nor a timer for its waiter.
+            // Without a runtime, the flight has no task and its waiter no timer.
             (Decision::Join(_, Some(token)), Some(_)) => (Found::Token(token), None),
             (Decision::Start | Decision::Join(..), Some(kind)) => {
                 (Found::Error(TokenError::new(kind)), None)
@@ -252,7 +252,7 @@ impl Entry {
         found
     }
 
-    /// Starts the flight that is due, for nobody in particular.
+    /// Starts the flight that is due, if any, without a caller.
     pub(super) fn refresh_if_due(self: &Arc<Self>) {
         self.with_state(|mut view| match view.acquire() {
             Decision::UseAndStart(_) | Decision::Start => ((), view.start_if_possible()),
@@ -260,13 +260,13 @@ impl Entry {
         });
     }
 
-    /// The token, if there is one that may be attached; starts nothing.
+    /// The token, if one may be attached; starts nothing.
     pub(super) fn peek(&self) -> Option<AccessToken> {
-        // Without a lock: callers that cannot wait, such as a gRPC interceptor, look here for each request.
+        // Lock-free: callers that cannot wait, such as a gRPC interceptor, call this for each request.
         self.fresh().or_else(|| self.peek_slow())
     }
 
-    /// As [`peek`](Self::peek), if there is none that is fresh.
+    /// As [`peek`](Self::peek), without a fresh token.
     fn peek_slow(&self) -> Option<AccessToken> {
         let now = Now::read();
         let state = self.state.lock();
@@ -276,7 +276,7 @@ impl Entry {
         token.filter(|token| !self.is_void(token))
     }
 
-    /// A token that has died, for those whose flight has failed.
+    /// A dead token that callers may still use after their flight failed.
     pub(super) fn last_resort(&self) -> Option<AccessToken> {
         let state = self.state.lock();
         let shared = self.endpoint.gate.lock();
@@ -284,14 +284,14 @@ impl Entry {
         token.filter(|token| !self.is_void(token))
     }
 
-    /// Whether the server has declared the token void since it came.
+    /// Whether the server has voided the token since it was granted.
     #[inline]
     pub(super) fn is_void(&self, token: &AccessToken) -> bool {
         token.not_before() < self.endpoint.not_before()
     }
 
-    /// Whether the server has asked to be left alone, or has refused the client, since the flight under way began: it has
-    /// told another key so.
+    /// Whether the server has told another key to back off, or that the client is refused, since the flight under way
+    /// began.
     pub(super) fn is_held_back(&self) -> bool {
         let state = self.state.lock();
         let shared = self.endpoint.gate.lock();
@@ -313,7 +313,7 @@ impl Entry {
         self.endpoint.watched()
     }
 
-    /// Promises to watch the clock for the token, if there is one that is fresh, and returns which it is.
+    /// Marks the token as watched, if it is fresh, and returns its id: the caller then watches the clock.
     pub(super) fn begin_watch(&self) -> Option<TokenId> {
         let state = self.state.lock();
         let token = state.unrejected()?;
@@ -321,7 +321,7 @@ impl Entry {
             return None;
         }
         self.watched().begin(token.id());
-        // Only now, or a rise in between would be missed.
+        // Only now, or a raise in between would be missed.
         if self.is_void(token) {
             self.watched().end(token.id());
             return None;
@@ -329,16 +329,16 @@ impl Entry {
         Some(token.id())
     }
 
-    /// Whether nothing is lost if this entry is forgotten.
+    /// Whether forgetting this entry loses nothing.
     pub(super) fn is_idle(&self, now: Now) -> bool {
         let state = self.state.lock();
         let shared = self.endpoint.gate.lock();
         state.is_idle(&shared, now)
     }
 
-    /// Hears that the API refused this token, from a request that is not to be sent again.
+    /// Takes the API's refusal of this token, for a request that is not sent again.
     ///
-    /// Only the token that the entry holds can be refused, or one before it that had the same text.
+    /// It counts only for the token that the entry holds, or an earlier one with the same text.
     pub(super) fn refused_by_id(self: &Arc<Self>, token: TokenId, complaint: Complaint) {
         let current = self.state.lock().token_like(token);
         match current {
@@ -349,7 +349,7 @@ impl Entry {
         }
     }
 
-    /// What a request can do whose `token` was refused; starts the flight that brings another one.
+    /// What to do with a request whose `token` was refused; starts the flight that brings another one.
     pub(super) fn refused(self: &Arc<Self>, token: &AccessToken, complaint: Complaint) -> Remedy {
         let join = |flight| {
             let entry = Arc::clone(self);
@@ -382,12 +382,12 @@ impl Entry {
         remedy
     }
 
-    /// Takes what came of `flight` and tells its waiters; forgets it if the flight was given up.
+    /// Takes the outcome of `flight` and wakes its waiters; drops it if the flight was given up.
     pub(super) fn land(&self, flight: &Arc<Flight>, outcome: Outcome) {
         let now = Now::read();
-        // What is lost while the cache ends is no outage.
+        // A flight lost to a shutdown is no outage.
         let is_ended = matches!(outcome, Outcome::Lost) && self.closing().is_cancelled();
-        // A source's error holds anything, so no last handle on one is dropped under the lock.
+        // A source's error may hold anything, so its last handle must not be dropped under the lock.
         let error = match &outcome {
             Outcome::Failed(error) => Some(error.clone()),
             Outcome::Lost if is_ended => Some(TokenError::new(Kind::ShutDown)),
@@ -406,7 +406,7 @@ impl Entry {
             Outcome::Granted(mut response, sent) => {
                 let not_before = response.not_before_policy;
                 landing.grant = response.grant.unwrap_or(landing.grant);
-                // An answer that says nothing of it says nothing against its own token.
+                // An answer without a `not_before` does not void its own token.
                 response
                     .not_before_policy
                     .get_or_insert(self.endpoint.not_before());
@@ -435,15 +435,15 @@ impl Entry {
 
     fn report_landed(&self, flight: &Flight, end: &End, landing: &Landing) {
         self.reporter.landed(flight, end, landing);
-        // Whoever was woken by the end may have shut the cache down over it, and then nobody opens the gate any more.
+        // A woken waiter may have shut the cache down, after which nothing else opens the gate.
         if self.closing().is_cancelled() {
             self.reporter.opened();
         }
     }
 
-    /// Ends the flight, if there is one, and returns the tokens, which nobody gets from here any more.
+    /// Ends the flight, if there is one, and takes the tokens out.
     ///
-    /// The cache is to be `closing` by then, so that no other flight starts.
+    /// The cache must be `closing` already, so that no other flight starts.
     pub(super) fn close(&self) -> Revocation {
         let now = Now::read();
         let mut state = self.state.lock();
@@ -462,7 +462,7 @@ impl Entry {
         revocation
     }
 
-    /// Decides something with the state locked, and does afterwards what must not be done under the lock.
+    /// Decides with the state locked, and then does what must not be done under the lock.
     fn with_state<T>(self: &Arc<Self>, decide: impl FnOnce(View<'_>) -> (T, Option<Start>)) -> T {
         let runtime = Handle::try_current().ok();
         let now = Now::read();
@@ -488,7 +488,7 @@ impl Entry {
         drop(shared);
         drop(state);
         drop(void);
-        // First of all, since wakers and subscribers are foreign code and may panic.
+        // First, since wakers and subscribers are foreign code and may panic.
         if let (Some(runtime), Some(start)) = (runtime, start) {
             flight::launch(&runtime, Arc::clone(self), start.flight, start.plan);
         }
@@ -503,7 +503,7 @@ impl Entry {
         found
     }
 
-    /// What there is to tell of a flight that brought nothing.
+    /// The landing of a flight that brought nothing.
     fn empty_landing(&self, now: Now) -> Landing {
         Landing {
             now,
@@ -513,7 +513,7 @@ impl Entry {
         }
     }
 
-    /// How it is now.
+    /// The current status.
     pub(super) fn status(&self) -> Status {
         let now = Now::read();
         let state = self.state.lock();
@@ -550,7 +550,7 @@ impl Entry {
         }
     }
 
-    /// Shows the hot path the token that `state` holds, and whether it is settled.
+    /// Publishes the token that `state` holds to the hot path, and whether it is settled.
     pub(super) fn publish(
         &self,
         state: &State<Arc<Flight>>,
@@ -586,12 +586,12 @@ impl fmt::Debug for Entry {
     }
 }
 
-/// What a decision is made of, all of it locked.
+/// What a decision works on, all of it locked.
 struct View<'a> {
     state: &'a mut State<Arc<Flight>>,
     shared: &'a mut SharedGate,
     now: Now,
-    /// Why no flight can start, if so.
+    /// Why no flight can start, if it cannot.
     obstacle: Option<Kind>,
 }
 
@@ -632,12 +632,12 @@ struct Start {
     plan: Plan,
 }
 
-/// What the API has said of a token that it refused.
+/// What the API said about a token it refused.
 #[derive(Debug)]
 pub(crate) enum Complaint {
     /// That it is invalid.
     Invalid,
-    /// That it lacks these claims, and so is as good as invalid.
+    /// That it lacks these claims, which is as good as invalid.
     Claims(String),
     /// Nothing.
     Unexplained,
@@ -690,9 +690,9 @@ mod tests {
         }
     }
 
-    /// Law 4: in an outage, too, requests neither wait for one another nor for a lock.
+    /// Law 4: even in an outage, requests wait neither for one another nor for a lock.
     #[tokio::test(start_paused = true)]
-    async fn a_due_token_is_taken_without_a_lock_while_nothing_can_be_done() {
+    async fn a_due_token_is_taken_without_a_lock_while_no_refresh_can_start() {
         let requests = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&requests);
         let cache = TokenCache::new(source_fn(move |_| {
@@ -716,7 +716,7 @@ mod tests {
             });
             taken.recv_timeout(Duration::from_secs(2)).ok()
         };
-        // One of the first two starts the flight. It ends at once, and its gate is shut.
+        // One of the first two starts the flight, which fails at once and shuts the gate.
         for state in ["under way", "over"] {
             assert_eq!(takes(), Some(true));
             let locked = entry.state.lock();
@@ -730,7 +730,7 @@ mod tests {
         assert_eq!(takes(), Some(true));
         time::sleep(Duration::from_millis(1)).await;
         assert_eq!(requests.load(Ordering::SeqCst), 3);
-        // Another key's token tells that this one is void.
+        // Another key's token shows that this one is void.
         assert_eq!(takes(), Some(true));
         entry.endpoint.set_not_before(1);
         assert_eq!(takes(), Some(false));
@@ -749,11 +749,11 @@ mod tests {
         entry
     }
 
-    /// A laptop that slept sends no dead token, and neither does one whose wall clock was set back.
+    /// Neither a laptop that slept nor one whose wall clock was set back sends a dead token.
     #[tokio::test(start_paused = true)]
     async fn a_token_is_fresh_by_both_clocks() {
         let hour = Duration::from_secs(3600);
-        // No clock can be counted on to go back to before its start.
+        // A clock may not reach back before its start.
         time::advance(hour).await;
         let now = Now::read();
         for request in [TokenRequest::new(), TokenRequest::new().scope("a")] {
@@ -768,7 +768,7 @@ mod tests {
         }
     }
 
-    /// Another key's answer may void a token after it has come and before it is watched.
+    /// Another key's answer may void a token between its arrival and its watch.
     #[tokio::test]
     async fn a_token_that_is_void_by_now_is_not_watched() {
         for (not_before, watched) in [(0, true), (7, false)] {
