@@ -1,4 +1,4 @@
-//! [`Common`]: what all keys of one cache have in common.
+//! [`Common`]: what all keys of one cache share.
 
 use std::sync::Arc;
 
@@ -7,12 +7,12 @@ use tokio_util::sync::CancellationToken;
 use super::reporter::Outlets;
 use crate::policy::RefreshPolicy;
 
-/// What a cache was told, and what ends with it.
+/// A cache's configuration and what ends with the cache.
 pub(super) struct Common {
     pub(super) policy: Arc<RefreshPolicy>,
     /// Cancelled when the cache is shut down.
     pub(super) closing: CancellationToken,
-    /// Cancelled when the last handle on the cache is dropped: what is watched is of no use to anybody then.
+    /// Cancelled when the last handle on the cache is dropped: watching is of no use then.
     pub(super) watching: CancellationToken,
     pub(super) outlets: Arc<Outlets>,
 }

@@ -1,4 +1,4 @@
-//! [`Endpoint`]: what all keys of one source have in common.
+//! [`Endpoint`]: what all keys of one source share.
 
 use std::{
     panic::{self, AssertUnwindSafe},
@@ -15,19 +15,19 @@ use crate::{
     time::Now,
 };
 
-/// A source, and what is known of the authorization server behind it.
+/// A source, and what is known about the authorization server behind it.
 #[derive(Debug)]
 pub(super) struct Endpoint {
     source: SharedSource,
-    /// Locked by whoever has locked a key's state, and never the other way round.
+    /// Lock order: a key's state first, then this gate.
     pub(super) gate: Mutex<SharedGate>,
     /// The `not_before` that came with the last token of any key.
     not_before: AtomicU64,
     /// Whether the source is being asked for new credentials.
     asking: AtomicBool,
-    /// The token of the key for nothing in particular, if it is watched.
+    /// The plain key's token, if it is watched.
     watched: Watched,
-    /// What is answered instead, if that is settled.
+    /// What the cache answers instead of asking the source.
     #[cfg(feature = "test-util")]
     pub(super) preset: Option<Preset>,
 }
@@ -63,12 +63,12 @@ impl Endpoint {
 
     pub(super) fn set_not_before(&self, not_before: u64) {
         if self.not_before.swap(not_before, Ordering::SeqCst) != not_before {
-            // Whoever comes now is to look whether the token is void.
+            // From now on requests must check whether the token is void.
             self.watched.clear();
         }
     }
 
-    /// Forgets that the client was refused if it can prove its identity by something else now.
+    /// Forgets that the client was refused if it has new credentials now.
     pub(super) fn apply_new_credentials(&self, now: Now) {
         let held = {
             let gate = self.gate.lock();
@@ -76,10 +76,10 @@ impl Endpoint {
                 .filter(|_| gate.is_renewable(now))
                 .cloned()
         };
-        // A source is foreign code, and so is the error that is forgotten: neither has a place under the lock. And
-        // whoever asks for a token is not to panic for it.
+        // The source and the forgotten error are foreign code: neither may run under the lock, and a panic must not
+        // reach whoever asks for a token.
         let is_renewed = || self.source().has_new_credentials();
-        // A source that asks its own cache for something meanwhile would be asked again, and so on for ever.
+        // A source that asks its own cache meanwhile would be asked again, without end.
         if held.is_none() || self.asking.swap(true, Ordering::SeqCst) {
             return;
         }

@@ -172,7 +172,7 @@ pub struct Events {
     done: bool,
 }
 
-/// What a receiver came to, and the receiver for the next time.
+/// What was received, and the receiver for the next event.
 type Next = (
     Result<TokenEvent, RecvError>,
     broadcast::Receiver<TokenEvent>,
@@ -212,7 +212,7 @@ impl Stream for Events {
                 return Poll::Ready(None);
             }
         };
-        // A flight that ends while the cache does may tell of it after that.
+        // A flight that ends during the shutdown may report it later.
         self.done = matches!(event, TokenEvent::ShutDown);
         if !self.done {
             self.next.set(receive(receiver));
@@ -234,7 +234,7 @@ async fn receive(mut receiver: broadcast::Receiver<TokenEvent>) -> Next {
     (event, receiver)
 }
 
-/// Where a cache tells what happens. It costs nothing while nobody listens.
+/// Where a cache sends its events; free while nobody listens.
 #[derive(Debug)]
 pub(super) struct Bus {
     senders: Mutex<Senders>,
@@ -242,7 +242,7 @@ pub(super) struct Bus {
 
 #[derive(Debug)]
 enum Senders {
-    /// Nobody has listened yet.
+    /// There was no listener yet.
     Unused,
     Open(broadcast::Sender<TokenEvent>),
     /// The cache has ended.
@@ -276,11 +276,11 @@ impl Bus {
             Senders::Open(sender) if sender.receiver_count() > 0 => sender.clone(),
             _ => return,
         };
-        // Wakers and errors are foreign code, so nothing is locked here. Nobody may be listening any more.
+        // No lock is held, since wakers and errors are foreign code. The last listener may be gone by now.
         let _ = sender.send(make());
     }
 
-    /// Ends the stream of everybody who listens.
+    /// Ends the stream of every listener.
     pub(super) fn close(&self) {
         let senders = std::mem::replace(&mut *self.senders(), Senders::Closed);
         drop(senders);
@@ -291,14 +291,14 @@ impl Bus {
     }
 }
 
-/// By how many events a listener may be behind.
+/// How many events a listener may be behind.
 const BEHIND: usize = 256;
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Who sends an event while the cache is shut down has looked before, and comes late.
+    /// A sender that got its channel before the shutdown may send afterwards.
     #[tokio::test]
     async fn nothing_comes_after_the_shutdown() {
         let (sender, receiver) = broadcast::channel(BEHIND);

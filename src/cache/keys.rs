@@ -1,4 +1,4 @@
-//! [`Keys`]: the entries of all requests that name what their token is for.
+//! [`Keys`]: the entries of all requests that say what their token is for.
 
 use std::{
     collections::HashMap,
@@ -16,12 +16,12 @@ use crate::{
     token::AccessToken,
 };
 
-/// The entries by their keys, as many as the policy allows.
+/// The entries by key, at most as many as the policy allows.
 ///
-/// An entry makes room when nothing is lost with it: no token that lives, no flight, no gate that is shut. It
-/// is in use as long as anybody but the map holds it, so a flight keeps its entry, and a key never has two.
+/// An entry is evicted only if that loses nothing: no live token, no flight, no shut gate. It is in use as long as
+/// anything but the map holds it, so a flight keeps its entry, and a key never has two.
 pub(super) struct Keys {
-    /// Of the cache's own source.
+    /// The endpoint of the cache's own source.
     endpoint: Arc<Endpoint>,
     common: Arc<Common>,
     map: RwLock<Map>,
@@ -30,9 +30,9 @@ pub(super) struct Keys {
 #[derive(Default)]
 struct Map {
     entries: HashMap<TokenRequest, Arc<Entry>>,
-    /// The endpoints of other sources, by the address of the source, which each one keeps alive.
+    /// The endpoints of other sources, by the source's address; each endpoint keeps its source alive.
     endpoints: HashMap<usize, Weak<Endpoint>>,
-    /// When room was looked for the last time.
+    /// When the map was last swept.
     swept: Option<Instant>,
 }
 
@@ -45,10 +45,10 @@ impl Keys {
         }
     }
 
-    /// The token, if there is one that is neither due nor refused.
+    /// The token, if it is neither due nor refused.
     pub(super) fn fresh(&self, request: &TokenRequest) -> Option<AccessToken> {
-        // To hold the map for it costs less than to count one more reference of the entry. No source is dropped under it:
-        // what a token holds of one, its entry holds too.
+        // Holding the map costs less than another reference to the entry. No source is dropped under it: what a token
+        // holds of one, its entry holds too.
         self.read().entries.get(request)?.fresh()
     }
 
@@ -88,19 +88,19 @@ impl Keys {
         if full && evicted.is_some() {
             self.outlets().keys_full(limit);
         }
-        // Dropped here, since entries hold errors and sources, which are foreign code.
+        // Dropped after the lock, since entries hold errors and sources, which are foreign code.
         drop(evicted);
         entry.ok_or_else(|| TokenError::new(Kind::TooManyKeys))
     }
 
-    /// Takes all entries out.
+    /// Takes out all entries.
     pub(super) fn take(&self) -> Vec<Arc<Entry>> {
         let map = std::mem::take(&mut *self.write());
         self.outlets().meters().keys(-(map.entries.len() as i64));
         map.entries.into_values().collect()
     }
 
-    /// Up to `limit` of the entries, in no particular order.
+    /// Up to `limit` entries, in no particular order.
     pub(super) fn up_to(&self, limit: usize) -> Vec<Arc<Entry>> {
         let map = self.read();
         map.entries.values().take(limit).cloned().collect()
@@ -129,7 +129,7 @@ impl Drop for Keys {
 }
 
 impl Map {
-    /// The endpoint of the source that `request` names, or of the cache's `own`.
+    /// The endpoint of the source that `request` names, or the cache's `own`.
     fn endpoint(&mut self, request: &TokenRequest, own: &Arc<Endpoint>) -> Arc<Endpoint> {
         let Some(source) = request.own_source() else {
             return Arc::clone(own);
@@ -146,7 +146,7 @@ impl Map {
         })
     }
 
-    /// Takes out all entries that are of no use any more, at most once in a while: each one has to be looked at.
+    /// Takes out all idle entries; rate-limited, since it visits each entry.
     fn sweep(&mut self, now: Now) -> Option<Vec<(TokenRequest, Entry)>> {
         let recent = |swept: Instant| now.monotonic < swept + SWEEP_INTERVAL;
         if self.swept.is_some_and(recent) {
@@ -164,8 +164,7 @@ impl Map {
             let Some((request, entry)) = self.entries.remove_entry(&request) else {
                 continue;
             };
-            // Taken out of its `Arc`, so that a late refusal, which looks for it past the map, finds it in the map or not
-            // at all.
+            // Unwrapped, so that a late refusal, which looks in the registry, finds an entry that is in the map or none.
             match Arc::try_unwrap(entry) {
                 Ok(entry) => evicted.push((request, entry)),
                 Err(held) => {
@@ -179,7 +178,7 @@ impl Map {
     }
 }
 
-/// How often room is looked for in a cache that is full.
+/// How often a full cache is swept.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
@@ -200,7 +199,7 @@ mod tests {
         TokenRequest::new().scope(name)
     }
 
-    /// Law 1: whoever holds an entry may start its flight, so another one must not take its place.
+    /// Law 1: whoever holds an entry may start its flight, so no other may replace it.
     #[test]
     fn an_entry_that_is_held_is_not_evicted() {
         let keys = keys(1);

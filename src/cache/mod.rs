@@ -70,7 +70,7 @@ use crate::{
 /// ```
 #[derive(Clone)]
 pub struct TokenCache {
-    /// For requests that name nothing: without a look into the map.
+    /// For requests that name nothing, which need no look into the map.
     plain: Arc<Entry>,
     keys: Arc<Keys>,
 }
@@ -279,11 +279,11 @@ impl TokenCache {
         }
     }
 
-    /// Ends everything and returns what may be revoked.
+    /// Ends everything and returns the tokens to revoke.
     fn close(&self) -> Vec<(Arc<Entry>, Revocation)> {
         let is_first = !self.is_closed();
         self.plain.closing().cancel();
-        // The plain one first: its token is the one that services hold on to.
+        // The plain entry first: services hold on to its token.
         let mut entries = vec![Arc::clone(&self.plain)];
         entries.extend(self.keys.take());
         let mut revocations = Vec::new();
@@ -299,11 +299,11 @@ impl TokenCache {
         revocations
     }
 
-    /// The token for a request that has no time to wait; starts a refresh that is due.
+    /// The token for a request that cannot wait; starts a refresh that is due.
     pub(crate) fn attach(&self, request: Option<&TokenRequest>) -> Option<AccessToken> {
         match keyed(request) {
             None => self.plain.attach(),
-            // The error of a full map is for `acquire` to return.
+            // `acquire` returns the error of a full map.
             Some(request) => {
                 let token = self.keys.fresh(request);
                 token.or_else(|| self.keys.get_or_insert(request).ok()?.attach_slow())
@@ -311,8 +311,7 @@ impl TokenCache {
         }
     }
 
-    /// By which a request sees whether it may attach the token for nothing in particular without a look at the
-    /// monotonic clock.
+    /// Tells a request whether it may attach the plain token without reading the monotonic clock.
     pub(crate) fn watched(&self) -> &Watched {
         self.plain.watched()
     }
@@ -326,7 +325,7 @@ impl TokenCache {
         Ok(Acquire::new(entry))
     }
 
-    /// Hears that the API refused `token`, and what it said of it.
+    /// Takes the API's refusal of `token`, and its reason.
     pub(crate) fn refused(&self, token: &AccessToken, complaint: Complaint) -> Remedy {
         match self.entry(token.request()) {
             Some(entry) => entry.refused(token, complaint),
@@ -334,7 +333,7 @@ impl TokenCache {
         }
     }
 
-    /// What is measured of this cache.
+    /// The metrics of this cache.
     pub(crate) fn meters(&self) -> &Meters {
         self.plain.reporter().meters()
     }
@@ -343,7 +342,7 @@ impl TokenCache {
         self.plain.closing().is_cancelled()
     }
 
-    /// Whether the server has declared `token` void since it came.
+    /// Whether the server has voided `token` since it was granted.
     pub(crate) fn is_void(&self, token: &AccessToken) -> bool {
         let entry = self.entry(token.request());
         entry.is_some_and(|entry| entry.is_void(token))
@@ -365,7 +364,7 @@ fn keyed(request: Option<&TokenRequest>) -> Option<&TokenRequest> {
 /// How many keys' tokens are revoked at a time.
 const REVOCATIONS: usize = 16;
 
-// This rules out that a cache is a source for another one, whose retries would add up with its own.
+// This keeps a cache from being the source of another one: their retries would add up.
 impl<T: TokenSource> From<T> for TokenCache {
     fn from(source: T) -> Self {
         Self::new(source)

@@ -1,4 +1,4 @@
-//! Caches whose answer is settled before anybody asks: for tests, without a clock and without a runtime.
+//! Caches with a preset answer: for tests, without a clock or a runtime.
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ use crate::{
     source::{Fetch, Revocation, SharedSource, TokenResponse, TokenSource},
 };
 
-/// What a cache answers, whatever is asked of it.
+/// What a cache answers to every request.
 #[derive(Clone)]
 pub(super) enum Preset {
     Token(TokenResponse),
@@ -78,7 +78,7 @@ impl TokenCache {
 }
 
 impl Entry {
-    /// Takes the token that is there from the start, if there is one.
+    /// Sets the preset token, if there is one.
     pub(super) fn apply_preset(&self) {
         if let Some(Preset::Token(response)) = &self.endpoint().preset {
             let mut state = self.state.lock();
@@ -87,7 +87,7 @@ impl Entry {
         }
     }
 
-    /// The error that is there from the start, if there is one.
+    /// The preset error, if there is one.
     pub(super) fn preset_error(&self) -> Option<TokenError> {
         match &self.endpoint().preset {
             Some(Preset::Error(error)) if !self.closing().is_cancelled() => Some(error.clone()),
@@ -96,7 +96,7 @@ impl Entry {
     }
 }
 
-/// The source of a cache that needs none: asked after a 401 only.
+/// The source of a preset cache: asked only after a 401.
 struct PresetSource;
 
 impl TokenSource for PresetSource {

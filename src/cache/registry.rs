@@ -1,8 +1,8 @@
-//! Every [`Entry`] by its number, for those who have the number alone.
+//! Finds an [`Entry`] by its id.
 //!
-//! A request in flight may come back with a refusal of its token, so it has to know where the token came from. A
-//! reference count for that would cost every request two writes to memory that others write as well, about a tenth
-//! of what a header costs; a number costs nothing, and one look here for each refusal.
+//! A request whose token is refused has to know where the token came from. A reference count for that would cost
+//! every request two writes to contended memory, about a tenth of what a header costs; an id costs nothing but one
+//! lookup here per refusal.
 
 use std::{
     collections::BTreeMap,
@@ -12,7 +12,7 @@ use std::{
 use super::entry::{Complaint, Entry};
 use crate::token::{KeyId, TokenId};
 
-/// Nothing is dropped under this lock, and no other one is taken.
+/// Nothing is dropped and no other lock is taken under this one.
 static ENTRIES: RwLock<BTreeMap<KeyId, Weak<Entry>>> = RwLock::new(BTreeMap::new());
 
 pub(super) fn add(id: KeyId, entry: Weak<Entry>) {
@@ -20,9 +20,9 @@ pub(super) fn add(id: KeyId, entry: Weak<Entry>) {
     entries.insert(id, entry);
 }
 
-/// Hears that the API refused a token, from a request that is not to be sent again.
+/// Takes the API's refusal of a token, for a request that is not sent again.
 pub(crate) fn refused(token: TokenId, complaint: Complaint) {
-    // With nobody left who holds the entry, nobody is left to get another token from it.
+    // If nothing holds the entry any more, nobody can use another token from it.
     if let Some(entry) = find(token.entry()) {
         entry.refused_by_id(token, complaint);
     }
@@ -47,7 +47,7 @@ mod tests {
     };
 
     #[tokio::test]
-    async fn an_entry_is_found_for_as_long_as_its_cache_is_there() {
+    async fn an_entry_is_found_for_as_long_as_its_cache_lives() {
         let cache = TokenCache::new(source_fn(|_| async { TokenResponse::new("token") }));
         let mut ids = Vec::new();
         for key in 0..100 {

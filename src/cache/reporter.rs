@@ -1,4 +1,4 @@
-//! [`Reporter`]: tells what becomes of a key's token, to the log, to the metrics and to whoever listens.
+//! [`Reporter`]: reports what happens to a key's token, to the log, the metrics and the listeners.
 
 use std::{
     panic::{self, AssertUnwindSafe},
@@ -23,7 +23,7 @@ use crate::{
     time::Now,
 };
 
-/// What all keys of a cache tell through.
+/// Where all keys of a cache report to.
 #[derive(Debug)]
 pub(super) struct Outlets {
     name: &'static str,
@@ -49,7 +49,7 @@ impl Outlets {
         &self.bus
     }
 
-    /// There is no room among `limit` keys.
+    /// Reports that all `limit` keys are in use.
     pub(super) fn keys_full(&self, limit: usize) {
         telemetry::keys_full(self.name, limit);
         self.bus.send(|| TokenEvent::KeysFull { limit });
@@ -67,12 +67,12 @@ impl Outlets {
     }
 }
 
-/// Tells of one key. Nothing is to be locked when it does: who listens is foreign code.
+/// Reports on one key. No lock may be held meanwhile: listeners are foreign code.
 #[derive(Debug)]
 pub(super) struct Reporter {
     outlets: Arc<Outlets>,
     request: TokenRequest,
-    /// Whether the key is counted among those whose gates are closed.
+    /// Whether the key counts among those with closed gates.
     closed: AtomicBool,
 }
 
@@ -121,19 +121,19 @@ impl Reporter {
         });
     }
 
-    /// Takes note that somebody waits for a flight.
+    /// Reports that a request waits for a flight.
     pub(super) fn wait_begins(&self, flight: &Flight) -> Wait {
         let meters = self.meters().clone();
         Wait::begin(meters, flight.number(), flight.span(), Instant::now())
     }
 
-    /// Tells that requests wait for a flight that takes long.
+    /// Reports that requests wait for a slow flight.
     pub(super) fn waiting(&self, flight: &Flight) {
         let age = flight.span().age(Now::read().monotonic);
         telemetry::requests_waiting(flight.number(), self.subject(), flight.waiters(), age);
     }
 
-    /// Tells that the refresh token was of no use, and that the flight has gone on without.
+    /// Reports that the refresh token failed and the flight went on without it.
     pub(super) fn refresh_token_failed(&self, flight: &Flight, error: &TokenError) {
         telemetry::refresh_token_failed(flight.number(), self.subject(), error);
     }
@@ -153,7 +153,7 @@ impl Reporter {
         });
     }
 
-    /// Tells how a flight ended, with what it leaves behind or with the outage that it ends.
+    /// Reports how a flight ended, with its failure or with the outage that it ends.
     pub(super) fn landed(&self, flight: &Flight, end: &End, landing: &Landing) {
         flight
             .span()
@@ -206,7 +206,7 @@ impl Reporter {
                     failures: failure.failures,
                 });
             }
-            // Of a cache that was shut down.
+            // The cache was shut down.
             (End::Failed(error), None) => {
                 self.ended(flight, telemetry::SHUT_DOWN, Some(error), landing);
             }
@@ -247,14 +247,14 @@ impl Reporter {
         });
     }
 
-    /// Takes note that no gate of this key is closed any more.
+    /// Notes that no gate of this key is closed any more.
     pub(super) fn opened(&self) {
         if self.closed.swap(false, Ordering::SeqCst) {
             self.meters().gates(-1);
         }
     }
 
-    /// Requests fail from here on, which they have not done before in this outage.
+    /// Reports that requests fail from here on, for the first time in this outage.
     pub(super) fn requests_failing(&self, error: &TokenError, retry_in: Duration) {
         telemetry::requests_failing(self.subject(), error, retry_in);
         self.outlets.bus.send(|| TokenEvent::RequestsFailing {
@@ -286,18 +286,18 @@ impl Drop for Reporter {
     }
 }
 
-/// Calls foreign code and drops its panic, of which the panic hook has told: what is left to do matters more.
+/// Calls foreign code and drops its panic, which the panic hook has reported: what is left to do matters more.
 pub(super) fn swallow_panics(call: impl FnOnce()) {
     let _ = panic::catch_unwind(AssertUnwindSafe(call));
 }
 
-/// What is to be told of a flight that has landed, beside its end.
+/// What to report of a flight that has landed, besides its end.
 pub(super) struct Landing {
     pub(super) now: Now,
-    /// By which grant the token came.
+    /// The grant that brought the token.
     pub(super) grant: &'static str,
-    /// The outage that there was before.
+    /// The outage before it.
     pub(super) before: Option<Outage>,
-    /// What there is if the flight has failed.
+    /// Present if the flight failed.
     pub(super) failure: Option<FailureReport>,
 }

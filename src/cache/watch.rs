@@ -1,10 +1,10 @@
-//! What goes on between two flights: somebody watches the clock for those who have no time to.
+//! Watches the clock between two flights, so that requests do not have to.
 //!
-//! A clock reading costs a request about as much as its header. So the task of a flight stays behind and watches
-//! the monotonic clock for the token, and requests attach it without a look at that clock for as long as they
-//! see that it is [`Watched`]. They do look at the wall clock, coarsely, which costs little: a machine that slept,
-//! and a runtime that is parked, stop the watch. If the wall clock is set back as well while the runtime that watches is
-//! parked, a token is attached for too long, and the API has the last word on it.
+//! Reading a clock costs a request about as much as its header. So a flight's task stays behind and watches the
+//! monotonic clock for the token, and requests attach the token without reading that clock while it is [`Watched`].
+//! They do read the wall clock, coarsely and cheaply, because a sleeping machine or a parked runtime stops the
+//! watch. If the wall clock is also set back while the watching runtime is parked, a token is attached for too long,
+//! and only the API can refuse it.
 //!
 //! Tokens with a key are not watched: a cache may hold thousands.
 
@@ -21,11 +21,11 @@ use tokio::time;
 use super::entry::Entry;
 use crate::{policy, time::Now, token::TokenId};
 
-/// Watches the token until it is due, dead, replaced or refused, and then starts the flight that follows if the
-/// cache is to be kept warm.
+/// Watches the token until it is due, dead, replaced or refused, and then starts the next flight if the cache is kept
+/// warm.
 ///
-/// Every flight for the token without a key ends in this, so the newest one's runtime keeps the watch. It
-/// ends with the last handle on the cache.
+/// Every flight for the plain token ends in this, so the newest flight's runtime keeps the watch. It ends with the
+/// last handle on the cache.
 pub(super) async fn run(entry: Arc<Entry>) {
     let this_flight = entry.progress().flights;
     let mut watch = Watch::begin(&entry);
@@ -56,7 +56,7 @@ pub(super) async fn run(entry: Arc<Entry>) {
             if entry.progress().flights != this_flight {
                 return;
             }
-            // Another key tries whether the endpoint is well.
+            // Another key is probing the endpoint.
             pause = policy::FLOOR;
         }
         drop(entry);
@@ -64,15 +64,15 @@ pub(super) async fn run(entry: Arc<Entry>) {
     }
 }
 
-/// The id of the token that may be attached without a further look, or 0: somebody watches the clock for it, and
-/// it is neither replaced, nor refused, nor void.
+/// The id of the token that may be attached without another check, or 0: its clock is watched, and it is neither
+/// replaced, refused nor void.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Watched(Arc<AtomicU64>);
 
 impl Watched {
     #[inline]
     pub(crate) fn is(&self, token: TokenId) -> bool {
-        // All else that is known of the token is in the token.
+        // Relaxed, since all other data is in the token itself.
         self.0.load(Ordering::Relaxed) == token.get()
     }
 
@@ -80,7 +80,7 @@ impl Watched {
         self.0.store(token.get(), Ordering::SeqCst);
     }
 
-    /// Ends the watch over `token`, if no other one is watched by now.
+    /// Ends the watch over `token`, unless another one is watched by now.
     pub(super) fn end(&self, token: TokenId) {
         let _ = self
             .0
@@ -92,7 +92,7 @@ impl Watched {
     }
 }
 
-/// The watch over one token, which ends with its task: a runtime that shuts down drops it.
+/// The watch over one token; it ends with its task, also when a runtime that shuts down drops that.
 struct Watch {
     watched: Watched,
     token: TokenId,
@@ -112,7 +112,7 @@ impl Drop for Watch {
     }
 }
 
-/// The monotonic clock, and with it this timer, stops while a machine sleeps: look at the wall clock too.
+/// The monotonic clock, and with it this timer, stops while a machine sleeps: check the wall clock this often.
 const MAX_SLEEP: Duration = Duration::from_secs(30);
 
 #[cfg(test)]
