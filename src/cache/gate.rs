@@ -1,16 +1,14 @@
-//! Gates: what failed flights leave behind, for a key and for all keys of a source.
+//! Gates hold back flights after failures, for one key and for all keys of a source.
 //!
-//! Each failure shuts the gate of its key. One that tells of the endpoint or of the client (no connection, `429`,
-//! `Retry-After`, `invalid_client`) shuts the [`SharedGate`] too, and no key's flights start while that is
-//! shut. One that tells of what was asked for (`invalid_scope`) does not, so that a key that is refused
-//! keeps no other back. Of the rest (a timeout, a `500`) nobody can say whose fault it is. Once two keys have had
-//! one, with no success between them, such a failure shuts the shared gate as well, but only for the keys that
-//! have failed: whoever has not is free to find out.
+//! Each failure shuts its key's gate. A failure of the endpoint or the client (no connection, `429`, `Retry-After`,
+//! `invalid_client`) also shuts the [`SharedGate`], and no key's flights start while that is shut. A failure of what
+//! was asked for (`invalid_scope`) does not, so that a refused key holds back no other. The rest (a timeout, a `500`)
+//! is ambiguous. Once two keys have had an ambiguous failure, with no success in between, such a failure shuts the
+//! shared gate too, but only for keys that have failed: a key that has not may try.
 //!
-//! When a shared gate opens, one key goes first, and those whom it binds wait for what comes of it. If that is a
-//! failure of which nobody can say whose fault it is, the gate binds from then on those only that have failed. And
-//! since keys that are broken and much asked for would be the first ones each time, one of those who have waited for
-//! long passes in between, once in 5 s.
+//! When the shared gate opens, one key probes, and the keys bound by the gate wait for its result. If the probe's
+//! failure is ambiguous, the gate from then on binds only keys that have failed. And since broken keys in high demand
+//! would win the probe every time, one key that has waited long bypasses the gate every 5 s.
 
 use std::time::Duration;
 
@@ -25,7 +23,7 @@ use crate::{
     token::KeyId,
 };
 
-/// How many flights failed in a row and when the next may start.
+/// How many flights failed in a row, and when the next may start.
 ///
 /// A success opens it; a 401 never does.
 #[derive(Debug, Default)]
@@ -33,9 +31,9 @@ struct Gate {
     failures: u32,
     terminal: u32,
     opens: Option<Deadline>,
-    /// Until then the gate is shut even for a token at hard expiry.
+    /// Until then, the gate is shut even for a token at hard expiry.
     strict: Option<Deadline>,
-    /// What callers get who cannot wait for a flight.
+    /// The error for callers who cannot wait for a flight.
     remembered: Option<TokenError>,
 }
 
@@ -57,7 +55,7 @@ impl Gate {
         let times = policy::gate_times(self.failures, self.terminal, error, rng);
         self.opens = Some(now.after(times.opens_after));
         self.strict = Some(now.after(times.strict_until));
-        // A lost flight says nothing of the server: the next callers wait for a new one.
+        // A lost flight says nothing about the server: the next callers wait for a new one.
         if let Some(error) = error {
             self.remembered = Some(error.clone());
         }
@@ -65,24 +63,24 @@ impl Gate {
     }
 }
 
-/// The gate of an authorization server as one client finds it.
+/// The gate of an authorization server, for one client.
 #[derive(Debug, Default)]
 pub(crate) struct SharedGate {
     gate: Gate,
-    /// Whether it binds the keys as well that have not failed themselves.
+    /// Whether it also binds keys that have not failed themselves.
     certain: bool,
-    /// When it was shut: a success that was asked for before says nothing against it.
+    /// When it was shut: a success requested before that does not open it.
     shut_at: Option<Instant>,
-    /// The key that had the last failure of which nobody can say whose fault it is.
+    /// The key that had the last ambiguous failure.
     suspect: Option<KeyId>,
-    /// The key that tries whether the endpoint is well again, and until when it is waited for.
+    /// The key that probes whether the endpoint has recovered, and until when others wait for it.
     probe: Option<(KeyId, Instant)>,
-    /// How often the client was refused and has got other credentials since.
+    /// How often a refused client got new credentials.
     renewals: u64,
-    /// How often that was since the last success, and when the next time may be.
+    /// How often since the last success, and when the next renewal may be.
     vain_renewals: u32,
     renewable: Option<Deadline>,
-    /// When the next one may pass in between who has waited for long.
+    /// When the next starved key may bypass the gate.
     next_bypass: Option<Deadline>,
 }
 
@@ -92,7 +90,7 @@ impl SharedGate {
         self.gate.is_open(now) && !self.probe.is_some_and(waits)
     }
 
-    /// Whether a refusal of the client holds all keys back, which other credentials would end.
+    /// Whether a refusal of the client holds all keys back, which new credentials would end.
     pub(crate) fn is_renewable(&self, now: Now) -> bool {
         let may_be = self
             .renewable
@@ -100,11 +98,11 @@ impl SharedGate {
         may_be && self.gate.terminal > 0 && !self.gate.is_open(now)
     }
 
-    /// Opens the gates that a refusal of the client has shut, since its credentials are others now.
+    /// Opens the gates that a refusal of the client has shut, since its credentials are new.
     ///
-    /// A source that says so time and again while the server goes on refusing gets ever fewer tries (law 2).
+    /// A source that claims this repeatedly while the server keeps refusing gets fewer and fewer tries (law 2).
     ///
-    /// Returns what is forgotten with it, to be dropped when nothing is locked.
+    /// Returns the forgotten error, to be dropped outside the lock.
     pub(crate) fn renew(&mut self, now: Now) -> Option<TokenError> {
         if !self.is_renewable(now) {
             return None;
@@ -122,11 +120,11 @@ impl SharedGate {
         self.gate.remembered.as_ref()
     }
 
-    /// Takes a failure that tells of all keys, or may do, of a flight that `began` at this time.
+    /// Takes a failure that concerns, or may concern, all keys, of a flight that `began` at this time.
     fn shut(&mut self, error: Option<&TokenError>, rng: &mut Rng, began: Instant, now: Now) {
         let is_certain = Fault::of(error) != Fault::Either;
         let is_open = self.gate.is_open(now);
-        // A thousand flights that were in the air together are one failure of the endpoint.
+        // A thousand concurrent flights are one failure of the endpoint.
         let is_known = !is_open && self.shut_at.is_some_and(|shut| began < shut);
         let asks_for_more =
             error.is_some_and(|error| !error.is_transient() || error.retry_after().is_some());
@@ -140,7 +138,7 @@ impl SharedGate {
         }
         self.gate.shut(error, rng, now);
         if !is_open {
-            // Nothing that was asked for is taken back.
+            // A failure shortens no earlier wait.
             self.gate.opens = later(before.0, self.gate.opens);
             self.gate.strict = later(before.1, self.gate.strict);
             if is_known {
@@ -151,7 +149,7 @@ impl SharedGate {
         self.shut_at = Some(now.monotonic);
     }
 
-    /// Whether an answer to what was asked at this time says something against what has shut it.
+    /// Whether an answer to a request sent at this time counts against what shut the gate.
     fn is_answered(&self, asked: Instant) -> bool {
         self.shut_at.is_none_or(|shut| shut <= asked)
     }
@@ -164,14 +162,14 @@ impl SharedGate {
     }
 }
 
-/// The gates that a key's flights have to pass: its own, and the one that it shares.
+/// The gates that a key's flights have to pass: its own and the shared one.
 #[derive(Debug)]
 pub(crate) struct OwnGate {
     key: KeyId,
     gate: Gate,
-    /// The renewals there had been when the client was refused, if that has shut the gate.
+    /// The count of renewals when the client was refused, if that shut the gate.
     refused: Option<u64>,
-    /// From here on the key has waited for long.
+    /// From here on the key has waited long.
     starved_from: Option<Deadline>,
 }
 
@@ -196,13 +194,13 @@ impl OwnGate {
         own && self.binding(shared).is_none_or(opens)
     }
 
-    /// Whether it is this key's turn, though the shared gate is shut by what may be the fault of other keys.
+    /// Whether this key may bypass the shared gate, which other keys' faults may have shut.
     fn may_bypass(&self, shared: &SharedGate, now: Now) -> bool {
         let has_come = |moment: Option<Deadline>| moment.is_none_or(|moment| moment.has_come(now));
         !shared.certain && has_come(self.starved_from) && has_come(shared.next_bypass)
     }
 
-    /// Whether a token at hard expiry may pass, open or not.
+    /// Whether a token at hard expiry may pass even a shut gate.
     pub(crate) fn is_lenient(&self, shared: &SharedGate, now: Now) -> bool {
         let own = self.gate.is_lenient(now) || self.is_renewed(shared);
         own && self
@@ -220,7 +218,7 @@ impl OwnGate {
         self.gate.failures.max(shared.unwrap_or_default())
     }
 
-    /// What callers get who cannot wait for a flight.
+    /// The error for callers who cannot wait for a flight.
     pub(crate) fn remembered<'a>(&'a self, shared: &'a SharedGate) -> Option<&'a TokenError> {
         let shared = self.binding(shared).and_then(SharedGate::remembered);
         shared.or_else(|| self.own_remembered())
@@ -230,16 +228,16 @@ impl OwnGate {
         self.gate.remembered.as_ref()
     }
 
-    /// When both are open.
+    /// When both gates are open.
     pub(crate) fn opens(&self, shared: &SharedGate) -> Option<Deadline> {
         let own = self.gate.opens.filter(|_| !self.is_renewed(shared));
         let shared = self.binding(shared).and_then(|shared| shared.gate.opens);
         later(own, shared)
     }
 
-    /// Takes note of a flight that starts, to be over at `until`.
+    /// Notes that a flight starts, to be over at `until`.
     pub(crate) fn pass(&self, shared: &mut SharedGate, now: Now, until: Instant) {
-        // Who is not held back takes nothing away from those who are.
+        // A key that is not bound takes no turn from those that are.
         if !self.is_bound(shared) {
             return;
         }
@@ -252,7 +250,7 @@ impl OwnGate {
         }
     }
 
-    /// Opens the gates after a success that was asked for at `sent`.
+    /// Opens the gates after a success requested at `sent`.
     pub(crate) fn open(&mut self, shared: &mut SharedGate, sent: Now) {
         *self = Self::new(self.key);
         self.end_probe(shared);
@@ -261,8 +259,8 @@ impl OwnGate {
         }
     }
 
-    /// Shuts the gates that `error` tells of, or the key's own for a flight that was lost, and returns for how
-    /// long the key's own is shut. The flight `began` when it was put on record.
+    /// Shuts the gates that `error` concerns, or the key's own for a lost flight, and returns for how long the key's
+    /// own is shut. The flight `began` when it was put on record.
     pub(crate) fn shut(
         &mut self,
         shared: &mut SharedGate,
@@ -281,7 +279,7 @@ impl OwnGate {
             }
             Fault::Key => false,
             Fault::Request => {
-                // The endpoint has answered, and it knows the client.
+                // The endpoint answered, and knows the client.
                 if was_probe && shared.is_answered(began) {
                     shared.forget();
                 }
@@ -289,7 +287,7 @@ impl OwnGate {
             }
         };
         if is_shared {
-            // With the same sample of chance: for a key that is the only one, both open at the same time.
+            // With the same random sample, so that both open at the same time for a single key.
             shared.shut(error, &mut rng.clone(), began, now);
         }
         self.refused = (fault == Fault::Client).then_some(shared.renewals);
@@ -304,13 +302,13 @@ impl OwnGate {
         binds.then_some(shared)
     }
 
-    /// Whether the client was refused with credentials that it does not use any more.
+    /// Whether the client was refused with credentials that it no longer uses.
     fn is_renewed(&self, shared: &SharedGate) -> bool {
         self.refused
             .is_some_and(|renewals| renewals != shared.renewals)
     }
 
-    /// Ends the probe that this key's flight was, if it was one.
+    /// Ends the probe, if this key's flight was it.
     fn end_probe(&self, shared: &mut SharedGate) -> bool {
         shared.probe.take_if(|(key, _)| *key == self.key).is_some()
     }
@@ -327,13 +325,13 @@ fn later(a: Option<Deadline>, b: Option<Deadline>) -> Option<Deadline> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
     Endpoint,
-    /// Of the client, whose credentials all keys share.
+    /// The client's, whose credentials all keys share.
     Client,
     /// The endpoint's or the key's.
     Either,
-    /// The key's alone, whatever it is.
+    /// The key's alone, for whatever reason.
     Key,
-    /// Of what the key asks for: the server has said so.
+    /// That of what the key asks for, as the server says.
     Request,
 }
 
@@ -355,10 +353,10 @@ impl Fault {
     }
 }
 
-/// For how long a key waits for others after its own gate has opened: as long as that is shut at most.
+/// How long a key waits for others after its own gate has opened: as long as a backoff shuts that at most.
 const STARVED_AFTER: Duration = Duration::from_secs(10);
 
-/// How often one of those passes: not so often that an endpoint that is down would be asked much more for it.
+/// How often a starved key may bypass: rarely enough to add little load on an endpoint that is down.
 const BYPASS_INTERVAL: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
@@ -454,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn two_keys_bear_witness_against_the_endpoint_and_bind_themselves() {
+    fn two_failing_keys_shut_the_shared_gate_for_themselves() {
         let timeout = TokenError::new(Kind::Timeout);
         let mut case = Case::new();
         case.fail(0, &timeout);
@@ -463,7 +461,7 @@ mod tests {
         case.fail(1, &timeout);
         assert_eq!(case.shared.gate.failures, 1);
         assert_eq!(case.open(), [false, false, true]);
-        // The first one's own gate has opened, and the shared one has not.
+        // The first key's own gate has opened, and the shared one has not.
         let busy = TokenError::new(Kind::Unavailable);
         for _ in 0..6 {
             case.fail(1, &busy);
@@ -473,9 +471,9 @@ mod tests {
         assert_eq!(case.open(), [false, false, true]);
     }
 
-    /// A runtime that is parked loses the flights of all keys, and nobody has heard of the server.
+    /// A parked runtime loses the flights of all keys without any word from the server.
     #[test]
-    fn flights_that_are_lost_bear_witness_against_nobody() {
+    fn lost_flights_do_not_shut_the_shared_gate() {
         let mut case = Case::new();
         for key in 0..2 {
             let (shared, now) = (&mut case.shared, case.now);
@@ -483,7 +481,7 @@ mod tests {
             case.keys[key].shut(shared, None, rng, now.monotonic, now);
         }
         assert_eq!(case.shared.gate.failures, 0);
-        // Nor is one of them the first witness.
+        // Nor does one count as the first of two failures.
         case.fail(2, &TokenError::new(Kind::Timeout));
         assert_eq!(case.shared.gate.failures, 0);
     }
@@ -506,7 +504,7 @@ mod tests {
         assert_eq!(case.open(), [true; 3]);
         case.start(2);
         assert_eq!(case.open(), [false, false, true]);
-        // It tells by its success, or by its failure, or by neither and is waited for no longer.
+        // The probe succeeds, fails, or takes so long that the others stop waiting.
         case.pass(31);
         assert_eq!(case.open(), [true; 3]);
         case.start(1);
@@ -520,7 +518,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_of_what_was_asked_for_shows_that_the_endpoint_is_well() {
+    fn a_refusal_of_the_request_shows_that_the_endpoint_is_well() {
         let mut case = Case::new();
         case.fail(0, &TokenError::new(Kind::Transport));
         case.pass(1);
@@ -531,7 +529,7 @@ mod tests {
     }
 
     #[test]
-    fn a_success_that_was_asked_for_before_says_nothing() {
+    fn a_success_requested_before_the_failure_opens_nothing() {
         let mut case = Case::new();
         let sent = case.now;
         case.pass(1);
@@ -542,7 +540,7 @@ mod tests {
     }
 
     #[test]
-    fn flights_that_fail_together_are_one_failure() {
+    fn concurrent_failures_count_once() {
         let rng = &mut Rng::with_seed(7);
         let mut case = Case::new();
         let began = case.now.monotonic;
@@ -552,7 +550,7 @@ mod tests {
             key.shut(&mut case.shared, Some(&error), rng, began, case.now);
         }
         assert_eq!(case.shared.gate.failures, 1);
-        // What it asks for is heeded all the same.
+        // Its Retry-After still counts.
         let error = error.with_retry_after(Duration::from_secs(60));
         let key = &mut case.keys[1];
         key.shut(&mut case.shared, Some(&error), rng, began, case.now);
@@ -561,7 +559,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_is_refused_in_many_flights_at_once_is_refused_once() {
+    fn concurrent_refusals_of_the_client_count_once() {
         let mut case = Case::new();
         let began = case.now.monotonic;
         case.pass(1);
@@ -572,7 +570,7 @@ mod tests {
             (case.shared.gate.failures, case.shared.gate.terminal),
             (1, 1)
         );
-        // The next refusal is another one.
+        // A later refusal counts.
         case.pass(6);
         case.fail(0, &rejected("invalid_client"));
         assert_eq!(
@@ -582,7 +580,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_after_a_retry_after_does_not_shorten_it() {
+    fn nothing_shortens_a_retry_after() {
         let busy =
             |seconds| TokenError::transient("busy").with_retry_after(Duration::from_secs(seconds));
         for (other, refused) in [
@@ -606,7 +604,7 @@ mod tests {
                 assert_eq!(case.shared.is_renewable(case.now), refused);
             }
         }
-        // Nor does it hide that the client is refused.
+        // Nor does one hide that the client is refused.
         let mut case = Case::new();
         let began = case.now.monotonic;
         case.pass(1);
@@ -615,9 +613,9 @@ mod tests {
         assert!(case.shared.is_renewable(case.now));
     }
 
-    /// Keys that are broken, and asked for all the time, are the first ones wherever a gate opens.
+    /// Broken keys in constant demand win the probe whenever a gate opens.
     #[test]
-    fn keys_that_fail_as_the_first_ones_keep_no_other_out() {
+    fn broken_keys_that_win_every_probe_starve_no_other() {
         let down = TokenError::new(Kind::Transport);
         let broken = TokenError::new(Kind::Timeout);
         let mut case = Case::new();
@@ -639,7 +637,7 @@ mod tests {
             assert!(round < 1, "it is kept out");
             case.fail(round % 2, &broken);
         }
-        // Whoever has not failed since is free to find out, and nobody once it is certain.
+        // A key that has not failed since may try, and none once the failure is unambiguous.
         let mut case = Case::new();
         case.fail(0, &down);
         case.pass(12);
@@ -652,15 +650,15 @@ mod tests {
         assert_eq!(case.open(), [false; 3]);
     }
 
-    /// Law 7: a program may have new keys all the time, each of which is free to find out and fails in its own way.
+    /// Law 7: a program may always have new keys, each of which may try and fails in its own way.
     #[test]
-    fn keys_that_are_not_held_back_take_nobodys_place_in_between() {
+    fn unbound_keys_use_up_no_bypass() {
         let timeout = TokenError::new(Kind::Timeout);
         let mut case = Case::new();
         case.fail(0, &timeout);
         case.fail(1, &timeout);
         case.pass(12);
-        // One that is waited for, as another one has waited for long.
+        // One key probes; another has waited long.
         case.start(0);
         assert_eq!(case.open(), [true, true, true]);
         case.start(2);
@@ -668,9 +666,9 @@ mod tests {
         assert_eq!(case.open(), [true, true, false]);
     }
 
-    /// Law 2: an answer to what was asked before says nothing against what another key was told since.
+    /// Law 2: an answer to an earlier request does not undo what another key was told since.
     #[test]
-    fn a_refusal_of_the_first_one_takes_back_nothing_that_was_asked_for_meanwhile() {
+    fn a_refusal_of_the_probe_undoes_no_later_retry_after() {
         let timeout = TokenError::new(Kind::Timeout);
         for told in [true, false] {
             let mut case = Case::new();
@@ -681,7 +679,7 @@ mod tests {
             let began = case.now.monotonic;
             case.pass(1);
             if told {
-                // One that is not held back has found out.
+                // An unbound key was told.
                 let busy = TokenError::transient("busy");
                 case.fail(2, &busy.with_retry_after(Duration::from_secs(60)));
             }
@@ -692,7 +690,7 @@ mod tests {
         }
     }
 
-    /// Law 2: whatever becomes of other keys, a key's own failures keep it back.
+    /// Law 2: whatever happens to other keys, a key's own failures hold it back.
     #[test]
     fn another_keys_success_opens_no_own_gate() {
         let mut case = Case::new();
@@ -702,7 +700,7 @@ mod tests {
     }
 
     #[test]
-    fn other_credentials_open_what_a_refusal_of_the_client_has_shut() {
+    fn new_credentials_open_what_a_refusal_of_the_client_shut() {
         let mut case = Case::new();
         case.fail(0, &rejected("invalid_scope"));
         case.fail(1, &rejected("invalid_client"));
@@ -711,7 +709,7 @@ mod tests {
         assert!(!case.shared.is_renewable(case.now));
         assert_eq!(case.open(), [false, true, true]);
         assert!(case.keys[1].is_lenient(&case.shared, case.now));
-        // The next refusal holds again.
+        // The next refusal shuts it again.
         case.fail(1, &rejected("invalid_client"));
         assert_eq!(case.open(), [false; 3]);
     }
