@@ -1,19 +1,19 @@
 //! The one fetch in progress: its task, its attempts, its waiters and its ends.
 //!
-//! A flight runs in a task of its own, so that no caller's being dropped stops it. Its task holds an
-//! [`Ending`], which ends the flight come what may: with the source's answer, with a panic, or, when the
-//! task is dropped by a runtime that shuts down, as abandoned. A runtime that is parked ends nothing: for
-//! that case each waiter has a timer on its own runtime, and gives the flight up when it is overdue.
+//! A flight runs in its own task, so that dropping a caller does not stop it. The task holds an [`Ending`], which ends
+//! the flight in any case: with the source's answer, with a panic, or as abandoned if a runtime that shuts down drops
+//! the task. A parked runtime ends nothing: for that case each waiter has a timer on its own runtime, and gives the
+//! flight up when it is overdue.
 //!
 //! # Invariants
 //!
-//! 1. A flight ends once; what comes later is dropped.
-//! 2. Every waiter that was there when the flight ended is woken, after the lock was released: a waker runs
-//!    foreign code, which may drop other waiters.
-//! 3. A waiter holds its slot from its making to its drop or to the flight's end.
+//! 1. A flight ends once; later ends are dropped.
+//! 2. Every waiter present when the flight ends is woken, after the lock is released: a waker runs foreign code, which
+//!    may drop other waiters.
+//! 3. A waiter holds its slot from its creation to its drop or the flight's end.
 //! 4. A flight that has ended sends nothing more (the fence).
 //!
-//! The mutex orders everything: who looks after the end sees it, who looked before has its waker in the slab.
+//! The mutex orders everything: a waiter polled after the end sees it, one polled before has its waker in the slab.
 
 use std::{
     future::{Future, poll_fn},
@@ -52,7 +52,7 @@ use crate::{
 /// One fetch in progress, or ended.
 #[derive(Debug)]
 pub(crate) struct Flight {
-    /// Tells it from every other one of this process.
+    /// Unique within the process.
     number: u64,
     /// When its waiters give it up.
     overdue: Instant,
@@ -71,13 +71,13 @@ struct Inner {
 pub(crate) enum End {
     /// With a token, which is published.
     Done(AccessToken),
-    /// With an error that all waiters share; a panic of the source is one.
+    /// With an error that all waiters share, such as a panic of the source.
     Failed(TokenError),
-    /// With its runtime, or since that stood still, or given up as overdue. Its waiters look for a new flight.
+    /// Without a result: its runtime ended or stood still, or it was overdue. Its waiters look for a new flight.
     Abandoned,
 }
 
-/// What comes of a flight's attempts.
+/// The outcome of a flight's attempts.
 #[derive(Debug)]
 #[expect(
     clippy::large_enum_variant,
@@ -87,7 +87,7 @@ pub(crate) enum Outcome {
     /// A token, asked for at this time.
     Granted(TokenResponse, Now),
     Failed(TokenError),
-    /// Nothing: the task was dropped, or stood still for too long.
+    /// None: the task was dropped, or stood still for too long.
     Lost,
 }
 
@@ -110,7 +110,7 @@ impl Flight {
         &self.span
     }
 
-    /// How many wait for it.
+    /// How many waiters it has.
     pub(crate) fn waiters(&self) -> usize {
         self.inner.lock().waiters.len()
     }
@@ -125,7 +125,7 @@ impl Flight {
         let waiters = mem::take(&mut inner.waiters);
         drop(inner);
         for (_, waker) in waiters {
-            // A waker is foreign code: a panic of one keeps back neither the others nor whoever ends the flight.
+            // A waker is foreign code: its panic must stop neither the other wakers nor the caller.
             swallow_panics(|| waker.wake());
         }
     }
@@ -138,7 +138,7 @@ impl Flight {
         self.inner.lock().end.is_some()
     }
 
-    /// Takes a place among the waiters, if there are fewer than `limit` or none is needed any more.
+    /// Takes a seat, if there are fewer than `limit` waiters or the flight has ended.
     pub(crate) fn seat(self: &Arc<Self>, limit: usize) -> Option<Seat> {
         let mut inner = self.inner.lock();
         let slot = match inner.end {
@@ -154,14 +154,14 @@ impl Flight {
     }
 }
 
-/// Two flights are the same if they are one.
+/// Flights are compared by identity.
 impl PartialEq for Flight {
     fn eq(&self, other: &Self) -> bool {
         ptr::eq(self, other)
     }
 }
 
-/// A waiter's place, given back on drop.
+/// A waiter's place, freed on drop.
 #[derive(Debug)]
 pub(crate) struct Seat {
     flight: Arc<Flight>,
@@ -171,7 +171,7 @@ pub(crate) struct Seat {
 
 impl Seat {
     fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<End> {
-        // Cloned and dropped outside of the lock, being foreign code.
+        // Foreign code: cloned and dropped outside the lock.
         let mut waker = cx.waker().clone();
         let mut inner = self.flight.inner.lock();
         if let Some(end) = &inner.end {
@@ -199,11 +199,11 @@ impl Drop for Seat {
 }
 
 pin_project! {
-    /// Waits for a flight's end, or for a moment by this runtime's clock, whichever comes first.
+    /// Waits for a flight's end or for a deadline on this runtime, whichever comes first.
     #[derive(Debug)]
     pub(crate) struct Waiter {
         seat: Seat,
-        // Of the runtime on which it was polled last.
+        // On the runtime that polled it last.
         #[pin]
         timer: Sleep,
     }
@@ -222,7 +222,7 @@ impl Waiter {
 }
 
 impl Future for Waiter {
-    /// `None` if the moment came first.
+    /// `None` if the deadline came first.
     type Output = Option<End>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
@@ -230,7 +230,7 @@ impl Future for Waiter {
         if let Poll::Ready(end) = this.seat.poll_end(cx) {
             return Poll::Ready(Some(end));
         }
-        // Anew each time: whoever waits may have moved here from a runtime that is parked or gone by now.
+        // Anew on each poll: the waiter may have moved here from a runtime that is parked or gone by now.
         if Handle::try_current().is_ok() {
             let until = this.timer.deadline();
             this.timer.set(time::sleep_until(until));
@@ -240,14 +240,14 @@ impl Future for Waiter {
     }
 }
 
-/// Runs a flight in a task of its own.
+/// Runs a flight in its own task.
 ///
-/// Not to be called with the state locked: a runtime that is shutting down drops the task right here, and
-/// with it the [`Ending`], which takes that lock.
+/// Must not be called with the state locked: a runtime that is shutting down drops the task right here, and with it
+/// the [`Ending`], which takes that lock.
 pub(crate) fn launch(runtime: &Handle, entry: Arc<Entry>, flight: Arc<Flight>, plan: Plan) {
     let ending = Ending { entry, flight };
     let closing = ending.entry.closing().clone();
-    // Within the span of whoever starts the flight, and with its end provided for: a subscriber may panic.
+    // Within the caller's span, and with the `Ending` in place: a subscriber may panic.
     let open_span = || ending.entry.reporter().open_span(&ending.flight, &plan);
     let span = panic::catch_unwind(AssertUnwindSafe(open_span)).unwrap_or_else(|_| Span::none());
     runtime.spawn(closing.run_until_cancelled_owned(async move {
@@ -259,10 +259,10 @@ pub(crate) fn launch(runtime: &Handle, entry: Arc<Entry>, flight: Arc<Flight>, p
             drop(ending);
         };
         {
-            // Whoever is told of it, and what is dropped with it, is foreign code: a panic of theirs ends no watch.
+            // Listeners, and what is dropped with the flight, are foreign code: their panics must not end the watch.
             let mut flown = pin!(flown.instrument(span));
             poll_fn(|cx| {
-                // Or the end of the cache would pass for an attempt that has timed out.
+                // Otherwise a shutdown would look like a timed-out attempt.
                 if entry.closing().is_cancelled() {
                     return Poll::Ready(());
                 }
@@ -289,19 +289,19 @@ impl Drop for Ending {
         if self.flight.has_ended() {
             return;
         }
-        // A subscriber is foreign code: if it panicked while a panic unwinds, it would end the process.
+        // A subscriber is foreign code: its panic during an unwind would abort the process.
         swallow_panics(|| self.entry.land(&self.flight, Outcome::Lost));
-        // If the flight was off the record already, because landing it panicked.
+        // In case landing panicked after the flight was off the record.
         self.flight.end(End::Abandoned);
     }
 }
 
 impl Ending {
-    /// Asks the source once, and returns as well whether the runtime stood still for most of the time that it took: it was
-    /// parked, or its process was frozen.
+    /// Asks the source once, and also returns whether the runtime stood still for most of that time: parked, or with
+    /// its process frozen.
     ///
-    /// Each step of it is fenced: a parked runtime that is driven again comes back late, and neither its timers
-    /// nor the source know that the flight was given up. A panic of the source is an error like others.
+    /// Every poll is fenced: a parked runtime that is driven again is late, and neither its timers nor the source know
+    /// that the flight was given up. A panic of the source becomes an error.
     async fn ask(
         &self,
         fetch: Fetch,
@@ -310,26 +310,26 @@ impl Ending {
         let began = Instant::now();
         let limit = fetch.timeout.min(deadline.saturating_duration_since(began));
         let (mut left, mut stood_still) = (began, Duration::ZERO);
-        // The source's own code before its first await is fenced too.
+        // Fences the source's code before its first await too.
         let mut asked = pin!(async { self.entry.source().fetch(fetch).await });
         let answer = {
             let fenced = poll_fn(|cx| {
                 let now = Instant::now();
-                // Not if the source itself took so long, by blocking its thread.
+                // Not counted if the source itself blocked the thread.
                 if now > left + POLL_INTERVAL + policy::GRACE {
                     stood_still += now - left;
                 }
                 if self.flight.has_ended() || now >= deadline {
                     return Poll::Ready(Err(TokenError::new(Kind::Timeout)));
                 }
-                // A future that has panicked is not polled again, so it does not matter how it was left.
+                // Unwind safe, since a future that panicked is not polled again.
                 let polled = panic::catch_unwind(AssertUnwindSafe(|| asked.as_mut().poll(cx)));
                 left = Instant::now();
                 polled.unwrap_or_else(|_| Poll::Ready(Err(TokenError::new(Kind::Panicked))))
             });
             let mut fenced = pin!(time::timeout(limit, fenced));
             loop {
-                // So that it is polled that often, as long as somebody is there to hear a timer.
+                // Polls it at this interval for as long as the runtime drives timers.
                 if let Ok(answer) = time::timeout(POLL_INTERVAL, fenced.as_mut()).await {
                     break answer;
                 }
@@ -340,7 +340,7 @@ impl Ending {
     }
 }
 
-/// How often it is looked whether the runtime is driven.
+/// How often to check that the runtime is driven.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
 async fn fly(ending: &Ending, plan: Plan) -> Outcome {
@@ -349,7 +349,7 @@ async fn fly(ending: &Ending, plan: Plan) -> Outcome {
         time::sleep(plan.delay).await;
     }
     let deadline = plan.deadline;
-    // If the runtime has stood still up to here, nobody was asked.
+    // If the runtime stood still until now, nobody was asked.
     let starts = deadline - ending.entry.policy().flight_limit();
     if Now::read().monotonic >= deadline.max(starts + policy::GRACE) {
         return Outcome::Lost;
@@ -357,8 +357,8 @@ async fn fly(ending: &Ending, plan: Plan) -> Outcome {
     report_if_slow(ending, attempts(ending, plan)).await
 }
 
-/// Tells once, if requests wait for `flown` and it takes long: its failure is told when it is over, which may be half a
-/// minute from now.
+/// Reports once if requests wait for a slow `flown`: its failure is reported only at its end, which may be half a
+/// minute away.
 async fn report_if_slow<T>(ending: &Ending, flown: impl Future<Output = T>) -> T {
     let mut flown = pin!(flown);
     loop {
@@ -372,19 +372,19 @@ async fn report_if_slow<T>(ending: &Ending, flown: impl Future<Output = T>) -> T
     }
 }
 
-/// What comes of a flight whose last attempt failed with `error`.
+/// The outcome of a flight whose last attempt failed with `error`.
 fn failed(error: TokenError, stood_still: bool) -> Outcome {
-    // The time that ran out, or the patience of who was at the other end, says nothing of the server.
+    // A timeout, ours or the peer's, then says nothing about the server.
     match stood_still && is_unanswered(&error) {
         true => Outcome::Lost,
         false => Outcome::Failed(error),
     }
 }
 
-/// What a request waits for longer than this is slow.
+/// A flight that requests wait for longer than this is slow.
 const SLOW_AFTER: Duration = Duration::from_secs(1);
 
-/// Asks the source until it answers, says that asking again is of no use, or the plan's attempts are made.
+/// Asks the source until it answers, says that a retry is of no use, or has used up the plan's attempts.
 async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
     let policy = ending.entry.policy();
     let mut attempt = 1;
@@ -416,11 +416,11 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
             }
             Err(error) => error,
         };
-        // A server that names a time is not to be asked before, and what has panicked is left alone for a while;
-        // the gate sees to that.
+        // A server that sent a `Retry-After` and a source that panicked are left alone for a while, which the gate
+        // enforces.
         let retry =
             error.is_transient() && error.retry_after().is_none() && !error.is_interrupted();
-        // The claims are the API's words and not ours: that they cannot be had is no reason to have no token.
+        // The claims are the API's wish: better a token without them than none.
         let without_claims = may_be_of_claims(&error) && plan.claims.take().is_some();
         let is_last = !without_claims && (!retry || attempt >= plan.attempts);
         let pause = policy::pause(attempt, plan.in_background, &mut Rng::new());
@@ -433,7 +433,7 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
             .reporter()
             .attempt_failed(&ending.flight, attempt, &error);
         time::sleep(pause).await;
-        // Another key may have been told meanwhile to leave the server alone, and the runtime may have overslept.
+        // Meanwhile another key may have been told to back off, and the runtime may have overslept.
         if Now::read().monotonic >= plan.deadline || ending.entry.is_held_back() {
             return failed(error, stood_still);
         }
@@ -441,7 +441,7 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
     }
 }
 
-/// Whether an error may come of the way to the server alone: no word of an answer is in it.
+/// Whether an error may come from the connection alone: nothing in it is from an answer.
 fn is_unanswered(error: &TokenError) -> bool {
     let is_answer = error.status().is_some()
         || error.oauth_error().is_some()
@@ -450,9 +450,9 @@ fn is_unanswered(error: &TokenError) -> bool {
     error.is_transient() && !is_answer && !error.is_interrupted()
 }
 
-/// Whether an error may be about what was asked for, and is not about who asks.
+/// Whether an error may be about the claims asked for, and is not about the client.
 fn may_be_of_claims(error: &TokenError) -> bool {
-    // A server may as well hang on them.
+    // A server may also hang on them.
     error.is_timeout() || (!error.is_transient() && !error.is_of_client())
 }
 
@@ -503,14 +503,14 @@ mod tests {
     }
 
     #[test]
-    fn a_seat_is_free_again_once_its_waiter_is_dropped() {
+    fn dropping_a_waiter_frees_its_seat() {
         let flight = flight();
         let seat = flight.seat(1).unwrap();
         assert!(flight.seat(1).is_none());
         drop(seat);
         let seat = flight.seat(1);
         flight.end(End::Abandoned);
-        // Those who come late take no place.
+        // Late waiters take no place.
         let late = [flight.seat(1).unwrap(), flight.seat(1).unwrap()];
         assert!(flight.inner.lock().waiters.is_empty());
         drop((seat, late));
@@ -518,7 +518,7 @@ mod tests {
     }
 
     #[test]
-    fn wakers_that_panic_leave_nobody_asleep() {
+    fn a_panicking_waker_leaves_no_waiter_asleep() {
         struct Panics;
 
         impl Wake for Panics {
@@ -545,7 +545,7 @@ mod tests {
 
     #[test]
     fn a_waker_may_drop_another_waiter() {
-        /// Drops what it holds when it is woken, as an executor that was shut down does.
+        /// Drops its seat when woken, as an executor that was shut down does.
         struct Dropper(Mutex<Option<Seat>>);
 
         impl Wake for Dropper {
@@ -564,7 +564,7 @@ mod tests {
     }
 }
 
-/// Models of the races, for `loom`: each execution order of the threads is tried.
+/// Loom models of the races.
 #[cfg(all(test, tower_bearer_loom))]
 mod models {
     use std::time::Duration;
@@ -605,7 +605,7 @@ mod models {
         block_on(poll_fn(move |cx| seat.poll_end(cx)))
     }
 
-    /// Law 1: whoever joins a flight sees its end, however the two meet.
+    /// Law 1: a waiter sees the end of the flight it joined, in every interleaving.
     #[test]
     fn a_waiter_never_misses_the_end() {
         loom::model(|| {
@@ -617,7 +617,7 @@ mod models {
         });
     }
 
-    /// Law 5: a waiter that is dropped takes nobody with it and leaves nothing behind.
+    /// Law 5: a dropped waiter affects no other and leaves nothing behind.
     #[test]
     fn a_dropped_waiter_leaves_the_other_and_no_seat() {
         loom::model(|| {
@@ -639,7 +639,7 @@ mod models {
         });
     }
 
-    /// Law 6: a task that is dropped before it has landed tells its waiters, and the next flight may start.
+    /// Law 6: a task dropped before it lands wakes its waiters, and the next flight may start.
     #[test]
     fn a_task_that_ends_early_abandons_its_flight() {
         loom::model(|| {
@@ -661,7 +661,7 @@ mod models {
         });
     }
 
-    /// Laws 1 and 6: a flight that is given up while it lands has either landed or not.
+    /// Laws 1 and 6: a flight that is given up while it lands either has landed or has not.
     #[test]
     fn a_late_result_stops_at_the_fence() {
         loom::model(|| {

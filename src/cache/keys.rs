@@ -164,7 +164,7 @@ impl Map {
             let Some((request, entry)) = self.entries.remove_entry(&request) else {
                 continue;
             };
-            // Unwrapped, so that a late refusal, which looks in the registry, finds an entry that is in the map or none.
+            // Unwrapped, so that a late refusal, which uses the registry, finds an entry that is in the map or none.
             match Arc::try_unwrap(entry) {
                 Ok(entry) => evicted.push((request, entry)),
                 Err(held) => {
