@@ -1,14 +1,13 @@
 //! Every metric, through the facade of the crate `metrics`.
 //!
-//! Names, units and labels are part of the interface: people draw and alert on them. Each metric has the label
-//! `cache`, and what else it has takes a handful of values: no label is made of what a peer sends.
+//! Names, units and labels are part of the interface: people chart them and alert on them. Each metric has the label
+//! `cache`; its other labels take a handful of values, none of them from what a peer sends.
 //!
-//! A request that finds a fresh token costs one increment of a counter that was looked up when the token came, and
-//! for one in 64 of them what a histogram takes. All else is looked up when it happens, which is at token requests,
-//! refusals and waits.
+//! A request that finds a fresh token costs one increment of a counter that was looked up when the token came, and one
+//! in 64 also a histogram sample. Everything else is looked up when it happens: at token requests, refusals and waits.
 //!
-//! A recorder that is installed late is found by the next token request: from then on everything is recorded, and
-//! the gauges are right.
+//! A recorder that is installed late is found by the next token request: from then on everything is recorded, and the
+//! gauges are right.
 
 use std::{
     fmt,
@@ -39,7 +38,7 @@ const WAITERS: &str = "tower_bearer_waiting_requests";
 const GATES: &str = "tower_bearer_closed_gates";
 const KEYS: &str = "tower_bearer_keys";
 
-/// The metrics of one cache. Clones are one.
+/// The metrics of one cache. Clones share them.
 #[derive(Clone)]
 pub(crate) struct Meters(Arc<Inner>);
 
@@ -51,7 +50,7 @@ struct Inner {
     handles: ArcSwap<Handles>,
 }
 
-/// What is used more often than token requests are made, looked up once.
+/// The metrics used more often than token requests are made, looked up once.
 struct Handles {
     fresh: Counter,
     due: Counter,
@@ -77,9 +76,9 @@ impl Meters {
         meters
     }
 
-    /// Looks the recorder up again: there may be one by now.
+    /// Looks the recorder up again, which may be installed by now.
     ///
-    /// To be called before there is a token, since who finds one keeps the handles for as long as the token.
+    /// Call it before a token comes: whoever takes the token keeps the handles for as long.
     pub(crate) fn renew(&self) {
         describe();
         self.0.handles.store(Arc::new(Handles::of(self.0.cache)));
@@ -90,19 +89,19 @@ impl Meters {
         self.waiters(0);
         self.gates(0);
         self.keys(0);
-        // Without a zero to begin with, a rate misses the first one.
+        // Without an initial zero, a rate misses the first increment.
         counter!(REPLAYS, "cache" => self.0.cache).increment(0);
         for outcome in RefusalOutcome::ALL {
             counter!(REFUSALS, "cache" => self.0.cache, "decision" => outcome.label()).increment(0);
         }
     }
 
-    /// What requests count themselves with.
+    /// The counters for requests.
     pub(crate) fn requests(&self) -> Requests {
         Requests(self.0.handles.load_full())
     }
 
-    /// A request by this grant was answered.
+    /// A token request by this grant has ended.
     pub(crate) fn attempt_ended(&self, grant: &'static str, error: Option<&TokenError>) {
         let outcome = error.map_or("granted", outcome);
         counter!(TOKEN_REQUESTS, "cache" => self.0.cache, "grant" => grant, "outcome" => outcome)
@@ -122,19 +121,19 @@ impl Meters {
         counter!(REPLAYS, "cache" => self.0.cache).increment(1);
     }
 
-    /// So many more requests wait.
+    /// This many more requests wait.
     pub(crate) fn waiters(&self, more: i64) {
         self.0.waiters.fetch_add(more, Ordering::SeqCst);
         set_gauge(&self.0.waiters, || self.0.handles.load().waiters.clone());
     }
 
-    /// So many more gates are closed.
+    /// This many more gates are closed.
     pub(crate) fn gates(&self, more: i64) {
         self.0.gates.fetch_add(more, Ordering::SeqCst);
         set_gauge(&self.0.gates, || gauge!(GATES, "cache" => self.0.cache));
     }
 
-    /// So many more keys there are.
+    /// There are this many more keys.
     pub(crate) fn keys(&self, more: i64) {
         self.0.keys.fetch_add(more, Ordering::SeqCst);
         set_gauge(&self.0.keys, || gauge!(KEYS, "cache" => self.0.cache));
@@ -147,19 +146,19 @@ impl fmt::Debug for Meters {
     }
 }
 
-/// Counts the requests of one cache, by what became of their wish for a token.
+/// Counts the requests of one cache by the token they found.
 #[derive(Clone)]
 pub(crate) struct Requests(Arc<Handles>);
 
 impl Requests {
-    /// A request leaves with a token that needs no look.
+    /// A request is sent with a token that needs no check.
     #[inline]
     pub(crate) fn fresh(&self, token: &AccessToken) {
         self.0.fresh.increment(1);
         self.sample(token);
     }
 
-    /// A request leaves with a token that was looked at.
+    /// A request is sent with a token that was checked.
     pub(crate) fn checked(&self, token: &AccessToken) {
         match token.is_fresh() {
             true => self.0.fresh.increment(1),
@@ -168,23 +167,23 @@ impl Requests {
         self.sample(token);
     }
 
-    /// A request leaves with a token that it has waited for.
+    /// A request is sent with a token that it waited for.
     pub(crate) fn waited(&self, token: &AccessToken) {
         self.0.waited.increment(1);
         self.sample(token);
     }
 
-    /// A request fails for want of a token.
+    /// A request fails for lack of a token.
     pub(crate) fn failed(&self) {
         self.0.failed.increment(1);
     }
 
-    /// A request may not leave, since its URI may not carry a token.
+    /// A request is not sent, since its URI may not carry a token.
     pub(crate) fn refused(&self) {
         self.0.refused.increment(1);
     }
 
-    /// A request leaves without a token of ours.
+    /// A request is sent without our token.
     pub(crate) fn bare(&self) {
         self.0.bare.increment(1);
     }
@@ -219,9 +218,10 @@ impl Handles {
     }
 }
 
-/// Sets a gauge to a level that others may change at the same time: whoever comes last leaves it right.
+/// Sets a gauge to a level that others may change concurrently: the last one leaves it right.
 ///
-/// Some levels change on drop, where a recorder that panics must not: while a panic unwinds, it would end the process.
+/// Some levels change on drop, where a panic of the recorder must not escape: during an unwind it would abort the
+/// process.
 fn set_gauge(level: &AtomicI64, gauge: impl FnOnce() -> Gauge) {
     let set = || {
         let gauge = gauge();
@@ -233,11 +233,11 @@ fn set_gauge(level: &AtomicI64, gauge: impl FnOnce() -> Gauge) {
             }
         }
     };
-    // It has said so itself, and the level is right for the next time.
+    // The panic hook has reported it, and the level is right for the next time.
     let _ = panic::catch_unwind(AssertUnwindSafe(set));
 }
 
-/// What an error is, in one of a few words.
+/// An error's kind, as one of a few labels.
 fn outcome(error: &TokenError) -> &'static str {
     match () {
         () if error.is_rejected() => "rejected",
@@ -293,5 +293,5 @@ fn describe() {
     );
 }
 
-/// Of 256 requests so many are sampled.
+/// How many of 256 requests are sampled.
 const SAMPLED: u8 = 4;

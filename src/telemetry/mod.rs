@@ -1,9 +1,8 @@
-//! The name of every event and span that the crate emits through `tracing`, and in [`metrics`](self::metrics) of
-//! every metric.
+//! Every event and span that the crate emits through `tracing`, and in [`metrics`] every metric.
 //!
-//! Names and fields are part of the interface: people search their logs for them. Events carry an error's own
-//! line and never its sources, which may come from a user's transport; no event carries a token or a secret.
-//! Events are emitted with no lock held, since a subscriber is foreign code.
+//! Names and fields are part of the interface: people search their logs for them. Events carry an error's own message
+//! and never its sources, which may come from a user's transport; no event carries a token or a secret. Events are
+//! emitted with no lock held, since a subscriber is foreign code.
 
 #[cfg(feature = "metrics")]
 mod metrics;
@@ -42,16 +41,16 @@ macro_rules! emit {
     };
 }
 
-/// The span of a flight, for as long as it flies.
+/// The span of a flight, from its start to its end.
 ///
-/// It is nobody's child: the request that starts a flight may be gone long before it ends, and a trace that lasts
-/// as long as its longest child would be wrong for it. Instead it follows from that request's span, and the span
-/// of each request that waits follows from this one.
+/// It has no parent: the request that starts a flight may be gone long before the flight ends, and its trace must not
+/// be prolonged. Instead the span follows from that request's span, and the span of each waiting request follows from
+/// this one.
 #[derive(Debug)]
 pub(crate) struct FlightSpan {
-    /// Not behind a lock, since to clone a span is to call the subscriber.
+    /// Not behind a lock, since cloning a span calls the subscriber.
     span: ArcSwapOption<Span>,
-    /// When its first attempt is made.
+    /// When the first attempt is made.
     starts: OnceLock<Instant>,
     /// How many attempts were made.
     attempts: AtomicU32,
@@ -66,7 +65,7 @@ impl FlightSpan {
         }
     }
 
-    /// Opens the span within that of whoever starts the flight, and returns it.
+    /// Opens the span, following from the current one, and returns it.
     pub(crate) fn open(
         &self,
         flight: u64,
@@ -96,14 +95,14 @@ impl FlightSpan {
         span
     }
 
-    /// Links the current span, of a request that waits, to the flight's.
+    /// Links the current span, a waiting request's, to the flight's.
     fn link(&self) {
         if let Some(span) = self.span.load_full() {
             Span::current().follows_from(&*span);
         }
     }
 
-    /// Has `tell` emit its events within the span.
+    /// Runs `tell` within the span.
     pub(crate) fn within<T>(&self, tell: impl FnOnce() -> T) -> T {
         match self.span.load_full() {
             Some(span) => span.in_scope(tell),
@@ -111,14 +110,14 @@ impl FlightSpan {
         }
     }
 
-    /// An attempt begins.
+    /// Counts an attempt.
     pub(crate) fn attempt(&self) {
         self.attempts.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Notes what came of the flight, and returns for how long it has flown.
+    /// Records the flight's outcome, and returns how long it took.
     ///
-    /// Each field is written once: subscribers that write lines show each writing of it.
+    /// Each field is recorded once: subscribers that write lines show every recording.
     pub(crate) fn close(
         &self,
         outcome: &'static str,
@@ -138,7 +137,7 @@ impl FlightSpan {
         self.age(now)
     }
 
-    /// How long ago its first attempt was made; zero if that is to come.
+    /// How long ago the first attempt was made; zero before it.
     pub(crate) fn age(&self, now: Instant) -> Duration {
         let since = |starts: &Instant| now.saturating_duration_since(*starts);
         self.starts.get().map_or(Duration::ZERO, since)
@@ -155,7 +154,7 @@ pub(crate) const FAILED: &str = "failed";
 pub(crate) const LOST: &str = "lost";
 pub(crate) const SHUT_DOWN: &str = "shut_down";
 
-/// A request's wait for a flight, which is told of in the request's own span.
+/// A request's wait for a flight, reported in the request's own span.
 #[derive(Debug)]
 pub(crate) struct Wait {
     meters: Meters,
@@ -176,7 +175,7 @@ impl Wait {
         }
     }
 
-    /// Emits that the wait has ended; `outcome` is what for.
+    /// Reports the end of the wait; `outcome` is what it brought.
     pub(crate) fn end(&mut self, outcome: &'static str) {
         self.ended = true;
         let (flight, took) = (self.flight, round(self.since.elapsed()));
@@ -193,15 +192,14 @@ impl Wait {
 impl Drop for Wait {
     fn drop(&mut self) {
         self.meters.waiters(-1);
-        // A subscriber is foreign code: if it panicked while a panic unwinds, it would end the process.
+        // A subscriber is foreign code: its panic during an unwind would abort the process.
         if !self.ended && !thread::panicking() {
             self.end("dropped");
         }
     }
 }
 
-/// A token request is under way, to be sent in `delay`, after so many that failed in a row; `forced` if a 401 did
-/// it.
+/// A token request starts, to be sent in `delay`, after `failures` failed ones in a row; `forced` if a 401 caused it.
 pub(crate) fn flight_started(flight: u64, forced: bool, delay: Duration, failures: u32) {
     let delay = round(delay);
     emit!(
@@ -214,7 +212,7 @@ pub(crate) fn flight_started(flight: u64, forced: bool, delay: Duration, failure
     );
 }
 
-/// One attempt failed and another one is to follow.
+/// An attempt failed and another one follows.
 pub(crate) fn attempt_failed(flight: u64, attempt: u32, error: &TokenError) {
     emit!(
         DEBUG "attempt_failed",
@@ -239,7 +237,7 @@ pub(crate) fn refresh_token_failed(flight: u64, subject: Subject<'_>, error: &To
     );
 }
 
-/// The server named no lifetime that can be read, and this one is assumed.
+/// The server named no usable lifetime, so this one is assumed.
 pub(crate) fn lifetime_assumed(flight: u64, subject: Subject<'_>, lifetime: Duration) {
     emit!(
         WARN "lifetime_assumed",
@@ -251,7 +249,7 @@ pub(crate) fn lifetime_assumed(flight: u64, subject: Subject<'_>, lifetime: Dura
     );
 }
 
-/// A token request brought a token by this grant.
+/// A token request brought a token, by this grant.
 pub(crate) fn token_received(
     flight: u64,
     token: &AccessToken,
@@ -279,18 +277,18 @@ pub(crate) struct Subject<'a> {
     pub(crate) request: &'a TokenRequest,
 }
 
-/// What a flight that failed leaves behind.
+/// The consequences of a failed flight.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FailureReport {
-    /// How many have failed in a row.
+    /// How many failed in a row.
     pub(crate) failures: u32,
-    /// For how long requests go on with a token that is there, if there is one.
+    /// For how long requests can go on with the token they have, if there is one.
     pub(crate) usable_for: Option<Duration>,
-    /// Whether the API has called that token invalid.
+    /// Whether the API called that token invalid.
     pub(crate) invalid: bool,
-    /// For how long no other one is sent.
+    /// For how long no other token request is sent.
     pub(crate) retry_in: Duration,
-    /// Whether other keys wait as well.
+    /// Whether other keys wait too.
     pub(crate) shared: bool,
 }
 
@@ -334,7 +332,7 @@ pub(crate) fn flight_failed(
     }
 }
 
-/// Requests wait for this token request, which has taken so long and goes on.
+/// Requests wait for a token request that has taken this long and goes on.
 pub(crate) fn requests_waiting(flight: u64, subject: Subject<'_>, waiters: usize, age: Duration) {
     emit!(
         WARN "requests_waiting",
@@ -347,7 +345,7 @@ pub(crate) fn requests_waiting(flight: u64, subject: Subject<'_>, waiters: usize
     );
 }
 
-/// A token request ended with its runtime, or that was not driven for too long.
+/// A token request was lost: its runtime ended, or was not driven for too long.
 pub(crate) fn flight_lost(flight: u64, subject: Subject<'_>, failures: u32) {
     emit!(
         WARN "flight_lost",
@@ -359,7 +357,7 @@ pub(crate) fn flight_lost(flight: u64, subject: Subject<'_>, failures: u32) {
     );
 }
 
-/// The token that requests went on with has died while token requests fail: from here on they fail as well.
+/// The last token died while token requests fail: from here on, requests fail too.
 pub(crate) fn requests_failing(subject: Subject<'_>, error: &TokenError, retry_in: Duration) {
     emit!(
         WARN "requests_failing",
@@ -371,7 +369,7 @@ pub(crate) fn requests_failing(subject: Subject<'_>, error: &TokenError, retry_i
     );
 }
 
-/// A token request succeeded after so many that failed, the first one of them so long ago.
+/// A token request succeeded after `failures` failed ones, the first of them an `outage` ago.
 pub(crate) fn recovered(flight: u64, subject: Subject<'_>, failures: u32, outage: Duration) {
     let outage = round(outage);
     emit!(
@@ -385,7 +383,7 @@ pub(crate) fn recovered(flight: u64, subject: Subject<'_>, failures: u32, outage
     );
 }
 
-/// No token request of this key starts for a while, or if `shared` of any key of its source.
+/// No token request of this key, or if `shared` of any key of its source, starts for a while.
 pub(crate) fn gate_closed(failure: &FailureReport) {
     let FailureReport {
         failures,
@@ -402,7 +400,7 @@ pub(crate) fn gate_closed(failure: &FailureReport) {
     );
 }
 
-/// Token requests are free to start again, and why.
+/// Token requests may start again, for this `cause`.
 pub(crate) fn gate_opened(cause: &'static str) {
     emit!(
         DEBUG "gate_opened",
@@ -411,7 +409,7 @@ pub(crate) fn gate_opened(cause: &'static str) {
     );
 }
 
-/// The server has granted less than was asked for, which the API may miss.
+/// The server granted less than was asked for, which the API may miss.
 pub(crate) fn scope_narrowed(subject: Subject<'_>, token: &AccessToken) {
     let missing = token.missing_scopes().collect::<Vec<_>>().join(" ");
     emit!(
@@ -422,7 +420,7 @@ pub(crate) fn scope_narrowed(subject: Subject<'_>, token: &AccessToken) {
     );
 }
 
-/// The API refused a token, and what was decided: a `flight` that is waited for may be one that it has started.
+/// The API refused a token; `flight` is the token request that was started or joined for it.
 pub(crate) fn token_refused(
     subject: Subject<'_>,
     complaint: &'static str,
@@ -431,7 +429,7 @@ pub(crate) fn token_refused(
 ) {
     let (cache, label) = (subject.cache, outcome.label());
     match outcome {
-        // No more often than forced token requests are: whatever may come in floods is for DEBUG.
+        // As rare as forced token requests; what may come in floods is for DEBUG.
         RefusalOutcome::Started => emit!(
             INFO "token_refused",
             cache,
@@ -451,16 +449,16 @@ pub(crate) fn token_refused(
     }
 }
 
-/// What becomes of a token's refusal.
+/// What is done about a token's refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RefusalOutcome {
-    /// It starts a token request.
+    /// A token request is started.
     Started,
-    /// There is a token request under way.
+    /// A token request is under way.
     Joined,
-    /// There is another token by now.
+    /// There is another token already.
     Replay,
-    /// There is no other token, and none is asked for yet.
+    /// There is no other token, and none is requested yet.
     Passed,
 }
 
@@ -478,7 +476,7 @@ impl RefusalOutcome {
     }
 }
 
-/// A request is sent once more, with another token than the one that was refused.
+/// A request is sent again, with another token than the refused one.
 pub(crate) fn replayed(meters: &Meters) {
     meters.replayed();
     emit!(
@@ -487,7 +485,7 @@ pub(crate) fn replayed(meters: &Meters) {
     );
 }
 
-/// A program said that a token is refused.
+/// The program reported a refused token.
 pub(crate) fn invalidated() {
     emit!(
         DEBUG "invalidated",
@@ -495,7 +493,7 @@ pub(crate) fn invalidated() {
     );
 }
 
-/// There is no room for a token of another key: all of the `limit` are in use.
+/// There is no room for another key's token: all `limit` keys are in use.
 pub(crate) fn keys_full(cache: &'static str, limit: usize) {
     emit!(
         WARN "keys_full",
@@ -505,7 +503,7 @@ pub(crate) fn keys_full(cache: &'static str, limit: usize) {
     );
 }
 
-/// So many keys that were of no use any more have made room.
+/// This many idle keys were evicted.
 pub(crate) fn keys_evicted(count: usize) {
     emit!(
         DEBUG "keys_evicted",
@@ -522,7 +520,7 @@ pub(crate) fn shut_down() {
     );
 }
 
-/// What tells a key from others, in few words and without the values of parameters; nothing for the plain one.
+/// A short description of a key, without the values of parameters; `None` for the plain key.
 fn key(request: &TokenRequest) -> Option<field::DisplayValue<Key<'_>>> {
     (!request.is_plain()).then(|| field::display(Key(request)))
 }
@@ -551,7 +549,7 @@ impl fmt::Display for Key<'_> {
     }
 }
 
-/// Cuts what nobody reads off a duration.
+/// Rounds a duration down to milliseconds.
 fn round(duration: Duration) -> Duration {
     Duration::from_millis(duration.as_millis() as u64)
 }
@@ -562,7 +560,7 @@ mod tests {
 
     /// Law 9: a parameter may be a secret.
     #[test]
-    fn a_key_is_told_by_all_but_the_values_of_its_parameters() {
+    fn a_key_is_described_without_the_values_of_its_parameters() {
         let request = TokenRequest::new()
             .scope("b a")
             .resource("https://api.example.com")

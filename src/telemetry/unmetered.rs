@@ -1,4 +1,4 @@
-//! What stands in for the metrics without the feature `metrics`: nothing.
+//! No-op metrics, for builds without the feature `metrics`.
 
 use std::time::Duration;
 
