@@ -1,8 +1,8 @@
-//! The laws of the cache, held against random scripts in virtual time.
+//! The laws of the cache, tested by random scripts in virtual time.
 //!
-//! A [`World`] drives the real state machine through calls, refusals, failures, lost flights and clock
-//! steps, and plays the part of the flights and of the server. It notes every flight, and afterwards the notes
-//! are held against the figures that the crate promises.
+//! A [`World`] drives the real state machine through calls, refusals, failures, lost flights and clock steps, and
+//! simulates the flights and the server. It notes every flight; afterwards the notes are checked against the figures
+//! that the crate promises.
 
 use std::{
     mem, slice,
@@ -29,15 +29,15 @@ use crate::{
 /// One line of a script.
 #[derive(Clone, Debug)]
 enum Op {
-    /// So many callers want a token, this many milliseconds apart.
+    /// This many callers want a token, this many milliseconds apart.
     Calls { count: u32, apart: u64 },
-    /// Nothing happens for so many milliseconds.
+    /// Nothing happens for this many milliseconds.
     Pause(u64),
     /// The server behaves like this from now on.
     Server { answer: Answer, latency: u64 },
     /// The API refuses the current token, or the one before it.
     Refuse { late: bool, named: bool },
-    /// The wall clock is set.
+    /// The wall clock steps.
     Step(i64),
     /// The task of the flight in the air is dropped or panics, or its runtime is parked.
     Lose(Loss),
@@ -66,13 +66,13 @@ enum Loss {
     Park,
 }
 
-/// What is remembered of each flight, in milliseconds of the monotonic clock.
+/// A record of one flight, in milliseconds of the monotonic clock.
 #[derive(Clone, Debug)]
 struct Note {
     forced: bool,
     /// When it was put on record.
     began: u64,
-    /// When the first attempt was, or was to be, sent.
+    /// When the first attempt was sent, or was to be.
     start: u64,
     end: u64,
     /// When each attempt was sent.
@@ -80,11 +80,11 @@ struct Note {
     /// When the attempt that succeeded was sent, and how much later the refresh window opens.
     success: Option<(u64, u64)>,
     retry_after: u64,
-    /// Whether it was told that nobody is to ask for now.
+    /// Whether the server told it that no key may ask for now.
     told_to_wait: bool,
-    /// When it made no further attempt for what another key was told.
+    /// When it stopped because of what another key was told.
     held_back_at: Option<u64>,
-    /// Whether the token that was held had just died, so that this flight may have passed the gate.
+    /// Whether the held token had just died, so that this flight may have passed the gate.
     at_expiry: bool,
     token: usize,
 }
@@ -200,7 +200,7 @@ impl World {
         }
     }
 
-    /// Lets the flight in the air have its events up to `time` from now.
+    /// Runs the events of the flight in the air up to `time` from now.
     fn advance(&mut self, time: u64) {
         let until = self.monotonic + time;
         while let Some(flight) = &self.flight {
@@ -227,7 +227,7 @@ impl World {
             return self.land(flight, Err(Some(timeout)));
         }
         if !flight.sending {
-            // Of the attempt before it.
+            // The error of the previous attempt.
             let error = flight.error.take();
             if let Some(error) = error.filter(|_| self.is_held_back(&mut flight.note)) {
                 return self.land(flight, Err(Some(error)));
@@ -324,7 +324,7 @@ impl World {
                 let token = token.expect("the flight is on record");
                 let opens = token.due().remaining(sent);
                 flight.note.success = Some((flight.sent, opens.as_millis() as u64));
-                // Kept apart from the machine's own word for it.
+                // Kept separately, to check the machine against.
                 let expiry = token.clone();
                 self.tokens.push((expiry, token.expiry()));
             }
@@ -470,7 +470,7 @@ impl World {
         }
     }
 
-    /// Whoever looks at the state gives up an overdue flight first. Its late result counts for nothing.
+    /// Every access to the state gives up an overdue flight first. Its late result is ignored.
     fn give_up(&mut self, now: Now) {
         let Some(id) = self.state.give_up_overdue(&mut self.shared, now) else {
             return;
@@ -614,7 +614,7 @@ impl World {
     }
 }
 
-/// Some keys of one source, each with its own world: they have the clock and the shared gate in common.
+/// Some keys of one source, each with its own world; they share the clock and the gate.
 struct Worlds {
     keys: Vec<World>,
     shared: SharedGate,
@@ -660,7 +660,7 @@ impl Worlds {
         }
     }
 
-    /// Lets all flights have their events in the order of their times.
+    /// Runs the events of all flights in order of time.
     fn advance(&mut self, time: u64) {
         let until = self.keys[0].monotonic + time;
         loop {
@@ -678,8 +678,8 @@ impl Worlds {
         }
     }
 
-    /// Law 7: whatever has happened, and though the first keys go on to fail and are asked for without a pause, each
-    /// other one has a token within ten minutes.
+    /// Law 7: whatever has happened, each other key has a token within ten minutes, even while the first keys keep
+    /// failing under constant demand.
     fn recover_beside(&mut self, failing: usize, broken: &Answer) {
         for world in &mut self.keys {
             world.answer = Answer::Grant {
@@ -714,7 +714,7 @@ impl Worlds {
     }
 
     fn check(&mut self) {
-        // What is still in the air ends before the sums are drawn.
+        // What is still in the air ends before the sums are checked.
         self.advance(60_000);
         for key in 0..self.keys.len() {
             self.with(key, |world| world.give_up(world.now()));
@@ -737,7 +737,7 @@ impl Worlds {
         for (key, told) in notes().filter(|(_, note)| note.retry_after > 0) {
             let until = told.end + told.retry_after;
             let heard = told.end..until;
-            // The endpoint may be well sooner: whoever was on the way has found out.
+            // The endpoint may recover sooner, as a flight already on its way shows.
             let well = |(_, note): (usize, &Note)| note.success.is_some() && note.end >= told.end;
             let well = notes().filter(|&note| well(note)).map(|(_, note)| note.end);
             let well = well.min().unwrap_or(u64::MAX);
@@ -824,7 +824,7 @@ proptest! {
         let mut world = World::new(seed);
         world.run(&script);
         world.recover();
-        // A flight that is still in the air ends before the sums are drawn.
+        // A flight still in the air ends before the sums are checked.
         world.advance(60_000);
         world.give_up(world.now());
         world.check();
@@ -834,7 +834,7 @@ proptest! {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 1_000, ..ProptestConfig::default() })]
 
-    /// Each key keeps the laws, whatever becomes of the others, and what the server asks for holds for all.
+    /// Each key keeps the laws whatever happens to the others, and what the server asks of one holds for all.
     #[test]
     fn the_laws_hold_for_each_key_of_a_source(
         seed: u64,
@@ -867,7 +867,7 @@ fn under_steady_calls(answer: Answer, refusals: bool) -> World {
 #[test]
 fn a_dead_endpoint_is_asked_by_the_backoff_schedule_for_any_traffic() {
     let world = under_steady_calls(Answer::Transient, false);
-    // 3 at the start, 5 until the gate is at its cap, one per 5 s to 10 s from then on.
+    // 3 at the start, 5 until the gate is at its cap, then one per 5 s to 10 s.
     let requests: usize = world.notes.iter().map(|note| note.attempts.len()).sum();
     assert!((55..=128).contains(&requests), "{requests}");
 }
