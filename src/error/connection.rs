@@ -1,6 +1,6 @@
-//! How a connection to the authorization server failed, in words that are known to hold no secret.
+//! Why a connection to the authorization server failed, in words known to hold no secret.
 //!
-//! Those that a client writes into its errors are not, so its errors are told apart by their types.
+//! A client's error messages may hold one, so its errors are told apart by type.
 
 use std::{
     borrow::Cow,
@@ -27,8 +27,8 @@ impl TokenError {
         }
     }
 
-    /// Whether the server may not accept the client's certificate, or no longer: it ended the TLS connection by an alert
-    /// (RFC 8446 section 6.2).
+    /// Whether the server may not accept the client's certificate, or no longer: it ended the TLS connection with an
+    /// alert (RFC 8446 section 6.2).
     #[cfg(feature = "rustls")]
     pub(crate) fn may_be_of_certificate(&self) -> bool {
         let alert = |error: &rustls::Error| matches!(error, rustls::Error::AlertReceived(_));
@@ -71,10 +71,10 @@ fn io_cause(error: &io::Error) -> Option<Cow<'static, str>> {
             if let Some(error) = tls_error(error) {
                 return Some(tls_cause(error));
             }
-            // One I/O error in another is not among its sources.
+            // An I/O error inside another is not among its sources.
             return match error.get_ref() {
                 Some(inner) => io_cause(inner.downcast_ref()?),
-                // The system's own words, such as those of too many open files.
+                // The system's own message, such as for too many open files.
                 None => error.raw_os_error().map(|_| error.to_string().into()),
             };
         }
@@ -82,7 +82,7 @@ fn io_cause(error: &io::Error) -> Option<Cow<'static, str>> {
     Some(words.into())
 }
 
-/// Names are the registered ones, or numbers.
+/// Alert names are the registered ones, or numbers.
 #[cfg(feature = "rustls")]
 fn tls_cause(error: &rustls::Error) -> Cow<'static, str> {
     use rustls::{CertificateError as Bad, Error};
@@ -104,7 +104,7 @@ fn tls_cause(error: &rustls::Error) -> Cow<'static, str> {
     words.into()
 }
 
-/// The resolver's error does not say of itself what it is about.
+/// Marks a resolver's error, which does not say itself what it is about.
 #[cfg(feature = "rustls")]
 #[derive(Debug, thiserror::Error)]
 #[error("the host name could not be resolved")]
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn a_breakage_is_told_by_words_of_the_system_and_no_others() {
+    fn a_connection_failure_is_described_only_in_the_systems_words() {
         let of_system = shown(io::Error::from_raw_os_error(22));
         assert!(of_system.contains("22"), "{of_system}");
         assert_eq!(shown(io::Error::other("CANARY")), "");
@@ -142,7 +142,7 @@ mod tests {
 
     #[cfg(feature = "rustls")]
     #[test]
-    fn what_is_wrong_with_a_certificate_is_told() {
+    fn a_certificate_failure_is_described() {
         use rustls::{AlertDescription, CertificateError as Bad, Error, OtherError};
         let canary = OtherError(Arc::new(io::Error::other("CANARY")));
         for (error, expected) in [

@@ -43,7 +43,7 @@ struct Inner {
     source: Option<Arc<dyn Error + Send + Sync>>,
 }
 
-/// What was asked of the authorization server.
+/// The kind of request that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Request {
     Token,
@@ -80,16 +80,16 @@ pub(crate) enum Kind {
     Timeout,
     /// The authorization server answered with an RFC 6749 section 5.2 error.
     Rejected { transient: bool },
-    /// Some HTTP status that speaks of the endpoint rather than of the request: a redirect, 408, 425, 429,
-    /// 5xx, or any without an RFC 6749 error.
+    /// An HTTP status that is about the endpoint rather than the request: a redirect, 408, 425, 429, 5xx, or any
+    /// without an RFC 6749 error.
     Unavailable,
-    /// The answer claims success and is no token response.
+    /// The answer claims success but is no token response.
     Malformed,
-    /// There is something about the client's credentials that keeps them from being sent.
+    /// The client's credentials cannot be sent.
     Credentials,
-    /// The client's secret, key or certificate is not where it should be, for now.
+    /// The client's secret, key or certificate is missing, for now.
     NoCredential,
-    /// What a server says of itself is not what the issuer that was named would say.
+    /// The server's metadata names another issuer than the configured one.
     OtherIssuer,
     /// The source panicked.
     Panicked,
@@ -100,7 +100,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    /// Whether the same request may succeed later without anybody's doing.
+    /// Whether the same request may succeed later by itself.
     fn is_transient(self) -> bool {
         match self {
             Self::Rejected { transient } | Self::Custom { transient } => transient,
@@ -229,11 +229,11 @@ impl TokenError {
         matches!(self.0.kind, Kind::Panicked | Kind::Abandoned)
     }
 
-    /// Whether the server does not know the client by the credentials that it was sent.
+    /// Whether the server does not accept the client's credentials.
     ///
-    /// Not every server says `invalid_client` then: of a wrong secret Keycloak says `unauthorized_client`, Auth0
-    /// `access_denied`, Cloud Foundry's UAA `unauthorized` and ServiceNow `server_error`. Their status tells that apart
-    /// from what else these codes mean: 401 is about who asks (RFC 6749 section 5.2).
+    /// Not every server says `invalid_client` then: for a wrong secret, Keycloak says `unauthorized_client`, Auth0
+    /// `access_denied`, Cloud Foundry's UAA `unauthorized` and ServiceNow `server_error`. The status tells this from the
+    /// other meanings of these codes: 401 is about the client (RFC 6749 section 5.2).
     pub(crate) fn is_of_unknown_client(&self) -> bool {
         match self.oauth_error() {
             Some("invalid_client") => true,
@@ -249,8 +249,8 @@ impl TokenError {
         }
     }
 
-    /// Whether it may be about who asks, though not in the words of RFC 6749: the server has words of its own, or the
-    /// answer is a proxy's, such as nginx's about a client certificate.
+    /// Whether it may be about the credentials, though not in the words of RFC 6749: the server has words of its own, or
+    /// a proxy answered, as nginx does about a client certificate.
     pub(crate) fn may_be_of_credentials(&self) -> bool {
         self.is_unavailable()
             && matches!(
@@ -259,14 +259,14 @@ impl TokenError {
             )
     }
 
-    /// Whether other credentials may do: these cannot be sent, or the server does not know the client by them.
+    /// Whether other credentials may help: these cannot be sent, or the server does not accept them.
     pub(crate) fn is_of_credentials(&self) -> bool {
         self.0.kind == Kind::Credentials || self.is_of_unknown_client()
     }
 
-    /// Whether it is about who asks, whatever was asked for.
+    /// Whether it is about the client, whatever was asked for.
     pub(crate) fn is_of_client(&self) -> bool {
-        // What cannot be sent as it is cannot be sent to any server, nor for any key.
+        // Credentials that cannot be sent cannot be sent for any key.
         self.is_of_credentials() || self.oauth_error() == Some("unauthorized_client")
     }
 
@@ -391,7 +391,7 @@ impl Error for TokenError {
     }
 }
 
-/// The cache heeds no longer `Retry-After`: a slip of the server's must not keep a client out for days.
+/// The cache obeys no longer `Retry-After`: a server's mistake must not keep a client out for days.
 const RETRY_AFTER_CAP: Duration = Duration::from_secs(300);
 
 /// A setting that cannot work, reported where it enters.

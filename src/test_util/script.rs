@@ -57,9 +57,9 @@ pub struct ScriptedSource(Arc<Shared>);
 struct Shared {
     made: Instant,
     script: Mutex<Script>,
-    /// How many attempts there were, for those who wait for one.
+    /// How many attempts there were, for tests that wait for one.
     count: watch::Sender<usize>,
-    /// One permit for each held answer that may go.
+    /// One permit for each held answer that is released.
     released: Semaphore,
 }
 
@@ -134,7 +134,7 @@ impl ScriptedSource {
     /// Dropping the future changes nothing.
     pub async fn until_asked(&self, times: usize) {
         let mut count = self.0.count.subscribe();
-        // It fails when the sender is gone, which `self` has.
+        // It fails only once the sender is gone, which `self` holds.
         let _ = count.wait_for(|count| *count >= times).await;
     }
 
@@ -150,7 +150,7 @@ impl ScriptedSource {
         self.0.script.lock().revoked.clone()
     }
 
-    /// Notes an attempt, and returns its answer and its number.
+    /// Records an attempt, and returns its answer and its number.
     fn note(&self, fetch: Fetch) -> (Option<Answer>, usize) {
         let mut script = self.0.script.lock();
         script.asked.push(Asked {
@@ -181,7 +181,7 @@ impl TokenSource for ScriptedSource {
         if held {
             match self.0.released.acquire().await {
                 Ok(permit) => permit.forget(),
-                // Nobody closes it.
+                // It is never closed.
                 Err(error) => return Err(TokenError::terminal(error)),
             }
         }
