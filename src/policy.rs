@@ -1,4 +1,4 @@
-//! [`RefreshPolicy`]: when to ask for a token, how often and for how long. Plain arithmetic.
+//! [`RefreshPolicy`]: when, how often and for how long to ask for a token. Plain arithmetic.
 
 use std::time::Duration;
 
@@ -179,9 +179,9 @@ impl RefreshPolicy {
         self
     }
 
-    /// When the token of `response` is due and when it dies, counted from when it was asked for.
+    /// When the token of `response` is due and when it dies, counted from its request.
     ///
-    /// `first` tells whether it is the first one of this cache. One sample of chance per token.
+    /// `first` says whether it is this key's first token. Draws one random sample per token.
     pub(crate) fn schedule(
         &self,
         response: &TokenResponse,
@@ -215,7 +215,7 @@ impl RefreshPolicy {
         }
     }
 
-    /// How many attempts a flight has after `failures` failed ones in a row.
+    /// How many attempts a flight has after `failures` failed flights in a row.
     pub(crate) fn attempts_after(&self, failures: u32) -> u32 {
         if failures == 0 { self.attempts } else { 1 }
     }
@@ -235,14 +235,14 @@ impl Default for RefreshPolicy {
     }
 }
 
-/// A token's two moments, counted from when it was asked for.
+/// A token's moments, counted from its request.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Schedule {
-    /// From here on the token is to be replaced; never sooner than [`FLOOR`].
+    /// When the token is to be replaced; never sooner than [`FLOOR`].
     pub(crate) refresh_after: Duration,
-    /// From here on the token is not attached any more.
+    /// When the token is no longer attached.
     pub(crate) expires_after: Duration,
-    /// From here on it is not even attached while the token endpoint fails.
+    /// When the token is no longer attached even while the token endpoint fails.
     pub(crate) extended_after: Option<Duration>,
 }
 
@@ -250,12 +250,12 @@ pub(crate) struct Schedule {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GateTimes {
     pub(crate) opens_after: Duration,
-    /// The part that even a token at hard expiry has to wait for: a `Retry-After` or a terminal error.
+    /// The part that holds even at hard expiry: a `Retry-After` or a terminal error.
     pub(crate) strict_until: Duration,
 }
 
-/// How long the gate stays shut after `failures` failed flights in a row, of which the last `terminal`
-/// were terminal errors, the last one having failed with `error` or been lost.
+/// How long the gate stays shut after `failures` failed flights in a row, the last `terminal` of them with terminal
+/// errors, and the very last with `error`, or lost.
 pub(crate) fn gate_times(
     failures: u32,
     terminal: u32,
@@ -263,7 +263,7 @@ pub(crate) fn gate_times(
     rng: &mut Rng,
 ) -> GateTimes {
     let half_to_whole = 0.5 + 0.5 * rng.f64();
-    // On top of what the server says: those whom it tells the same moment are not to come all at once.
+    // Added to the server's own wait: clients told the same moment must not all come at once.
     let up_to_a_tenth = 1.0 + 0.1 * rng.f64();
     let backoff = doubled(BACKOFF, failures, BACKOFF_CAP).mul_f64(half_to_whole);
     let terminal = match terminal {
@@ -286,7 +286,7 @@ pub(crate) fn pause(attempt: u32, in_background: bool, rng: &mut Rng) -> Duratio
     }
 }
 
-/// The cooldown after a forced refresh; `previous` is the last one's, if this one recurs within three of it.
+/// The cooldown after a forced refresh; `previous` is the last cooldown, if this refresh recurs within three of it.
 pub(crate) fn cooldown(previous: Option<Duration>) -> Duration {
     match previous {
         Some(previous) => previous.saturating_mul(2).min(COOLDOWN_CAP),
@@ -294,29 +294,29 @@ pub(crate) fn cooldown(previous: Option<Duration>) -> Duration {
     }
 }
 
-/// For how long other credentials open no gate after they have opened it in vain `n` times in a row.
+/// For how long new credentials open no gate after opening it in vain `n` times in a row.
 pub(crate) fn renewal_pause(n: u32) -> Duration {
     doubled(FLOOR, n, TERMINAL_CAP)
 }
 
-/// `first · 2^(n-1)`, at most `cap`, for any `n` from 1.
+/// `first · 2^(n-1)`, at most `cap`, for `n` from 1.
 fn doubled(first: Duration, n: u32, cap: Duration) -> Duration {
     let factor = 1_u32.checked_shl(n.saturating_sub(1)).unwrap_or(u32::MAX);
     first.saturating_mul(factor).min(cap)
 }
 
-/// No unforced token request is sent sooner than this after the last successful one was.
+/// No unforced token request is sent sooner than this after the last successful one was sent.
 pub(crate) const FLOOR: Duration = Duration::from_secs(1);
-/// How long a request waits for the replacement of a token that the API refused before it uses that one.
+/// How long a request waits for the replacement of a refused token before it uses the refused one.
 pub(crate) const REPLACEMENT_WAIT: Duration = Duration::from_secs(1);
-/// Who has a token that lives for longer than this waits for no flight that starts now, unless an attempt hangs: the
-/// leisurely pauses take up to 3 s together.
+/// With a token that lives for longer than this, nobody waits for a flight that starts now, unless an attempt hangs:
+/// its background pauses take up to 3 s together.
 pub(crate) const BACKGROUND_LIFETIME: Duration = Duration::from_secs(4);
-/// How long requests may take a token that is due without a look at what else has happened.
+/// How long requests may take a due token without checking what else has happened.
 pub(crate) const SETTLED_LIMIT: Duration = Duration::from_millis(100);
-/// How much longer than a flight may take its waiters' own timers run: the flight's timer speaks first.
+/// How much longer the waiters' timers run than a flight's own limit, so that the flight's timer fires first.
 pub(crate) const GRACE: Duration = Duration::from_millis(500);
-/// A recurrence of forced refreshes within so many cooldowns doubles the next cooldown.
+/// A forced refresh that recurs within this many cooldowns doubles the next one.
 pub(crate) const RECURRENCE: u32 = 3;
 
 const MAX_LIFETIME: Duration = Duration::from_secs(365 * 24 * 60 * 60);
@@ -371,7 +371,7 @@ mod tests {
         }
     }
 
-    /// Law 4: otherwise somebody would wait each time, and a cache that is kept warm would be without a token.
+    /// Law 4: otherwise a request would wait each time, and a warm cache would be without a token.
     #[test]
     fn a_token_is_due_before_it_dies_however_small_the_window() {
         for (window, margin) in [(0, 10), (5, 10), (10, 60), (0, 0), (300, 10)] {

@@ -1,7 +1,7 @@
-//! The one place that reads clocks.
+//! The only place that reads clocks.
 //!
-//! Everything else takes a [`Now`] and returns plain values, so that each decision can be tested at any
-//! point of either clock.
+//! Everything else takes a [`Now`] and returns plain values, so that each decision can be tested at any time of either
+//! clock.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -9,8 +9,8 @@ use tokio::time::Instant;
 
 /// One reading of both clocks.
 ///
-/// The monotonic clock stops while a machine sleeps and the wall clock can be set by anybody, so neither
-/// alone can tell whether a token is dead.
+/// The monotonic clock stops while a machine sleeps, and anybody can set the wall clock, so neither alone can tell
+/// whether a token is dead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Now {
     pub(crate) monotonic: Instant,
@@ -25,7 +25,7 @@ impl Now {
         }
     }
 
-    /// The moment `after` from here, by both clocks.
+    /// The moment `after` from now, by both clocks.
     pub(crate) fn after(self, after: Duration) -> Deadline {
         let after = after.min(FAR);
         Deadline {
@@ -37,8 +37,8 @@ impl Now {
 
 /// A moment that has come as soon as either clock says so.
 ///
-/// That is the careful reading for a token's death (a laptop that slept sends no dead token) and the
-/// generous one for a gate (a clock that is set back keeps nobody out).
+/// That is strict for a token's death (a laptop that slept sends no dead token) and lenient for a gate (a clock that
+/// is set back keeps nobody out).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Deadline {
     monotonic: Instant,
@@ -47,7 +47,7 @@ pub(crate) struct Deadline {
 }
 
 impl Deadline {
-    /// A moment that does not come, but to a clock that a test moves by a lifetime.
+    /// A moment that never comes, unless a test moves the clock by a lifetime.
     #[cfg(feature = "test-util")]
     pub(crate) fn never() -> Self {
         Self {
@@ -56,7 +56,7 @@ impl Deadline {
         }
     }
 
-    /// Whether it has come by the monotonic clock, whatever the other one says.
+    /// Whether it has come by the monotonic clock alone.
     pub(crate) fn is_past(self, now: Instant) -> bool {
         now >= self.monotonic
     }
@@ -65,7 +65,7 @@ impl Deadline {
         self.is_past(now.monotonic) || self.wall.is_some_and(|wall| now.wall >= wall)
     }
 
-    /// How long to sleep from `now`: zero when the moment has come.
+    /// How long to sleep from `now`: zero if the moment has come.
     pub(crate) fn remaining(self, now: Now) -> Duration {
         if self.has_come(now) {
             return Duration::ZERO;
@@ -73,16 +73,16 @@ impl Deadline {
         self.monotonic.saturating_duration_since(now.monotonic)
     }
 
-    /// The moment that comes last.
+    /// The later moment.
     pub(crate) fn latest(self, other: Self) -> Self {
         Self {
             monotonic: self.monotonic.max(other.monotonic),
-            // `None` is the end of time.
+            // `None` is later than any moment.
             wall: self.wall.and_then(|wall| Some(wall.max(other.wall?))),
         }
     }
 
-    /// The moment that comes first.
+    /// The earlier moment.
     pub(crate) fn earliest(self, other: Self) -> Self {
         Self {
             monotonic: self.monotonic.min(other.monotonic),
@@ -98,7 +98,7 @@ impl Deadline {
     }
 }
 
-/// A moment of the wall clock, to compare with a coarse reading of it.
+/// A moment of the wall clock, to compare with a coarse reading.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Coarse {
     seconds: i64,
@@ -106,14 +106,14 @@ pub(crate) struct Coarse {
 }
 
 impl Coarse {
-    /// A moment that does not come.
+    /// A moment that never comes.
     pub(crate) const MAX: Self = Self {
         seconds: i64::MAX,
         nanos: 0,
     };
 
     pub(crate) fn of(moment: SystemTime) -> Self {
-        // A clock that stands before 1970 reads as 1970.
+        // A clock before 1970 reads as 1970.
         let since = moment.duration_since(UNIX_EPOCH).unwrap_or_default();
         Self {
             seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
@@ -121,30 +121,30 @@ impl Coarse {
         }
     }
 
-    /// Reads the wall clock as of the last tick of the system, a few milliseconds ago: a quarter of the cost of an
-    /// exact reading.
+    /// Reads the wall clock as of the system's last tick, a few milliseconds ago, at a quarter of the cost of an exact
+    /// reading.
     #[cfg(target_os = "linux")]
     #[inline]
     pub(crate) fn read() -> Self {
         use rustix::time::{ClockId, DynamicClockId, clock_gettime_dynamic};
 
-        // The function for clocks that are known panics where there is none.
+        // `clock_gettime` panics where the clock is missing.
         match clock_gettime_dynamic(DynamicClockId::Known(ClockId::RealtimeCoarse)) {
             Ok(time) => Self {
                 seconds: time.tv_sec,
                 nanos: time.tv_nsec as u32,
             },
-            // A sandbox may not have it.
+            // A sandbox may lack it.
             Err(_) => Self::of(SystemTime::now()),
         }
     }
 
-    /// Reads the wall clock; there is no cheaper reading here.
+    /// Reads the wall clock, which has no cheaper reading here.
     #[cfg(not(target_os = "linux"))]
     pub(crate) fn read() -> Self {
         Self::of(SystemTime::now())
     }
 }
 
-/// Nothing is planned further ahead, which keeps every sum far from the end of a clock's range.
+/// Nothing is scheduled further ahead, which keeps every sum far from the end of a clock's range.
 const FAR: Duration = Duration::from_secs(2 * 365 * 24 * 60 * 60);

@@ -26,13 +26,13 @@ use crate::{
 #[derive(Clone)]
 pub struct AccessToken(pub(crate) Arc<Inner>);
 
-/// Tells the keys of all caches of this process apart; never 0.
+/// Unique among the keys of all caches of this process; never 0.
 pub(crate) type KeyId = u64;
 
-/// Tells a token from every other one of this process that may be in use, and says where it is kept.
+/// Unique among the tokens in use in this process, and says which entry keeps the token.
 ///
-/// One number of 63 bits, since every request in flight carries it: 39 for the entry, and 24 for the flight that
-/// brought the token, which start over after half a year of a flight per second.
+/// A single 63-bit number, since every request in flight carries it: 39 bits for the entry, and 24 for the flight that
+/// brought the token, which start over after half a year at one flight per second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TokenId(u64);
 
@@ -48,14 +48,14 @@ impl TokenId {
         self.0 >> Self::FLIGHT_BITS
     }
 
-    /// Whether it is one of the tokens of an entry from `first` to `last`, both included.
+    /// Whether it is one of an entry's tokens from `first` to `last`, inclusive.
     pub(crate) fn is_between(self, first: Self, last: Self) -> bool {
-        // The flights may have started over in between.
+        // The flight numbers may have started over in between.
         let back = |id: Self| last.0.wrapping_sub(id.0) & Self::FLIGHT;
         self.entry() == last.entry() && back(self) <= back(first)
     }
 
-    /// The whole number; never 0, since no entry's is.
+    /// The whole number; never 0, since no entry's id is.
     #[inline]
     pub(crate) fn get(self) -> u64 {
         self.0
@@ -78,15 +78,15 @@ pub(crate) struct Inner {
     expiry: Deadline,
     /// When it is due or dead by the wall clock.
     until: Coarse,
-    /// Until when it counts while the token endpoint fails.
+    /// Until when the token may be used while the token endpoint fails.
     extended: Option<Deadline>,
-    /// Until when a token that was past its margin on arrival serves those who waited for it.
+    /// Until when a token past its margin on arrival serves those who waited for it.
     arrival_grace: Option<Deadline>,
     not_before: u64,
 }
 
 impl AccessToken {
-    /// Makes the token that was asked for at `sent`, by `request`, and arrived at `now`.
+    /// Creates the token that was asked for at `sent`, by `request`, and arrived at `now`.
     pub(crate) fn new(
         response: TokenResponse,
         id: TokenId,
@@ -113,7 +113,7 @@ impl AccessToken {
         }))
     }
 
-    /// Makes a token that never expires, nor is ever due.
+    /// Creates a token that never expires and is never due.
     #[cfg(feature = "test-util")]
     pub(crate) fn fixed(response: TokenResponse, id: TokenId, request: TokenRequest) -> Self {
         let never = Schedule {
@@ -139,7 +139,7 @@ impl AccessToken {
 
     /// Returns the token's text, for protocols that carry it elsewhere than in a header.
     pub fn expose_secret(&self) -> &str {
-        // A header of ours is the scheme and visible ASCII.
+        // Our header is the scheme and visible ASCII.
         let header = self.0.header.to_str().unwrap_or_default();
         header.strip_prefix(SCHEME).unwrap_or_default()
     }
@@ -161,7 +161,7 @@ impl AccessToken {
             .as_deref()
             .filter(|_| granted.is_some());
         let mut missing: Vec<_> = scopes(requested.unwrap_or_default()).collect();
-        // What the server names may be as long as its answer, and what was asked for is ours: each is read once.
+        // Linear: the granted list is from the server, and may be as long as its answer.
         let asked_for: HashSet<_> = missing.iter().copied().collect();
         let granted: HashSet<_> = scopes(granted.unwrap_or_default())
             .filter(|scope| asked_for.contains(scope))
@@ -187,7 +187,7 @@ impl AccessToken {
         self.0.is_alive(now)
     }
 
-    /// Whether the token counts as long as the token endpoint fails.
+    /// Whether the token may be used while the token endpoint fails.
     pub(crate) fn is_extended(&self, now: Now) -> bool {
         self.0
             .extended
@@ -204,23 +204,23 @@ impl AccessToken {
         self.0.id
     }
 
-    /// Makes another header value of the same text, whose clones share their count with no clone of the first.
+    /// Copies the header value, so that clones of the copy share no reference count with those of the original.
     pub(crate) fn copy_header(&self) -> HeaderValue {
         header_value(self.expose_secret())
     }
 
-    /// Until when requests may take the token without a further look.
+    /// Until when requests may take the token without another check.
     pub(crate) fn fresh_until(&self) -> Deadline {
         self.0.due.earliest(self.0.expiry)
     }
 
-    /// Whether that is still to come, by a coarse reading of the wall clock and an exact one of the other.
+    /// Whether that is still ahead, by a coarse wall clock and an exact monotonic one.
     #[cfg(feature = "metrics")]
     pub(crate) fn is_fresh(&self) -> bool {
         self.0.is_coarsely_fresh() && self.0.is_fresh_otherwise(0, Instant::now())
     }
 
-    /// The same by the wall clock, to compare with a coarse reading of it.
+    /// As [`fresh_until`](Self::fresh_until), for a coarse reading of the wall clock.
     #[inline]
     pub(crate) fn coarsely_until(&self) -> Coarse {
         self.0.until
@@ -238,24 +238,24 @@ impl AccessToken {
         self.0.expiry
     }
 
-    /// Whether the token is alive for longer than `span` from `now`.
+    /// Whether the token lives for longer than `span` from `now`.
     pub(crate) fn outlives(&self, span: Duration, now: Now) -> bool {
         self.0.expiry.remaining(now) > span
     }
 
-    /// Until when the token counts while the token endpoint fails, if longer than otherwise.
+    /// Until when the token may be used while the token endpoint fails, if longer than otherwise.
     pub(crate) fn extended(&self) -> Option<Deadline> {
         self.0.extended
     }
 
     /// Whether the token has died since it arrived.
     ///
-    /// One that was past its margin on arrival serves for as long as no other one may be asked for.
+    /// A token past its margin on arrival serves until another one may be requested.
     pub(crate) fn has_died(&self, now: Now) -> bool {
         !self.is_alive(now) && self.0.arrival_grace.is_none_or(|until| until.has_come(now))
     }
 
-    /// Whether both would look the same to the API: servers hand out one token twice.
+    /// Whether both look the same to the API: servers may grant the same token twice.
     pub(crate) fn same_text(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0) || self.0.header == other.0.header
     }
@@ -266,7 +266,7 @@ impl Inner {
         self.id
     }
 
-    /// Whether a request may take the token, by the wall clock alone.
+    /// Whether a request may take the token, by the wall clock only.
     #[inline]
     pub(crate) fn is_coarsely_fresh(&self) -> bool {
         Coarse::read() < self.until
@@ -276,7 +276,7 @@ impl Inner {
         !self.expiry.has_come(now)
     }
 
-    /// Whether it may by all else: by the monotonic clock, and by the `not_before` that another token has come with since.
+    /// Whether it may by everything else: the monotonic clock, and the `not_before` of later tokens.
     pub(crate) fn is_fresh_otherwise(&self, not_before: u64, now: Instant) -> bool {
         !self.expiry.is_past(now) && !self.due.is_past(now) && self.not_before >= not_before
     }
@@ -313,10 +313,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_id_tells_entries_apart_and_the_tokens_of_one_by_their_order() {
+    fn an_id_identifies_an_entry_and_the_order_of_its_tokens() {
         let entry = (1 << 39) - 1;
         let last = (1 << 24) - 1;
-        // A count that has gone too far does not become another entry's.
+        // A flight number that overflows does not spill into the entry's bits.
         let ids = [last - 1, last, last + 1, last + 2].map(|flight| TokenId::new(entry, flight));
         for (nth, id) in ids.into_iter().enumerate() {
             assert_eq!(id.entry(), entry);
@@ -329,7 +329,7 @@ mod tests {
         }
         assert_eq!(TokenId::new(2, last + 1), TokenId::new(2, 0));
         assert_ne!(TokenId::new(1, last + 1).get(), 0);
-        // Who keeps it has a bit to spare.
+        // One bit is left to spare.
         assert_eq!(TokenId::new(entry, last).get(), u64::MAX >> 1);
     }
 }
