@@ -1,13 +1,12 @@
-//! [`Challenge`]: `WWW-Authenticate` (RFC 9110 section 11.6.1), and by it whether an answer is about our token.
+//! [`Challenge`]: `WWW-Authenticate` (RFC 9110 section 11.6.1), which says whether an answer is about our token.
 //!
-//! The parser reads the whole grammar of RFC 9110 sections 11.2 and 11.3, since the challenge that matters
-//! may stand behind others of any form. `http-auth` 0.1.10 is no substitute: it rejects token68, so that a
-//! `Negotiate` continuation hides the Bearer challenge after it.
+//! The parser reads the whole grammar of RFC 9110 sections 11.2 and 11.3, since the challenge that matters may follow
+//! others of any form. `http-auth` 0.1.10 is no substitute: it rejects token68, so a `Negotiate` continuation hides the
+//! Bearer challenge after it.
 //!
-//! A syntax error costs the rest of its header value and nothing else: what was read before it stands, and
-//! so do the other values. Four things are read that the grammar does not allow but servers send: tabs for
-//! spaces, parameters after a token68, parameters with no comma between them, as Kong and AWS API Gateway write
-//! them, and parameter names that occur twice (the first one counts).
+//! A syntax error discards only the rest of its header value: what was read before stays, and so do the other values.
+//! Four things are read that the grammar does not allow but servers send: tabs for spaces, parameters after a token68,
+//! parameters with no comma between them (Kong and AWS API Gateway), and repeated parameter names (the first one counts).
 
 use std::{borrow::Cow, fmt, iter};
 
@@ -25,17 +24,17 @@ use crate::message::HttpResponse;
 /// What an answer says about the token that was sent with its request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// The token is invalid, in so many words.
+    /// The server says that the token is invalid.
     InvalidToken,
-    /// The token lacks these claims, a JSON object: another one has to be asked for with them.
+    /// The token lacks these claims, a JSON object; the next token request has to name them.
     MissingClaims(String),
-    /// The request was not authenticated and the server does not say why.
+    /// The request was not authenticated, and the server does not say why.
     Unexplained,
-    /// The answer is about something that another token would not change.
+    /// Another token would not change the answer.
     NotOurs,
 }
 
-/// Whether an answer has to be judged at all. All that most of them cost is this look.
+/// Whether an answer has to be judged at all. Most answers cost only this check.
 #[inline]
 pub(crate) fn is_candidate(answer: &impl HttpResponse) -> bool {
     let status = answer.status();
@@ -70,16 +69,16 @@ fn judge_unauthorized(headers: &HeaderMap) -> Verdict {
 
 /// A gRPC reply without a message carries its status among the headers ("Trailers-Only").
 ///
-/// It stands for a 401, and carries the challenges of one if it comes from a proxy that translates: Envoy's JWT
-/// filter says `invalid_token` to a gRPC client in this way.
+/// It stands for a 401, and carries its challenges if a proxy translated one: Envoy's JWT filter says `invalid_token`
+/// to a gRPC client this way.
 fn is_grpc_unauthenticated(headers: &HeaderMap) -> bool {
     headers
         .get(&GRPC_STATUS)
         .is_some_and(|status| status == GRPC_UNAUTHENTICATED)
 }
 
-/// What one challenge claims. Of several the greatest counts: a server that names a fault has explained
-/// itself, whatever it asks for besides.
+/// What one challenge claims. The greatest of several counts: a server that names a fault has explained itself,
+/// whatever else it asks for.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 enum Claim {
     OtherScheme,
@@ -87,7 +86,7 @@ enum Claim {
     Unexplained,
     /// The request is at fault, or the token is good and grants too little.
     OtherFault,
-    /// Continuous access evaluation of Entra ID: these claims are to be asked for.
+    /// Continuous access evaluation of Entra ID: the next token must have these claims.
     MissingClaims(String),
     InvalidToken,
 }
@@ -132,7 +131,7 @@ impl Claim {
 /// ```
 #[derive(Clone, Copy)]
 pub struct Challenge<'a> {
-    // `challenge = auth-scheme [ 1*SP ( token68 / #auth-param ) ]`, less the token68, which nobody asks for.
+    // `challenge = auth-scheme [ 1*SP ( token68 / #auth-param ) ]`, without the token68, which nobody needs.
     scheme: &'a [u8],
     params: Params<'a>,
 }
@@ -217,13 +216,13 @@ impl fmt::Debug for Challenge<'_> {
 #[derive(Clone, Copy, Debug)]
 struct Param<'a> {
     name: &'a [u8],
-    /// The token, or what stands between the quotes, escapes and all.
+    /// The token, or the text between the quotes, escapes included.
     raw: &'a [u8],
 }
 
 impl<'a> Param<'a> {
     fn value(&self) -> Cow<'a, [u8]> {
-        // A token holds no backslash, so there is no need to know which of the two forms this one has.
+        // A token holds no backslash, so both forms can be treated alike.
         if !self.raw.contains(&b'\\') {
             return Cow::Borrowed(self.raw);
         }
@@ -258,13 +257,13 @@ impl<'a> Iterator for Challenges<'a> {
             scheme,
             params: Params(self.0),
         };
-        // Only a Bearer challenge is ever asked for its parameters: the others are read this once.
+        // Moves on to the next challenge. Only a Bearer challenge's parameters are read again.
         while self.0.param().is_some() {}
         Some(challenge)
     }
 }
 
-/// The parameters of one challenge: those that come before the next scheme.
+/// The parameters of one challenge: those before the next scheme.
 #[derive(Clone, Copy, Debug)]
 struct Params<'a>(Cursor<'a>);
 
@@ -278,20 +277,20 @@ impl<'a> Iterator for Params<'a> {
 
 /// What is left of a header value.
 ///
-/// Between two calls it is empty or begins with an element of the list. A syntax error ends the iterations
-/// above because it is emptied, or stays before an element that is neither parameter nor scheme.
+/// Between two calls it is empty or begins with an element of the list. A syntax error ends the iterations above by
+/// emptying it, or by leaving it before an element that is neither parameter nor scheme.
 #[derive(Clone, Copy, Debug)]
 struct Cursor<'a> {
     rest: &'a [u8],
 }
 
 impl<'a> Cursor<'a> {
-    /// Reads an auth-scheme and the space behind it.
+    /// Reads an auth-scheme and the space after it.
     fn scheme(&mut self) -> Option<&'a [u8]> {
         let mut ahead = *self;
         let scheme = ahead.token()?;
         let spaced = ahead.skip_blanks();
-        // `realm = "x"` begins like a scheme too, but is a parameter that has lost its challenge.
+        // `realm = "x"` begins like a scheme too, but is a parameter without a challenge.
         if ahead.rest.starts_with(b"=") || !(spaced || ahead.at_end_of_element()) {
             return None;
         }
@@ -299,7 +298,7 @@ impl<'a> Cursor<'a> {
         Some(scheme)
     }
 
-    /// Moves from behind a scheme to the first element that may be a parameter of it.
+    /// Moves from the end of a scheme to the first element that may be its parameter.
     fn skip_token68(&mut self) {
         let mut ahead = *self;
         ahead.take_while(is_token68_char);
@@ -319,7 +318,7 @@ impl<'a> Cursor<'a> {
 
     /// Reads a parameter.
     ///
-    /// Does not move if the next element is none. One whose value is wrong does not pass for a scheme either.
+    /// Does not move if the next element is none. One with an invalid value is not taken for a scheme either.
     fn param(&mut self) -> Option<Param<'a>> {
         let mut ahead = *self;
         let name = ahead.param_name()?;
@@ -349,9 +348,9 @@ impl<'a> Cursor<'a> {
         (!token.is_empty()).then_some(token)
     }
 
-    /// Reads from behind the opening quote to behind the closing one.
+    /// Reads from after the opening quote to after the closing one.
     ///
-    /// The bytes between are not looked at: a `HeaderValue` admits no more of them than the grammar does.
+    /// The bytes between are not checked: a `HeaderValue` admits no more than the grammar does.
     fn quoted_string(&mut self) -> Option<&'a [u8]> {
         let mut escaped = false;
         let raw = self.take_while(|byte| {

@@ -147,13 +147,13 @@ where
         let (head, body) = request.into_parts();
         let least = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
         let body = if body.is_end_stream() {
-            // Its drop is foreign code: if that panicked once the future is there, the future would never be dropped.
+            // The body's drop is foreign code: a panic in it once the future exists would leak the future.
             drop(body);
             CollectedBody::default()
         } else if least > self.limit {
             CollectedBody::streaming(Bytes::new(), Box::pin(body))
         } else {
-            // Dropping the ready service gives back what its readiness holds; the clones hold nothing.
+            // Dropping the ready service releases what its readiness holds; the clones hold nothing.
             let service = self.inner.clone();
             drop(mem::replace(&mut self.inner, service.clone()));
             let collecting = Box::new(Collecting {
@@ -196,9 +196,9 @@ pin_project! {
     where
         S: Service<Request<CollectedBody<B>>>,
     {
-        // The body is being read; nothing is held of the inner service.
+        // Reads the body, without readiness of the inner service.
         Collecting { collecting: Box<Collecting<S, B>> },
-        // A clone of the inner service is made ready, and gets the request.
+        // Makes a clone of the inner service ready and sends the request.
         Readying { #[pin] response: Oneshot<S, Request<CollectedBody<B>>> },
         // The inner service that was ready has the request.
         Sending { #[pin] response: S::Future },
@@ -247,12 +247,12 @@ where
     }
 }
 
-/// How much room is made for a body on its own word, which may come from a peer: for more it has to send something.
+/// How much to allocate on a body's own size hint, which may come from a peer: beyond that, data must arrive first.
 const INITIAL_CAPACITY: usize = 64 * 1024;
 
 /// A request whose body is being read.
 struct Collecting<S, B> {
-    /// Present until the body has been read, as the body is.
+    /// Present until the body has been read, like the body.
     pending: Option<(S, request::Parts)>,
     body: Option<Pin<Box<B>>>,
     limit: usize,
@@ -367,7 +367,7 @@ impl<B: Body> Body for CollectedBody<B> {
         match &self.tail {
             Tail::Trailers(None) => SizeHint::with_exact(read),
             Tail::Trailers(Some(_)) => {
-                // An exact one would have HTTP/1 send a `Content-Length`, and no trailers.
+                // An exact hint would make HTTP/1 send a `Content-Length` and no trailers.
                 let mut hint = SizeHint::new();
                 hint.set_lower(read);
                 hint

@@ -1,4 +1,4 @@
-//! What the layer has to see of a request and of its answer: [`HttpRequest`], [`HttpResponse`].
+//! What the layer needs of a request and of its answer: [`HttpRequest`], [`HttpResponse`].
 
 use std::borrow::Cow;
 
@@ -91,11 +91,11 @@ use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, header::A
     note = "it takes an `http::Request`, or a `reqwest::Request` with the feature `reqwest` of `tower-bearer`"
 )]
 pub trait HttpRequest: sealed::Request {
-    /// Where the request goes, or `None` if that is no URI, so that no client can send it.
+    /// The request's URI, or `None` if it is not one, so that no client can send it.
     #[doc(hidden)]
     fn uri(&self) -> Option<Cow<'_, Uri>>;
 
-    /// Whether it goes by https and says nothing to the layer, as most requests do.
+    /// Whether it goes over https and has no extension for the layer, like most requests.
     #[doc(hidden)]
     fn is_usual(&self) -> bool;
 
@@ -105,7 +105,7 @@ pub trait HttpRequest: sealed::Request {
     #[doc(hidden)]
     fn headers_mut(&mut self) -> &mut HeaderMap;
 
-    /// What the caller says to the layer by an extension of this type.
+    /// The caller's extension of this type.
     #[doc(hidden)]
     fn extension<T: Send + Sync + 'static>(&self) -> Option<&T>;
 }
@@ -164,9 +164,9 @@ impl<B> HttpResponse for Response<B> {
     }
 }
 
-/// Sets the `Authorization` of a request that does not find its token with the service.
+/// Sets the `Authorization` of a request whose token the service does not hold.
 ///
-/// Compiled here, so that the one insertion that is compiled with a user's types is that of the requests which do.
+/// Compiled here, so that only the insertion for requests whose token it holds is compiled with a user's types.
 pub(crate) fn authorize(headers: &mut HeaderMap, value: HeaderValue) {
     headers.insert(AUTHORIZATION, value);
 }

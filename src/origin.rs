@@ -1,8 +1,7 @@
 //! Which URIs may carry the token.
 //!
-//! A token that leaves over plain http, or to a host it was not meant for, is a token given away (RFC 6750
-//! section 5.3). So this is decided from the request's own URI, for each request, and before a token is
-//! asked for.
+//! A token sent over plain http, or to the wrong host, is given away (RFC 6750 section 5.3). So this is decided from
+//! each request's own URI, before a token is requested.
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr},
@@ -25,14 +24,14 @@ pub(crate) struct Origins {
     plain_http: bool,
 }
 
-/// How a request may go out.
+/// What to do with a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Disposition {
-    /// With the token.
+    /// Attach the token.
     Attach,
-    /// Without it: the origin is none of the pinned ones.
+    /// Send it without a token: its origin is not pinned.
     Bare,
-    /// Not at all: the token would be readable on its way.
+    /// Do not send it: the token could be read on the way.
     Reject,
 }
 
@@ -61,7 +60,7 @@ impl Origins {
         })
     }
 
-    /// Lets the token travel over plain http to any host that may carry it otherwise.
+    /// Lets the token go over plain http to any host that may otherwise get it.
     pub(crate) fn plain_http(self, plain_http: bool) -> Self {
         Self { plain_http, ..self }
     }
@@ -70,10 +69,10 @@ impl Origins {
         self.pinned.is_some()
     }
 
-    /// Judges a request by its URI. This runs on every request, before anything is asked of the cache.
+    /// Judges a request by its URI. Runs on every request, before the cache is used.
     #[inline]
     pub(crate) fn judge(&self, uri: &Uri) -> Disposition {
-        // What most requests are.
+        // The common case.
         if self.pinned.is_none() && uri.scheme_str() == Some("https") {
             return Disposition::Attach;
         }
@@ -81,7 +80,7 @@ impl Origins {
     }
 
     fn judge_slow(&self, uri: &Uri) -> Disposition {
-        // Such a request cannot leave the one host that the service below is bound to.
+        // Such a request goes only to the host that the service below is bound to.
         let Some(authority) = uri.authority() else {
             return Disposition::Attach;
         };
@@ -90,8 +89,8 @@ impl Origins {
                 Some(origin) => origin.is_safe || self.plain_http,
                 None => return Disposition::Bare,
             },
-            // `Uri` parses a scheme of any case to these two. One built from the part "HTTPS" equals neither, and
-            // a connector that compares in the same way may send it in the clear.
+            // `Uri` parses a scheme of any case to these two. One built from the part "HTTPS" equals neither, and a
+            // connector that compares the same way may send it in the clear.
             None => match uri.scheme_str() {
                 Some("https") => true,
                 Some("http") => self.plain_http || is_loopback_authority(authority),
@@ -108,7 +107,7 @@ impl Origins {
 
 /// The error of a request whose [`Disposition`] is [`Reject`](Disposition::Reject).
 pub(crate) fn insecure_uri(uri: &Uri) -> TokenError {
-    // Only what the rule looked at is told: userinfo, path and query may be secrets.
+    // Shows only what the rule used: userinfo, path and query may be secrets.
     let scheme = uri.scheme_str().unwrap_or("(no scheme)");
     let host = uri.host().unwrap_or_default();
     TokenError::new(Kind::Insecure).with_source(format!(
@@ -116,15 +115,15 @@ pub(crate) fn insecure_uri(uri: &Uri) -> TokenError {
     ))
 }
 
-/// Whether the host of an authority is this machine.
+/// Whether an authority's host is this machine.
 fn is_loopback_authority(authority: &Authority) -> bool {
-    // The usual spellings are told without a search for where the host begins and ends, which takes half as long as
-    // the header does.
+    // The usual spellings are recognized without searching for the host's bounds, which takes half as long as the
+    // header does.
     let is_usual_spelling = |host| {
         let rest = authority.as_str().strip_prefix(host);
         rest.is_some_and(|rest| match rest.as_bytes() {
             [] => true,
-            // Anything else may be a password, and the host yet to come.
+            // Anything else may be a password, with the host still to come.
             [b':', port @ ..] => port.iter().all(u8::is_ascii_digit),
             _ => false,
         })
@@ -135,13 +134,13 @@ fn is_loopback_authority(authority: &Authority) -> bool {
 /// The usual spellings of this machine.
 const LOOPBACK: [&str; 3] = ["127.0.0.1", "localhost", "[::1]"];
 
-/// Tells whether a URI's host is this machine, so that nobody can listen on the way.
+/// Whether a URI's host is this machine, so that nobody can listen on the way.
 ///
-/// Names are not resolved, and none but `localhost` is trusted: whoever runs the resolver could make any
-/// other a loopback name today and not tomorrow.
+/// Names are not resolved, and only `localhost` is trusted: whoever runs the resolver could make any other name a
+/// loopback one today and not tomorrow.
 pub(crate) fn is_loopback(host: &str) -> bool {
     if let Some(address) = ipv6(host) {
-        // Canonical, since `[::ffff:127.0.0.1]` is 127.0.0.1 to the operating system.
+        // Canonical, since the operating system takes `[::ffff:127.0.0.1]` for 127.0.0.1.
         return address.to_canonical().is_loopback();
     }
     match host.parse::<Ipv4Addr>() {
@@ -150,15 +149,15 @@ pub(crate) fn is_loopback(host: &str) -> bool {
     }
 }
 
-/// A scheme, a host and a port (RFC 6454 section 4), the port spelt out.
+/// A scheme, a host and an explicit port (RFC 6454 section 4).
 #[derive(Clone, Debug)]
 struct Origin {
     scheme: Scheme,
-    /// As the entry has it, for a quick comparison with the usual spelling.
+    /// As written in the entry, for a quick comparison.
     authority: Box<str>,
     host: Box<str>,
     port: u16,
-    /// Whether what is sent to it cannot be read on the way.
+    /// Whether nobody can read on the way what is sent to it.
     is_safe: bool,
 }
 
@@ -181,7 +180,7 @@ impl Origin {
         if host.contains('*') {
             return Err("has a wildcard, and there are none");
         }
-        // `Uri` drops a fragment without a word.
+        // `Uri` drops a fragment silently.
         if !matches!(uri.path(), "" | "/") || uri.query().is_some() || text.contains('#') {
             return Err("has a path, a query or a fragment");
         }
@@ -195,11 +194,11 @@ impl Origin {
         })
     }
 
-    /// Which of these origins a URI with this authority is of.
+    /// The pinned origin of a URI with this authority, if any.
     fn find<'a>(pinned: &'a [Self], uri: &Uri, authority: &Authority) -> Option<&'a Self> {
         let scheme = uri.scheme()?;
-        // First by the usual spelling: to take an authority apart costs as much as the header does, so that is done once
-        // and not for each origin. The scheme comes last, being the same most often.
+        // First by spelling: splitting an authority costs as much as the header does, so it is done once and not for
+        // each origin. The scheme is compared last, since it differs least often.
         let same_spelling =
             |origin: &&Self| *origin.authority == *authority.as_str() && origin.scheme == *scheme;
         pinned.iter().find(same_spelling).or_else(|| {
@@ -217,7 +216,7 @@ fn is_same_host(a: &str, b: &str) -> bool {
     a.eq_ignore_ascii_case(b) || ipv6(a).is_some_and(|a| ipv6(b) == Some(a))
 }
 
-/// Reads an IPv6 literal as it stands in a URI, in brackets.
+/// Reads an IPv6 literal in brackets, as in a URI.
 fn ipv6(host: &str) -> Option<Ipv6Addr> {
     host.strip_prefix('[')?.strip_suffix(']')?.parse().ok()
 }
@@ -470,7 +469,7 @@ mod tests {
             let Ok(uri) = text.parse::<Uri>() else {
                 return Ok(());
             };
-            // The same rule by another road: the address that a connector would dial.
+            // The same rule, restated by the address that a connector would dial.
             let is_this_machine = |host: &str| {
                 matches!(host, "localhost" | "127.0.0.1" | "[::1]")
             };

@@ -23,7 +23,7 @@ use http_body::Body;
 pub trait Replay<Req>: sealed::Sealed + Clone {
     /// What a response future stores of a request that may be sent again.
     ///
-    /// Where there never is a second sending, a type without values: an `Option` of it takes no room.
+    /// A type without values if there is never a replay: an `Option` of it takes no space.
     #[doc(hidden)]
     type Copied;
 
@@ -120,8 +120,8 @@ impl<B: Body + Default> Replay<Request<B>> for EmptyBody {
 
 /// A copy of a request.
 ///
-/// Not a [`Request`], since most are dropped unused, and to clone and drop an empty header map takes a fifth of what
-/// the token's header does.
+/// Not a [`Request`], since most copies are dropped unused, and cloning and dropping an empty header map costs a fifth
+/// of what the token's header costs.
 #[expect(
     unnameable_types,
     reason = "nobody has a use for one but the layer's futures"
@@ -138,7 +138,7 @@ pub struct RequestCopy<B> {
 }
 
 impl<B> RequestCopy<B> {
-    /// Out of line, so that it is written where it is to stay: in line each part is moved several times on its way.
+    /// Out of line, so that the copy is written in place: inlined, each part is moved several times.
     #[inline(never)]
     pub(crate) fn new(request: &Request<B>, body: B) -> Self {
         let headers = request.headers();
@@ -166,15 +166,15 @@ impl<B> RequestCopy<B> {
 pub(crate) mod sealed {
     use std::convert::Infallible;
 
-    /// What a second sending takes beside the copy of the request: the same for requests of every type.
+    /// What a replay needs besides the copy of the request, for requests of any type.
     #[expect(
         unnameable_types,
         reason = "this is what keeps others from implementing `Replay`"
     )]
     pub trait Sealed {
-        /// What a response future stores of a `T` that is of use for a second sending only.
+        /// What a response future stores of a `T` that only a replay uses.
         ///
-        /// As `Replay::Copied`, a type without values where there never is one.
+        /// Like `Replay::Copied`, a type without values if there is never a replay.
         type Kept<T>;
 
         fn keep<T>(make: impl FnOnce() -> T) -> Option<Self::Kept<T>>;
@@ -325,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn what_never_keeps_takes_no_room() {
+    fn what_never_keeps_takes_no_space() {
         type Copied<R> = Option<<R as Replay<Request<String>>>::Copied>;
         type Kept<R> = Option<<R as Sealed>::Kept<[u64; 32]>>;
         assert_eq!(size_of::<(Copied<Never>, Kept<Never>)>(), 0);
