@@ -519,7 +519,7 @@ mod tests {
             &["Bearer"],
             &[r#"Bearer realm="a", Basic realm="b""#],
             &["Basic", "Bearer"],
-            // Claims that are none: absent, no base64, no JSON, no object.
+            // Invalid claims: absent, no base64, no JSON, no object.
             &["Bearer error=insufficient_claims"],
             &[r#"Bearer error=insufficient_claims, claims="e""#],
             &["Bearer error=insufficient_claims, claims=Z3Jt"],
@@ -763,7 +763,7 @@ mod tests {
             read_to_the_end(&value);
         }
 
-        // Bytes at random hardly ever get past the first token.
+        // Random bytes hardly ever get past the first token.
         #[test]
         fn no_near_miss_makes_it_panic(
             value in r#"(Bearer|Basic|error|invalid_token|[a-z="\\, \t\u{80}]|"[^"]*"){0,40}"#,

@@ -231,10 +231,9 @@ fn default_port(scheme: &Scheme) -> Option<u16> {
     }
 }
 
-/// The port of an authority with this host, or `None` if what follows the host is none.
+/// The port of an authority with this host, or `None` if no valid port follows the host.
 fn port(authority: &Authority, host: &str, default: u16) -> Option<u16> {
-    // `port_u16` does not tell a port that is absent from one that is out of range, and what a connector
-    // makes of the latter is anybody's guess.
+    // `port_u16` does not tell an absent port from one out of range, and a connector may take the latter for anything.
     let host_and_port = authority.as_str().rsplit('@').next()?;
     match host_and_port.strip_prefix(host)? {
         "" => Some(default),
@@ -381,7 +380,7 @@ mod tests {
             ("http://evil.example/", Bare),
             ("wss://api.example.com/", Bare),
             ("api.example.com:443", Bare),
-            // Ports that are none.
+            // Invalid ports.
             ("https://api.example.com:/", Bare),
             ("https://api.example.com:65979/", Bare),
             ("https://api.example.com:x/", Bare),
@@ -390,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pinned_origin_is_no_safer_for_it() {
+    fn pinning_does_not_make_http_safe() {
         let table = [("http://api.example.com/", Reject), ("http://b/", Bare)];
         let origins = pin(&["http://api.example.com"]);
         assert_all(&origins, &table);
@@ -463,7 +462,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_carries_is_safe(
+        fn only_safe_uris_carry(
             text in r"((https?|wss?)://)?([a-z:@\[\].]|localhost|127\.0\.0\.1|\[::1\]){0,8}(:[0-9]{0,6})?(/[a-z]?)?",
         ) {
             let Ok(uri) = text.parse::<Uri>() else {

@@ -1,8 +1,8 @@
 //! May a request be sent twice: [`Never`], [`CloneBody`], [`EmptyBody`].
 //!
-//! A 401 about the token can be mended by sending the request once more with another token, but only a
-//! request of which a copy was kept can be sent again. Which copies are kept, and at what cost, is the
-//! user's choice, made with [`BearerAuthLayer::replay`](crate::BearerAuthLayer::replay).
+//! A request whose token got a 401 may succeed with another token, but can be sent again only if a copy was kept.
+//! Which copies are kept, and at what cost, is the user's choice, made with
+//! [`BearerAuthLayer::replay`](crate::BearerAuthLayer::replay).
 
 use std::convert::Infallible;
 

@@ -1,7 +1,6 @@
-//! The layer over a [`reqwest::Client`]: what it sees of reqwest's requests and responses.
+//! The layer over a [`reqwest::Client`]: what it needs of reqwest's requests and responses.
 //!
-//! A [`reqwest::Request`] has no extensions that others could read, so that it can neither say what its token is
-//! for nor that it wants none.
+//! A [`reqwest::Request`] has no public extensions, so it can say neither what its token is for nor that it wants none.
 
 use std::borrow::Cow;
 
@@ -156,7 +155,7 @@ mod tests {
             (|| None, true, true),
             (|| Some("".into()), true, true),
             (|| Some("bytes".into()), true, false),
-            // It says that it is empty, and cannot be cloned for all that.
+            // It says that it is empty, but cannot be cloned.
             (
                 || Some(Body::wrap(Empty::<bytes::Bytes>::new())),
                 false,

@@ -489,11 +489,11 @@ mod tests {
     async fn a_mark_says_which_token_it_was_and_what_counts() {
         let mut settings = (*settings()).clone();
         let token = settings.cache.get().await.unwrap();
-        for heeds in [true, false] {
-            settings.refresh_on_unexplained_401 = heeds;
+        for refresh in [true, false] {
+            settings.refresh_on_unexplained_401 = refresh;
             let mark = Mark::new(&token, &settings);
             assert_eq!(mark.token(), token.id());
-            assert_eq!(mark.refresh_on_unexplained_401(), heeds);
+            assert_eq!(mark.refresh_on_unexplained_401(), refresh);
         }
         assert_eq!(size_of::<Option<Mark>>(), 8);
     }

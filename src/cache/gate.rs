@@ -416,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn what_tells_of_the_endpoint_or_the_client_binds_all_keys() {
+    fn a_failure_of_the_endpoint_or_client_binds_all_keys() {
         let too_many =
             TokenError::new(Kind::Unavailable).with_status(StatusCode::TOO_MANY_REQUESTS);
         let retry_after = TokenError::transient("busy").with_retry_after(Duration::from_secs(9));
@@ -436,7 +436,7 @@ mod tests {
     }
 
     #[test]
-    fn what_tells_of_the_request_binds_its_key_alone() {
+    fn a_failure_of_the_request_binds_its_key_alone() {
         for error in [
             rejected("invalid_scope"),
             rejected("invalid_target"),

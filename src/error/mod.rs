@@ -266,7 +266,7 @@ impl TokenError {
 
     /// Whether it is about the client, whatever was asked for.
     pub(crate) fn is_of_client(&self) -> bool {
-        // Credentials that cannot be sent cannot be sent for any key.
+        // Credentials that cannot be sent fail for every server and key.
         self.is_of_credentials() || self.oauth_error() == Some("unauthorized_client")
     }
 

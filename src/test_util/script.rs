@@ -1,4 +1,4 @@
-//! [`ScriptedSource`]: an authorization server that answers as it was told.
+//! [`ScriptedSource`]: an authorization server that follows a script.
 
 use std::{collections::VecDeque, fmt, future, sync::Arc, time::Duration};
 
