@@ -159,6 +159,11 @@ impl TokenError {
         self.map(|inner| inner.oauth_error = Some(code.into()))
     }
 
+    /// Nobody was asked to revoke a token, since there is no way to.
+    pub(crate) fn no_revocation(reason: &'static str) -> Self {
+        Self::terminal(reason).with_request(Request::Revocation)
+    }
+
     pub(crate) fn new(kind: Kind) -> Self {
         Self(Arc::new(Inner {
             kind,
@@ -358,6 +363,9 @@ impl fmt::Display for TokenError {
             Kind::Unavailable => write!(f, "the {request} endpoint is not available"),
             Kind::Malformed | Kind::Custom { .. } if request == Request::Metadata => {
                 f.write_str("the authorization server's metadata cannot be used")
+            }
+            Kind::Custom { .. } if request == Request::Revocation => {
+                f.write_str("tokens cannot be revoked")
             }
             Kind::Malformed => {
                 f.write_str("the answer to the token request is not a token response")

@@ -418,7 +418,7 @@ impl TokenSource for ClientCredentials {
         } = revocation;
         let endpoints = &*self.inner.endpoints(DISCOVERY_LIMIT).await?;
         let Some(url) = &endpoints.revocation_url else {
-            return Err(TokenError::terminal(
+            return Err(TokenError::no_revocation(
                 "the revocation URL of the authorization server is not known",
             ));
         };

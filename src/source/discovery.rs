@@ -816,13 +816,9 @@ mod tests {
 
         let builder = ClientCredentials::builder("https://as.example/token", "id");
         let source = server.source(builder);
-        assert!(
-            !source
-                .revoke(revocation(true).await)
-                .await
-                .unwrap_err()
-                .is_transient()
-        );
+        let error = source.revoke(revocation(true).await).await.unwrap_err();
+        assert!(!error.is_transient());
+        assert_eq!(error.to_string(), "tokens cannot be revoked");
         assert!(server.paths().is_empty());
     }
 

@@ -79,7 +79,7 @@ pub trait TokenSource: Send + Sync + 'static {
         revocation: Revocation,
     ) -> impl Future<Output = Result<(), TokenError>> + Send {
         drop(revocation);
-        async { Err(TokenError::terminal("the source cannot revoke tokens")) }
+        async { Err(TokenError::no_revocation("the source cannot revoke tokens")) }
     }
 
     /// Returns whether the next token request would prove the client's identity by something else than the last
