@@ -51,7 +51,12 @@ use crate::{
 /// [`RefreshPolicy::attempt_timeout`](crate::RefreshPolicy::attempt_timeout), and never runs two at once for the
 /// same [`TokenRequest`] unless one was given up for lost. Those for different ones run at the same time.
 ///
-/// [`source_fn`] makes a source of a closure, and an `Arc` of a source is a source too.
+/// [`source_fn`] makes a source of a closure, and an `Arc` of a source is a source too. The trait is not dyn compatible,
+/// and need not be: a [`TokenCache`](crate::TokenCache) and a [`SharedSource`] take a source of any type and hide it.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a source of tokens",
+    note = "a `ClientCredentialsBuilder` makes one by `.build()?`, and `source_fn` makes one of a closure"
+)]
 pub trait TokenSource: Send + Sync + 'static {
     /// Makes one attempt to get a token.
     ///
