@@ -43,8 +43,8 @@ fn trace() -> TraceLayer<SharedClassifier<ServerErrorsAsFailures>> {
         .on_response(DefaultOnResponse::new().include_headers(true))
 }
 
-/// Trace, above: One span holds the wait for a token and both sends; it shows no token. The token request, which all
-/// share, is told of outside.
+/// Trace, above: One span holds the wait for a token and both sends; it shows no token. The token request, which
+/// all share, is logged outside of it.
 ///
 /// Law 9.
 #[tokio::test(start_paused = true)]

@@ -103,7 +103,7 @@ async fn what_is_mapped_above_is_judged() {
     assert_eq!(api.tokens(), ["anonymous", "anonymous"]);
 }
 
-/// MapRequest, below: A URI that it changes is out of the layer's sight: the token goes where it points.
+/// MapRequest, below: The layer does not see a URI that it changes: the token goes where that points.
 #[tokio::test(start_paused = true)]
 async fn what_is_mapped_below_is_out_of_the_layers_sight() {
     let api = Api::echoing();
@@ -217,8 +217,8 @@ async fn a_redirect_above_to_an_origin_that_is_not_pinned_carries_no_token() {
     }
 }
 
-/// FollowRedirect, above: Without, each https origin that the API redirects to is given the token, which is not in
-/// sight to be stripped.
+/// FollowRedirect, above: Without, each https origin that the API redirects to gets the token: the follower does
+/// not see it and cannot strip it.
 ///
 /// Law 9 as far as it goes: every https origin is an allowed one by default.
 #[tokio::test(start_paused = true)]
@@ -290,8 +290,8 @@ async fn a_redirect_above_to_another_origin_takes_the_marks_off() {
     assert_eq!(api.tokens(), ["anonymous", "anonymous"]);
 }
 
-/// FollowRedirect, below: It is out of the layer's sight: its own policy strips the token on the way to another
-/// origin, and another policy may not.
+/// FollowRedirect, below: The layer does not see its hops: its default policy strips the token on the way to
+/// another origin, and another policy may not.
 ///
 /// Law 9 ends here, with pinned origins as without.
 #[tokio::test(start_paused = true)]

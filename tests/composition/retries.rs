@@ -230,7 +230,7 @@ async fn a_retry_below_resends_the_signed_request() {
     assert_eq!(api.tokens(), ["token-1", "token-1", "token-2"]);
 }
 
-/// Retry, below: After a 401 that is in vain, so let it retry none.
+/// Retry, below: After a 401 that is in vain, so do not let it retry one.
 #[tokio::test(start_paused = true)]
 async fn a_retry_below_after_a_refusal_sends_the_same_token() {
     let api = Api::refusing_the_first();

@@ -68,7 +68,8 @@ async fn a_timeout_above_covers_both_sends() {
     assert_eq!(took, secs(3));
 }
 
-/// Timeout, above: The wait of `poll_ready` for a limit below comes before it, unless a token was waited for first.
+/// Timeout, above: It does not cover the wait of `poll_ready` for a limit below, unless the request has waited for
+/// a token first.
 ///
 /// Law 10.
 #[tokio::test(start_paused = true)]
@@ -141,7 +142,7 @@ async fn a_timeout_of_tower_http_above_covers_the_wait_for_a_token() {
     assert_eq!(server.requests(), 1);
 }
 
-/// tower_http::Timeout, below: Its status passes like an answer of the API, so let it be no 401.
+/// tower_http::Timeout, below: Its status passes like an answer of the API, so do not choose 401.
 #[tokio::test(start_paused = true)]
 async fn a_timeout_of_tower_http_below_answers_for_the_api() {
     for (status, token_requests) in [(LATE, 1), (StatusCode::UNAUTHORIZED, 2)] {
