@@ -1,7 +1,7 @@
-//! A gateway that calls an API with a token of its own for users who know nothing of it.
+//! A gateway that calls an API for its users with a token of its own, which they never see.
 //!
 //! Runs on its own, in about two seconds: it starts an authorization server, an API that checks every token, and
-//! the gateway before it, all on loopback ports. The gateway has no handler: its fallback is the layer on
+//! the gateway in front of it, all on loopback ports. The gateway has no handlers: its fallback is the layer over
 //! hyper-util's client. Bodies stream through it in both directions.
 //!
 //! ```sh

@@ -1,6 +1,6 @@
-//! Calls a protected API through the layer, and reports what came of it.
+//! Calls a protected API through the layer, and reports the outcome.
 //!
-//! One request by default; `--requests`, `--concurrency`, `--duration` and `--rate` make a load of it. The
+//! It sends one request by default; `--requests`, `--concurrency`, `--duration` and `--rate` make it a load test. The
 //! client's secret comes from an environment variable or a file, so that no process list shows it:
 //!
 //! ```sh
@@ -10,22 +10,22 @@
 //!     --client-id ID --client-secret-env CLIENT_SECRET --url https://HOST/sims
 //! ```
 //!
-//! The authorization server says by itself where its token endpoint is; `--token-url` is for those that do not.
-//! How the client proves its identity follows from what it is given, or from `--auth`:
+//! The token endpoint comes from the authorization server's metadata; for a server without, use `--token-url`.
+//! The method of client authentication follows from the credentials given, or from `--auth`:
 //!
 //! ```sh
 //! --client-secret-file secret.txt          # client_secret_basic, or what the issuer supports
 //! --auth client-secret-jwt --client-secret-env CLIENT_SECRET
-//! --key key.pem --kid 2026-11              # private_key_jwt; a JWK is as good as PEM
+//! --key key.pem --kid 2026-11              # private_key_jwt; PEM or JWK
 //! --cert client.pem --key client-key.pem   # tls_client_auth and self_signed_tls_client_auth
 //! ```
 //!
-//! The certificate is presented to the API as well, which tokens that are bound to it need (RFC 8705 section
-//! 3). It is read once; the secret's file and the key of assertions are read for every token request.
+//! The certificate is presented to the API as well, as tokens that are bound to it require (RFC 8705 section 3).
+//! It is read once; the file of the secret and the key for assertions are read for every token request.
 //!
-//! A request counts as failed without an answer and with any answer but a 2xx: redirects are not followed.
-//! The exit status is 1 if a request failed, and 2 if there was nothing to start with. TLS trusts the
-//! system's roots, or those in the PEM file that `SSL_CERT_FILE` names, and those of `--ca`.
+//! A request counts as failed if there is no answer, or one other than a 2xx; redirects are not followed. The exit
+//! status is 1 if a request failed, and 2 if the calls could not start. TLS trusts the system's roots, or those in
+//! the PEM file that `SSL_CERT_FILE` names, and those of `--ca`.
 
 use std::{
     collections::BTreeMap,

@@ -1,11 +1,11 @@
-//! A token source of one's own: a vendor's login that is no OAuth.
+//! A token source of your own: a vendor's login that is not OAuth.
 //!
 //! The vendor's server takes a name and a password as JSON and answers with a ticket, its lifetime in milliseconds, and
-//! a renewal code that is good once. When it is busy it says for how long; when it has locked the account, only a
-//! person can help. [`Login`] tells the crate all of that in some fifty lines, and gets the rest for it: one login for
-//! however many requests, renewal before the ticket expires, backoff.
+//! a renewal code that can be used once. When it is busy, it says for how long; when it has locked the account, only a
+//! person can help. [`Login`] tells the crate all of that in some fifty lines, and gets the rest in return: one login for
+//! any number of requests, renewal before the ticket expires, and backoff.
 //!
-//! Runs on its own on loopback ports in about five seconds. The exit status tells whether it went as it says.
+//! Runs on its own on loopback ports in about five seconds, and exits with an error if it does not go as described.
 //!
 //! ```sh
 //! cargo run --example custom_source

@@ -1,16 +1,15 @@
-//! A service that can be watched: `/healthz` for its orchestrator, `/metrics` for Prometheus, events for itself.
+//! A service that can be monitored: `/healthz` for its orchestrator, `/metrics` for Prometheus, events for itself.
 //!
 //! Runs on its own, in about five seconds: it starts an authorization server, an API and the service's own endpoints on
 //! loopback ports, sends requests to the API through the layer, and takes the authorization server down and up again. In
-//! each phase it reads both endpoints as their users would, prints what they say, and fails if it is not what it should
-//! be.
+//! each phase it reads both endpoints as their users would, prints what they say, and fails if that is wrong.
 //!
 //! ```sh
 //! cargo run --features metrics --example health_and_metrics [-- --linger SECONDS]
 //! ```
 //!
-//! `health_and_metrics/` holds a Grafana dashboard, and a configuration and alerts for Prometheus. The metrics that the
-//! dashboard draws are those that there are: that is checked as well.
+//! `health_and_metrics/` holds a Grafana dashboard, and a configuration and alerts for Prometheus. The example also checks
+//! that the metrics which the dashboard draws exist.
 
 use std::{
     collections::BTreeSet,

@@ -1,10 +1,10 @@
 //! A gateway that calls one API for many tenants, each with its own authorization server and its own token.
 //!
 //! A request names its tenant in a header. The gateway puts the tenant's [`TokenRequest`] among the request's extensions,
-//! and the layer does the rest: a token, a token request in flight and a backoff for each tenant. One whose server hangs
-//! keeps no other one waiting, and the number of tenants is bounded.
+//! and the layer does the rest: a token, a token request in flight and a backoff for each tenant. A tenant whose server
+//! hangs does not hold up the others, and the number of tenants is bounded.
 //!
-//! Everything is in memory. Runs in about three seconds; the exit status tells whether it went as it says.
+//! Everything is in memory. Runs in about three seconds, and exits with an error if it does not go as described.
 //!
 //! ```sh
 //! cargo run --example many_tenants

@@ -1,8 +1,8 @@
-//! A client whose every request carries a valid token, whatever happens to the tokens.
+//! A client all of whose requests carry a valid token, whatever happens to the tokens.
 //!
 //! Runs on its own, in about fifteen seconds: it starts an authorization server that answers as Keycloak does
 //! and an API that checks every token, both on loopback ports, and sends requests to the API through the
-//! layer. Each scene is one line of a table, and has a law that is judged by what the servers saw. The exit
+//! layer. Each scene is one line of a table, with a law that is checked by what the servers saw. The exit
 //! status is 1 if one was broken.
 //!
 //! ```sh

@@ -1,8 +1,8 @@
 //! A `reqwest::Client` whose tokens are fetched once, and replaced under load when they are revoked.
 //!
 //! Runs on its own, in about a second: it starts an authorization server and an API on a loopback port, sends
-//! requests through the layer all the time, and has every token revoked in the middle. It asserts that no caller
-//! noticed.
+//! requests through the layer all the time, and revokes every token in the middle. It asserts that no request
+//! failed.
 //!
 //! ```sh
 //! cargo run --features reqwest --example reqwest_client

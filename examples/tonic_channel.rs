@@ -1,4 +1,4 @@
-//! A gRPC client whose calls carry a valid token, over a channel of tonic.
+//! A gRPC client whose calls carry a valid token, over a tonic channel.
 //!
 //! Runs on its own, in about a second: it starts an authorization server and a gRPC service that checks the token
 //! of every call, and of every message of a stream, both on loopback ports.

@@ -1,9 +1,9 @@
 //! A client with a retry and a timeout above the layer, and a timeout below it.
 //!
-//! Runs on its own, in about four seconds: it starts a token endpoint and an API on loopback ports that fail as they
-//! are told to. The retry is above the layer, so that a failed token request has another chance when the server
-//! wants it, and each try the token of its time. One timeout is below, for each send; the other is above all. The
-//! exit status is 1 if a scene ends otherwise than it should.
+//! Runs on its own, in about four seconds: it starts a token endpoint and an API on loopback ports that fail on
+//! command. The retry is above the layer, so that a failed token request has another chance once the server allows
+//! it, and each try takes the current token. One timeout is below, for each send; the other is above everything. The
+//! exit status is 1 if a scene does not end as it should.
 //!
 //! ```sh
 //! cargo run --example with_retry_and_timeout

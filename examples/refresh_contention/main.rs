@@ -1,9 +1,9 @@
-//! What happens between requests and their token while one revokes it, slows the token endpoint down or breaks it.
+//! What happens to requests while you revoke their token, or slow down or break the token endpoint.
 //!
-//! A client sends requests at a constant rate, whatever becomes of them, through the layer to an API, all in memory. In
-//! a terminal one watches and interferes, by the keys at the bottom. Elsewhere, or with `--svg`, a script of twelve
-//! seconds interferes, and the run becomes a picture. Afterwards the laws are judged by what the API and the token
-//! endpoint saw, and the exit status is 1 if one was broken.
+//! A client sends requests at a constant rate, whether or not they are answered, through the layer to an API, all in
+//! memory. In a terminal you watch and interfere, by the keys shown at the bottom. Without one, or with `--svg`, a script
+//! of twelve seconds interferes, and the run is drawn as a picture. Afterwards the promises are checked by what the API
+//! and the token endpoint saw, and the exit status is 1 if one was broken.
 //!
 //! ```sh
 //! cargo run --release --example refresh_contention [-- --svg FILE]
