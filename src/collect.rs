@@ -23,23 +23,23 @@ use crate::{
 
 /// Reads the bodies of requests up to a limit, so that [`CloneBody`] can send streaming ones again.
 ///
-/// It goes directly above a [`BearerAuthLayer`](crate::BearerAuthLayer). A body that ends within the limit is a
-/// [`CollectedBody`] of one piece and its trailers, of which copies are cheap. A body that does not is sent once, as
-/// it comes: what was read of it, then the rest as the client below asks for it. Its 401 comes back to the caller,
-/// and the token is replaced all the same.
+/// It goes directly above a [`BearerAuthLayer`](crate::BearerAuthLayer). A body that ends within the limit becomes a
+/// [`CollectedBody`] of one piece and its trailers, which is cheap to copy. A longer body is sent once, as a stream:
+/// first what was read of it, then the rest as the client below asks for it. Its 401 comes back to the caller, and the
+/// token is replaced all the same.
 ///
-/// A body that says by its [size hint](Body::size_hint) that it is longer than the limit, or that it is empty, is not
-/// read here at all.
+/// A body is not read here if its [size hint](Body::size_hint) says that it is longer than the limit, or if it is
+/// empty.
 ///
-/// Nothing is sent before that, however long it takes, which is for a timeout above to bound. A body whose end waits for
-/// the answer, as that of a gRPC call that streams in both directions, is never sent: such requests go round this layer.
-/// The request of a WebSocket passes, over HTTP/2 (RFC 8441) as well, where it comes from hyper: the stream is an upgrade
-/// there, and the body empty.
+/// Nothing is sent until the body has been read, however long that takes; use a timeout above to bound it. A body that
+/// waits for the answer before it ends, such as that of a gRPC call that streams in both directions, is never sent, so
+/// keep such requests away from this layer. WebSocket requests from hyper pass, over HTTP/2 (RFC 8441) as well: their
+/// stream is an upgrade, and the body is empty.
 ///
 /// # Memory
 ///
-/// Per request, what was read and kept is at most `limit` bytes and the one frame that passed them, in a buffer of
-/// at most twice that; trailers do not count. How many requests there are at a time is for a limit above to bound.
+/// Per request, at most `limit` bytes and the one frame that exceeds them are kept, in a buffer of at most twice that
+/// size; trailers do not count. Use a limit above to bound the number of requests at a time.
 ///
 /// # Examples
 ///

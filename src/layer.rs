@@ -11,8 +11,9 @@ use crate::{
 
 /// Attaches an `Authorization: Bearer` header to each request, and keeps its token valid.
 ///
-/// Made of a [`TokenSource`](crate::TokenSource), or of a [`TokenCache`] that others share. All services that
-/// one layer or its clones wrap share its cache, so that a burst on any of them causes one token request.
+/// It is made from a [`TokenSource`](crate::TokenSource), or from a [`TokenCache`] that others may share. All services
+/// that one layer and its clones make share its cache, so that a burst of requests through any of them causes one token
+/// request.
 ///
 /// By default a request is sent once: when the API refuses its token, the 401 comes back to the caller and the
 /// token is replaced for the next one. With [`replay`](Self::replay) the request is sent once more, with the
@@ -82,10 +83,10 @@ impl<R> BearerAuthLayer<R> {
 
     /// Limits the token to these origins (RFC 6454), such as `https://api.example.com`.
     ///
-    /// Requests to other origins then pass as they are, without a token of ours. Without this setting,
-    /// every https origin and every loopback address gets the token. A request whose URI has no authority,
-    /// as services that are bound to one host take them, gets it in either case. An entry of plain http, other than
-    /// loopback, takes [`dangerous_plain_http`](Self::dangerous_plain_http) as well.
+    /// Requests to other origins then pass as they are, without the token. Without this setting, every https origin and
+    /// every loopback address gets the token. A request whose URI has no authority, for a service that is bound to one
+    /// host, gets it in either case. An entry of plain http, other than loopback, needs
+    /// [`dangerous_plain_http`](Self::dangerous_plain_http) as well.
     ///
     /// # Errors
     ///
@@ -100,7 +101,7 @@ impl<R> BearerAuthLayer<R> {
 
     /// Lets the token go over plain http to other hosts than this one: default `false`.
     ///
-    /// Anybody on the way can read and use it (RFC 6750 section 5.3). Without this setting such a request
+    /// Anyone on the path can read and use it (RFC 6750 section 5.3). Without this setting such a request
     /// fails with [`TokenError::is_insecure_uri`](crate::TokenError::is_insecure_uri) before it is sent.
     #[must_use]
     pub fn dangerous_plain_http(self, allow: bool) -> Self {
@@ -109,8 +110,8 @@ impl<R> BearerAuthLayer<R> {
 
     /// Lets requests keep an `Authorization` header that they bring along: default `false`, which replaces it.
     ///
-    /// The default serves gateways, which must not pass their users' credentials on as their own. Such a
-    /// request waits for no token, and a 401 to it says nothing about ours.
+    /// The default is for gateways, which must not pass on their users' credentials. A request that keeps its own
+    /// credential does not wait for a token, and a 401 to it does not count against the cached one.
     #[must_use]
     pub fn keep_existing(self, keep: bool) -> Self {
         self.with(|settings| settings.keep_existing = keep)
@@ -118,9 +119,9 @@ impl<R> BearerAuthLayer<R> {
 
     /// Sets whether a 401 that does not say what is wrong counts against the token: default `true`.
     ///
-    /// That is one without a challenge or with a Bearer challenge that names no error; gRPC's status 16
-    /// (unauthenticated) is read like a 401, and mostly comes without one. RFC 6750 section 3.1 wants
-    /// `invalid_token` for a token that expired or was revoked; many servers do not say it.
+    /// That is one without a challenge, or with a Bearer challenge that names no error. gRPC's status 16
+    /// (unauthenticated) is treated as a 401, and mostly comes without a challenge. RFC 6750 section 3.1 wants
+    /// `invalid_token` for a token that has expired or was revoked, but many servers do not send it.
     #[must_use]
     pub fn refresh_on_unexplained_401(self, refresh: bool) -> Self {
         self.with(|settings| settings.refresh_on_unexplained_401 = refresh)

@@ -6,17 +6,16 @@ use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, header::A
 
 /// A request that the layer can attach a token to: an [`http::Request`] with any body, or a `reqwest::Request`.
 ///
-/// The trait is sealed, so that it may grow with what the layer has to know of a request.
+/// The trait is sealed, so that it may grow with what the layer needs to know about a request.
 ///
 /// # reqwest
 ///
-/// With the feature `reqwest` the layer goes over a `reqwest::Client` as over any other service, and reqwest's
-/// errors pass through untouched.
+/// With the feature `reqwest`, the layer wraps a `reqwest::Client` like any other service, and reqwest's errors pass
+/// through unchanged.
 ///
-/// reqwest follows redirects by itself, below the layer, where no setting of the layer reaches. It takes the token
-/// off at a step to another origin, but puts it on again when that one redirects to itself (as of 0.13.5): a
-/// client that is to keep its token from other origins follows none, by `redirect::Policy::none()`, or none that
-/// lead elsewhere:
+/// reqwest follows redirects by itself, below the layer, where no setting of the layer applies. It removes the token on
+/// the way to another origin, but adds it again when that origin redirects to itself (as of 0.13.5). To keep the token
+/// from other origins, set `redirect::Policy::none()`, or a policy that stays within one origin:
 ///
 /// ```
 /// # #[cfg(feature = "reqwest")]
@@ -47,17 +46,17 @@ use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, header::A
 /// # fn main() {}
 /// ```
 ///
-/// reqwest sends requests through the proxy that the environment names, and what goes by plain http to a loopback
-/// address too, unless `NO_PROXY` has it: the proxy reads the token then. A client for such an origin, as in a test,
-/// takes none, by `no_proxy()`.
+/// reqwest sends requests through the proxy that the environment names. That includes plain http to a loopback address,
+/// unless `NO_PROXY` lists it, and the proxy can then read the token. For such a client, as in a test, call
+/// `no_proxy()`.
 ///
-/// The 401 of an origin that a redirect led to counts against the token as any other does.
+/// A 401 of an origin that a redirect led to counts against the token like any other.
 ///
-/// The timeouts of reqwest begin when a request is sent, each time anew, and leave out the wait for a token: a
-/// tower `Timeout` above covers all.
+/// reqwest's timeouts start anew each time a request is sent, and do not include the wait for a token. A tower
+/// `Timeout` above covers everything.
 ///
-/// A `reqwest::Request` has no extensions that others could read. Whoever has a [`TokenRequest`] or a
-/// [`WithoutToken`] for it makes requests of `http` and turns them into reqwest's below the layer:
+/// A `reqwest::Request` has no extensions that the layer could read. To use a [`TokenRequest`] or [`WithoutToken`],
+/// make an `http::Request` and convert it below the layer:
 ///
 /// ```
 /// # #[cfg(feature = "reqwest")]
@@ -112,7 +111,7 @@ pub trait HttpRequest: sealed::Request {
 
 /// A response that the layer can judge: an [`http::Response`] with any body, or a `reqwest::Response`.
 ///
-/// The trait is sealed, so that it may grow with what the layer has to know of a response.
+/// The trait is sealed, so that it may grow with what the layer needs to know about a response.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is no response that `tower-bearer` can judge",
     note = "it takes an `http::Response`, or a `reqwest::Response` with the feature `reqwest` of `tower-bearer`"

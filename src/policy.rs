@@ -8,9 +8,9 @@ use crate::{error::TokenError, source::TokenResponse};
 
 /// When a token is refreshed, and what a token request may take.
 ///
-/// Every window is in proportion to the lifetime that the server grants, so that the defaults fit a token of
-/// a minute as well as one of a day. With them, a token of 300 s is refreshed between 195 s and 225 s after it
-/// was asked for, a first one between 105 s and 225 s, and is no longer attached after 290 s.
+/// Every window is limited in proportion to the lifetime that the server grants, so that the defaults fit a token of a
+/// minute as well as one of a day. With them, a token of 300 s is refreshed 195 s to 225 s after it was requested, the
+/// first one 105 s to 225 s, and it is no longer attached after 290 s.
 ///
 /// ```
 /// use std::time::Duration;
@@ -68,12 +68,11 @@ impl RefreshPolicy {
 
     /// Sets how long before its expiry a token is refreshed in the background: default 5 min.
     ///
-    /// Never less than the [`expiry_margin`](Self::expiry_margin), since nobody is to wait for it, and never more than a
-    /// quarter of the lifetime; and up to a tenth of the lifetime earlier by chance, drawn
-    /// once per token: with a window of 60 s, a token of 600 s is refreshed after 480 s to 540 s. The first
-    /// token of a cache, and of each [`TokenRequest`](crate::TokenRequest), is refreshed after 0.35 to 0.75 of its
-    /// lifetime, so that processes that start together fall out of step. What a server says itself, by
-    /// [`TokenResponse::refresh_in`], goes before both.
+    /// Never less than the [`expiry_margin`](Self::expiry_margin), since nobody is to wait for it, and never more than
+    /// a quarter of the lifetime; and up to a tenth of the lifetime earlier by chance, drawn once per token: with a
+    /// window of 60 s, a token of 600 s is refreshed after 480 s to 540 s. The first token of a cache, and of each
+    /// [`TokenRequest`](crate::TokenRequest), is refreshed after 0.35 to 0.75 of its lifetime, so that processes that
+    /// start together fall out of step. What a server says itself, by [`TokenResponse::refresh_in`], goes before both.
     #[must_use]
     pub const fn refresh_window(mut self, window: Duration) -> Self {
         self.refresh_window = window;
@@ -89,8 +88,8 @@ impl RefreshPolicy {
 
     /// Sets how long one attempt to fetch a token may take: default 10 s.
     ///
-    /// With all that belongs to it: credentials, metadata, and a refresh token that is tried first. The default client of
-    /// [`ClientCredentials`](crate::ClientCredentials) gives up sooner, after 3 s, if there is no connection.
+    /// That includes obtaining credentials and metadata, and trying a refresh token first. The default client of
+    /// [`ClientCredentials`](crate::ClientCredentials) gives up after 3 s if no connection is made.
     #[must_use]
     pub const fn attempt_timeout(mut self, timeout: Duration) -> Self {
         self.attempt_timeout = timeout;
@@ -110,14 +109,14 @@ impl RefreshPolicy {
 
     /// Sets how many attempts are made before waiting callers see an error: default 3, at least 1.
     ///
-    /// Only transient errors are tried again, and neither those with a `Retry-After` nor a panic of the source; after a
-    /// pause of up to 200 ms, doubling to up to 5 s. While a token is at hand that lives for longer than 4 s nobody
-    /// waits, and the pause is one of 0.5 s to 1 s, doubling to up to 5 s.
-    /// After a failed token request there is one attempt at a time until one succeeds.
-    /// None follows for which the time of all attempts does not suffice, nor after another key was told to leave the
-    /// server alone or that the client is refused.
+    /// Another attempt follows only after a transient error, unless the error has a `Retry-After` or is a panic of the
+    /// source. The pause before it is up to 200 ms, doubling to up to 5 s. While there is a token that lives for longer
+    /// than 4 s, nobody waits, and the pause is 0.5 s to 1 s, doubling to up to 5 s. After a failed token request, each
+    /// further one has a single attempt until one succeeds. No attempt follows if
+    /// [`flight_timeout`](Self::flight_timeout) leaves no time for it, or if another key has learned that the server
+    /// wants to be left alone or refuses the client.
     ///
-    /// If the claims that an API asks for cannot be had, one more follows without them, whatever the number
+    /// If the claims that an API demands cannot be obtained, one more attempt follows without them, whatever the number
     /// ([`Fetch::claims`](crate::Fetch::claims)).
     #[must_use]
     pub const fn attempts(mut self, attempts: u32) -> Self {
@@ -127,19 +126,19 @@ impl RefreshPolicy {
 
     /// Sets how many callers may wait for one token request: default no limit.
     ///
-    /// Further ones get an error of [`TokenError::is_overloaded`], at once. With 0 it is all of them: a token request starts
-    /// with the first one and goes on without it.
+    /// Further ones get an error of [`TokenError::is_overloaded`], at once. With 0, nobody may wait: the first caller
+    /// starts a token request, which goes on without it.
     #[must_use]
     pub const fn max_waiters(mut self, limit: usize) -> Self {
         self.max_waiters = Some(limit);
         self
     }
 
-    /// Sets for how many [`TokenRequest`](crate::TokenRequest)s a cache keeps tokens at a time: default 16,384.
+    /// Sets for how many different [`TokenRequest`](crate::TokenRequest)s a cache keeps tokens: default 16,384.
     ///
-    /// One makes room for a new one when it has neither a token that lives, nor a token request under way, nor a
-    /// failure that is waited out. If there is none such, the new one gets an error of
-    /// [`TokenError::is_too_many_keys`]. The token that is for nothing in particular does not count.
+    /// One is dropped for a new one if it has no live token, no token request under way and no pause to wait out after
+    /// a failure. If there is none to drop, the new one gets an error of [`TokenError::is_too_many_keys`]. The token of
+    /// requests without a `TokenRequest` does not count.
     #[must_use]
     pub const fn max_keys(mut self, limit: usize) -> Self {
         self.max_keys = limit;
@@ -157,12 +156,12 @@ impl RefreshPolicy {
         self
     }
 
-    /// Sets whether a token is refreshed without a request that asks for it: default `false`.
+    /// Sets whether the token is refreshed even if no request needs it: default `false`.
     ///
-    /// An idle service costs no token requests by default, and the first request after a quiet time waits
-    /// for one. A warm cache starts with its first token and ends with its last handle; if the runtime ends that
-    /// the last token request ran on, it takes the next request to go on. Tokens for a
-    /// [`TokenRequest`](crate::TokenRequest) are not kept warm: a key that nobody asks for any more would never cool.
+    /// By default an idle service sends no token requests, and the first request after a quiet time waits for one. A
+    /// cache is kept warm from its first token until its last handle is dropped. If the runtime ends on which the last
+    /// token request ran, that is suspended until the next request. Tokens for a [`TokenRequest`](crate::TokenRequest)
+    /// are not kept warm: a key that nobody uses any more would be refreshed forever.
     #[must_use]
     pub const fn keep_warm(mut self, keep_warm: bool) -> Self {
         self.keep_warm = keep_warm;
@@ -171,8 +170,8 @@ impl RefreshPolicy {
 
     /// Sets the name of the cache in spans and metrics: default `default`.
     ///
-    /// Metrics of caches with the same name are one: counters add up, and gauges show the cache that has changed last.
-    /// It is static, since each name makes new time series of all metrics.
+    /// Caches with the same name share their metrics: counters add up, and gauges show the cache that has changed last.
+    /// The name is static, since each one makes new time series of all metrics.
     #[must_use]
     pub const fn name(mut self, name: &'static str) -> Self {
         self.name = name;

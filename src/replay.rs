@@ -11,15 +11,15 @@ use http_body::Body;
 
 /// Decides which requests of type `Req` may be sent a second time.
 ///
-/// The implementations are [`Never`], the default, [`CloneBody`] and [`EmptyBody`]. The trait is sealed: an
-/// implementation that copied half a body would corrupt requests, and only on the day a token is rejected.
+/// The implementations are [`Never`], which is the default, [`CloneBody`] and [`EmptyBody`]. The trait is sealed: an
+/// implementation that copied half a body would corrupt requests, and only when a token is refused.
 ///
 /// A request is sent again at most once, only after a 401 (or its gRPC counterpart) that is about its token,
 /// and only with a different token. That is safe for a `POST` as well: a 401 says that the request was not
 /// applied (RFC 9110 section 15.5.2), whatever its method.
 ///
-/// A request that may not be sent again, such as one with a streaming body, loses nothing else: its 401 comes
-/// back to the caller, and the token is replaced all the same.
+/// For a request that may not be sent again, such as one with a streaming body, the 401 comes back to the caller, and
+/// the token is replaced all the same.
 pub trait Replay<Req>: sealed::Sealed + Clone {
     /// What a response future stores of a request that may be sent again.
     ///
@@ -38,24 +38,24 @@ pub trait Replay<Req>: sealed::Sealed + Clone {
 
 /// Sends every request once: the default.
 ///
-/// It works with every body and costs nothing. A 401 comes back to the caller; the token is replaced all the
-/// same. A caller's own retry waits up to 1 s for the new one if the 401 said `invalid_token`, and then goes with the old
-/// one. After a 401 without a reason it goes with the old one at once, so it had better pause first.
+/// It works with every body and costs nothing. A 401 comes back to the caller; the token is replaced all the same. If
+/// the caller retries after a 401 with `invalid_token`, the retry waits up to 1 s for the new token, and then takes the
+/// old one. After a 401 without a reason, a retry takes the old token at once, so it should pause first.
 ///
-/// A request in flight keeps no cache alive. If all services and other handles of the cache are gone when the 401
-/// comes, nobody is left to use another token, and none is asked for.
+/// A request in flight does not keep the cache alive. If all services and other handles of the cache are gone when the
+/// 401 comes, no other token is requested, since nothing is left to use it.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Never;
 
 /// Sends a request again with a clone of its body.
 ///
-/// For bodies whose clone is the whole body and cheap, such as `Full<Bytes>` or `String`s of moderate size.
-/// Do not use it with a body that shares a stream among its clones. One that streams can be read first, by a
+/// Use it for bodies that are cheap to clone, such as `Full<Bytes>` or `String`s of moderate size, and not for a body
+/// whose clones share one stream. A streaming body can be read first, by a
 /// [`CollectBodyLayer`](crate::CollectBodyLayer) above.
 ///
-/// Every request pays for the copy, whether it is needed or not: its headers, URI and extensions are cloned,
-/// its body and the inner service too, and held until the answer is there. One that has to wait for a token is
-/// cloned again when it leaves; one that carries none holds no copy.
+/// Every request pays for the copy, whether it is needed or not: its headers, URI, extensions and body are cloned, and
+/// so is the inner service, and held until the answer is there. A request that has to wait for a token is cloned again
+/// when it leaves; one that carries no token is not copied.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CloneBody;
 

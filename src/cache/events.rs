@@ -17,10 +17,10 @@ use crate::{error::TokenError, source::TokenRequest};
 
 /// Something that happened in a [`TokenCache`](crate::TokenCache), as [`Events`] tells it.
 ///
-/// Events come no more often than token requests do and than the cache runs full, however many requests there
-/// are. Flights have numbers, which no two flights of a process share; the events of `tracing` have the same ones. None
-/// holds a token. A [`TokenRequest`] holds the values of its parameters, as the program has set them, and its `Debug`
-/// leaves them out.
+/// However many requests there are, events come only with token requests, and when the cache runs full. Each flight has
+/// a number, which is unique in the process, and is the same in the events of `tracing`. No event holds a token. The
+/// [`TokenRequest`] of an event equals the one that the program has made, so it can be used to find the tenant, for
+/// example. It holds the values of its parameters; its `Debug` leaves them out.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum TokenEvent {
@@ -31,12 +31,12 @@ pub enum TokenEvent {
         request: TokenRequest,
         /// The number of the flight.
         flight: u64,
-        /// Whether a 401 or [`TokenCache::invalidate`](crate::TokenCache::invalidate) did it.
+        /// Whether a 401 or [`TokenCache::invalidate`](crate::TokenCache::invalidate) caused it.
         forced: bool,
-        /// How long the first attempt is put off.
+        /// How long the first attempt is delayed.
         delay: Duration,
     },
-    /// An attempt failed, and another one is to follow: unless the server is to be left alone by then.
+    /// An attempt failed, and another one will follow, unless the server has to be left alone by then.
     #[non_exhaustive]
     AttemptFailed {
         /// What the token is for.
@@ -62,7 +62,7 @@ pub enum TokenEvent {
         /// The scopes that were asked for and not granted, if the server named what it granted.
         missing_scopes: Vec<String>,
     },
-    /// A token request failed, all its attempts included.
+    /// A token request failed with all its attempts.
     #[non_exhaustive]
     FlightFailed {
         /// What the token is for.
@@ -75,13 +75,12 @@ pub enum TokenEvent {
         error: TokenError,
         /// How many flights of this key have failed in a row.
         failures: u32,
-        /// For how long no other one starts.
+        /// How long it takes until another one may start.
         retry_in: Duration,
-        /// For how long requests go on with a token that is there; without one, they fail.
+        /// How long requests can go on with the current token; `None` if there is none, and they fail.
         usable_for: Option<Duration>,
     },
-    /// A token request ended with the runtime that ran it, was given up as overdue, or has heard nothing of the server while
-    /// its runtime stood still.
+    /// A token request ended with its runtime, was given up as overdue, or got no answer while its runtime stood still.
     #[non_exhaustive]
     FlightLost {
         /// What the token is for.
@@ -91,7 +90,7 @@ pub enum TokenEvent {
         /// How many flights of this key have failed in a row.
         failures: u32,
     },
-    /// The token that requests went on with has died while token requests fail: from here on they fail too.
+    /// The token has expired while token requests fail: from here on, requests fail as well.
     #[non_exhaustive]
     RequestsFailing {
         /// What the token is for.
@@ -119,7 +118,7 @@ pub enum TokenEvent {
         /// The number of the flight that brings another one.
         flight: u64,
     },
-    /// Keys that were of no use any more have made room for others.
+    /// Keys that were no longer in use were dropped to make room for others.
     #[non_exhaustive]
     KeysEvicted {
         /// How many.
@@ -133,7 +132,7 @@ pub enum TokenEvent {
     },
     /// The cache was shut down. The last event.
     ShutDown,
-    /// The listener was too slow, and this many events are lost to it.
+    /// The listener was too slow and has missed this many events.
     #[non_exhaustive]
     Missed {
         /// How many.
@@ -142,7 +141,7 @@ pub enum TokenEvent {
 }
 
 impl TokenEvent {
-    /// Returns what the token is for that the event is about, if it is about one.
+    /// Returns what the event's token is for, if the event is about a token.
     pub fn request(&self) -> Option<&TokenRequest> {
         match self {
             Self::FlightStarted { request, .. }
@@ -163,9 +162,9 @@ impl TokenEvent {
 
 /// The events of a [`TokenCache`](crate::TokenCache), from [`TokenCache::events`](crate::TokenCache::events) on.
 ///
-/// A listener keeps no cache alive and holds nobody up: it may be behind by 256 events, and then it is told how many it
-/// has [`Missed`](TokenEvent::Missed). The stream ends with the last handle on the cache, and after
-/// [`ShutDown`](TokenEvent::ShutDown), once everything was read.
+/// A listener does not keep the cache alive or slow it down. It may be up to 256 events behind; after that, it is told
+/// how many it has [`Missed`](TokenEvent::Missed). The stream ends, once all events are read, when the last handle of
+/// the cache is dropped, or after [`ShutDown`](TokenEvent::ShutDown).
 #[must_use = "nothing is heard until it is polled, and events are lost that come before it is made"]
 pub struct Events {
     next: ReusableBoxFuture<'static, Next>,

@@ -43,16 +43,16 @@ use crate::{
 
 /// Keeps tokens and replaces them, with at most one token request in flight for each.
 ///
-/// There is one token for whoever asks for nothing in particular, and one for each [`TokenRequest`] that tells
-/// what its token is for. What is said below of the token is true of each of them.
+/// There is one token for requests without a [`TokenRequest`], and one for each different `TokenRequest`. What is said
+/// below of the token holds for each of them.
 ///
 /// Clones are cheap and share everything. One cache can feed many [`BearerAuthLayer`](crate::BearerAuthLayer)s
 /// and, without tower, anything else that needs a token: a gRPC interceptor, a WebSocket handshake, a
 /// message broker's login.
 ///
-/// Making one needs no runtime and sends nothing. The first caller of [`get`](Self::get), or the first
-/// request through a layer, causes the first token request, which runs in a task on that caller's
-/// runtime and goes on when that caller is dropped.
+/// Making one needs no runtime and sends nothing. The first caller of [`get`](Self::get), or the first request through
+/// a layer, starts the first token request. It runs in a task on that caller's runtime, and goes on if that caller is
+/// dropped.
 ///
 /// ```
 /// use tower_bearer::{TokenCache, TokenResponse, source_fn};
@@ -101,11 +101,11 @@ impl TokenCache {
     /// Returns a token that may be sent, and waits for one if there is none.
     ///
     /// A token that is due for refresh is returned at once, while its replacement is fetched in the background.
-    /// A token that is dead on arrival is returned to those who waited for it.
+    /// A token that has already expired when it arrives is still returned to those that waited for it.
     ///
-    /// The wait is bounded: for each of at most two token requests by its delay, [`RefreshPolicy::flight_timeout`] and
-    /// half a second. The delay is at most 1 s after a success, and 10 s after a token request that was lost with its
-    /// runtime; the second one comes about only when the first was lost.
+    /// The wait for a token request is bounded by its delay, [`RefreshPolicy::flight_timeout`] and half a second. The
+    /// delay is at most 1 s after a success, and 10 s after a token request that was lost with its runtime. If the
+    /// token request is lost, the caller waits for one more, and no further.
     ///
     /// # Cancel safety
     ///
@@ -114,7 +114,7 @@ impl TokenCache {
     ///
     /// # Errors
     ///
-    /// The error of the token request, or the last one's while the next is not due. See [`TokenError`].
+    /// The error of the token request, or that of the last one while the next is not due. See [`TokenError`].
     ///
     /// # Panics
     ///
@@ -123,7 +123,7 @@ impl TokenCache {
         self.get_or_wait(None).await
     }
 
-    /// Returns a token for what `request` names, as [`get`](Self::get) does for nothing in particular.
+    /// Returns a token for what `request` names, and waits for one as [`get`](Self::get) does.
     ///
     /// # Cancel safety
     ///
@@ -154,47 +154,47 @@ impl TokenCache {
         self.entry(request)?.peek()
     }
 
-    /// Tells the cache that `token` was refused: what a 401 with the challenge `invalid_token` does.
+    /// Tells the cache that `token` was refused, as a 401 with the challenge `invalid_token` does.
     ///
-    /// Only a token that the cache holds can be refused; one that it has replaced is of no interest. A
-    /// replacement is fetched in the background, unless one is on its way, and at most one per cooldown: 5 s, doubling
-    /// to 60 s while refusals go on. Callers of [`get`](Self::get) wait for it for at most 1 s and use the old token
-    /// after that. During the cooldown, after a failed token request whose retry is not due, and without a tokio
-    /// runtime, none is asked for, and the token is used as before.
+    /// A token that the cache has already replaced is ignored. Otherwise a replacement is fetched in the background,
+    /// unless one is on its way, and at most once per cooldown: 5 s, doubling to 60 s while refusals go on. Callers of
+    /// [`get`](Self::get) wait for it for at most 1 s, and use the old token after that. No replacement is fetched
+    /// during the cooldown, while the next attempt after a failed token request is not due, or outside of a tokio
+    /// runtime; then the token is used as before.
     pub fn invalidate(&self, token: &AccessToken) {
         telemetry::invalidated();
         self.refused(token, Complaint::Invalid);
     }
 
-    /// Returns how the token is, and the requests for it: for a health endpoint.
+    /// Returns the state of the token and of its token requests: for a health endpoint.
     ///
     /// Causes no token request.
     pub fn status(&self) -> Status {
         self.plain.status()
     }
 
-    /// Returns how the token for what `request` names is; `None` if nobody has asked for it, or if it has made room for
-    /// others since.
+    /// Returns the state of the token for what `request` names; `None` if no request has asked for it, or if it was
+    /// dropped to make room for others.
     ///
     /// Causes no token request.
     pub fn status_for(&self, request: &TokenRequest) -> Option<Status> {
         Some(self.entry(request)?.status())
     }
 
-    /// Returns how tokens are: the one for nothing in particular first, and then those of up to `limit`
-    /// [`TokenRequest`]s, in no particular order.
+    /// Returns the states of all tokens: first that of requests without a [`TokenRequest`], and then those of up to
+    /// `limit` `TokenRequest`s, in no particular order.
     ///
-    /// Causes no token request. Each one is looked at by itself, so they are not of one moment.
+    /// Causes no token request. They are read one after the other, so they are not a snapshot of one moment.
     pub fn statuses(&self, limit: usize) -> Vec<Status> {
         let keyed = self.keys.up_to(limit);
         let keyed = keyed.iter().map(|entry| entry.status());
         std::iter::once(self.status()).chain(keyed).collect()
     }
 
-    /// Returns a stream of what happens from now on, to all tokens of the cache.
+    /// Returns a stream of what happens to the tokens of the cache from now on.
     ///
-    /// It keeps neither the cache alive nor anybody waiting: a listener that is more than 256 events behind misses
-    /// some, and is told how many. Without a listener, an event costs a look whether there is one.
+    /// It does not keep the cache alive, and a slow listener does not slow the cache down: one that is more than 256
+    /// events behind misses some, and is told how many. Without a listener, an event costs next to nothing.
     ///
     /// ```
     /// use tower_bearer::{TokenCache, TokenEvent, TokenResponse, source_fn};
@@ -219,9 +219,9 @@ impl TokenCache {
     /// Ends all background work: token requests under way, and the watch over tokens that are
     /// [kept warm](RefreshPolicy::keep_warm).
     ///
-    /// The cache forgets its tokens; what a layer and its services have kept of one goes when they are dropped. Whoever
-    /// waits for a token or asks from now on gets an error of [`TokenError::is_shut_down`]. This holds for all clones
-    /// of the cache and cannot be undone.
+    /// The cache forgets its tokens; copies in a layer and its services go when those are dropped. Callers that wait
+    /// for a token, and all later ones, get an error of [`TokenError::is_shut_down`]. This holds for all clones of the
+    /// cache and cannot be undone.
     pub fn shutdown(&self) {
         self.close();
     }
@@ -229,9 +229,9 @@ impl TokenCache {
     /// Ends all background work as [`shutdown`](Self::shutdown) does, and has the tokens revoked (RFC 7009): the
     /// refresh tokens, which end their sessions, and the access tokens.
     ///
-    /// To be called when no request is under way any more, and instead of [`shutdown`](Self::shutdown), which leaves
-    /// nothing to revoke. A token that the server grants at this moment is not known and lives on. Up to 16 keys' tokens
-    /// are revoked at a time, each within [`RefreshPolicy::attempt_timeout`].
+    /// Call it when no more requests are under way, and instead of [`shutdown`](Self::shutdown), which leaves nothing
+    /// to revoke. A token that the server is just granting is not known, and is not revoked. The tokens of up to 16
+    /// keys are revoked at a time, those of each key within [`RefreshPolicy::attempt_timeout`].
     ///
     /// # Cancel safety
     ///

@@ -18,10 +18,10 @@ pub(super) enum Preset {
 
 #[cfg_attr(docsrs, doc(cfg(feature = "test-util")))]
 impl TokenCache {
-    /// Creates a cache that holds this token for ever, for tests of the code around it.
+    /// Creates a cache that holds this token forever, for tests of the code around it.
     ///
-    /// Nobody is asked for the token and it does not expire, whatever the clocks say. It is the token of each
-    /// [`TokenRequest`](crate::TokenRequest), of one with a source of its own as well. Neither
+    /// No token request is sent, and the token does not expire, whatever the clocks say. Every
+    /// [`TokenRequest`](crate::TokenRequest) gets it, even one with a source of its own. Neither
     /// [`get`](Self::get) nor a request through a layer needs a runtime.
     ///
     /// There is no other token: [`invalidate`](Self::invalidate) leaves it in place, and a 401 goes to the caller.
@@ -49,10 +49,10 @@ impl TokenCache {
         }
     }
 
-    /// Creates a cache that has no token and says why, for tests of the code that gets to see it.
+    /// Creates a cache that has no token and always returns this error, for tests of code that handles it.
     ///
-    /// Nobody is asked and nothing is waited for, so it needs no runtime. [`test_util::errors`](crate::test_util::errors)
-    /// has an error of each kind.
+    /// It sends no token request and never waits, so it needs no runtime.
+    /// [`test_util::errors`](crate::test_util::errors) has an error of each kind.
     ///
     /// # Examples
     ///

@@ -4,10 +4,10 @@ use std::time::{Duration, SystemTime};
 
 use crate::{error::TokenError, source::TokenRequest};
 
-/// How a token and the requests for it are, at one moment: for a health endpoint.
+/// The state of a token and of its token requests at one moment: for a health endpoint.
 ///
-/// Made by [`TokenCache::status`](crate::TokenCache::status). Looking causes no token request, and nothing of the
-/// token is in it.
+/// Made by [`TokenCache::status`](crate::TokenCache::status), which causes no token request. It does not contain the
+/// token.
 ///
 /// ```
 /// use tower_bearer::{TokenCache, TokenResponse, TokenState, source_fn};
@@ -17,7 +17,7 @@ use crate::{error::TokenError, source::TokenRequest};
 /// let cache = TokenCache::new(source_fn(|_| async { TokenResponse::new("mF_9.B5f-4.1JqM") }));
 /// let status = cache.status();
 /// assert_eq!(status.state(), TokenState::Missing);
-/// // Nobody has asked yet, which is no reason to be taken out of service.
+/// // No request has come yet, which is no reason to be taken out of service.
 /// assert!(status.is_healthy() && !status.has_token());
 ///
 /// cache.get().await?;
@@ -50,16 +50,16 @@ pub struct Status {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum TokenState {
-    /// There is no token: none was asked for yet, or none was got, or the server has declared it void.
+    /// There is no token: none was requested yet, or none obtained, or the server has declared it void.
     Missing,
     /// Requests take the token.
     Fresh,
     /// Requests take the token, and it is to be replaced.
     Due,
-    /// The API has said that the token is invalid, and no other one has come since. Requests wait for its replacement
-    /// while that is under way for the first time, and take the token if that does not come soon or fails.
+    /// The API has called the token invalid, and there is no other one yet. Requests wait for the first
+    /// token request that is to replace it, and use the token if that fails or takes longer than a second.
     Refused,
-    /// The token has expired, and counts on while the token endpoint fails: see
+    /// The token has expired, and is still used while the token endpoint fails: see
     /// [`RefreshPolicy::extended_lifetime`](crate::RefreshPolicy::extended_lifetime).
     Extended,
     /// The token has expired.
@@ -69,13 +69,13 @@ pub enum TokenState {
 }
 
 impl Status {
-    /// Returns whether a request would get a token that is good for something, by all that is known: there is one that may
-    /// be sent, or the last token request has not failed, and the one under way takes no longer than
-    /// [`RefreshPolicy::attempt_timeout`](crate::RefreshPolicy::attempt_timeout). A token that the API has called invalid
-    /// counts until the request for another one fails.
+    /// Returns whether a request can be expected to get a working token: there is one that may be sent, or the last
+    /// token request has not failed and the one under way has not taken longer than
+    /// [`RefreshPolicy::attempt_timeout`](crate::RefreshPolicy::attempt_timeout). A token that the API has called
+    /// invalid counts until a request for another one fails.
     ///
-    /// A cache that was not used yet is healthy, and one that was shut down is not. What to make of a cache that goes
-    /// on with an old token during an outage is for [`consecutive_failures`](Self::consecutive_failures).
+    /// A cache that has not been used yet is healthy, and one that was shut down is not. During an outage, a cache is
+    /// healthy as long as its token lasts; [`consecutive_failures`](Self::consecutive_failures) tells such an outage.
     pub fn is_healthy(&self) -> bool {
         match self.state {
             TokenState::ShutDown => false,
@@ -101,7 +101,7 @@ impl Status {
         &self.request
     }
 
-    /// Returns what there is to send.
+    /// Returns the state of the token.
     pub fn state(&self) -> TokenState {
         self.state
     }
@@ -114,12 +114,12 @@ impl Status {
         self.usable_until
     }
 
-    /// Returns for how long the cache still hands the token out: zero if it has expired, `None` without one.
+    /// Returns how much longer the cache hands the token out: zero if it has expired, `None` without one.
     pub fn expires_in(&self) -> Option<Duration> {
         self.expires_in
     }
 
-    /// Returns after how long the token is to be replaced: zero if it is due, `None` without one.
+    /// Returns the time until the token is to be replaced: zero if it is due, `None` without one.
     pub fn due_in(&self) -> Option<Duration> {
         self.due_in
     }
@@ -134,24 +134,24 @@ impl Status {
         self.last_success
     }
 
-    /// Returns how many token requests have failed in a row, each with all its attempts; those of other keys included if
-    /// they hold this one back.
+    /// Returns how many token requests have failed in a row, each with all its attempts, including those of other keys
+    /// that hold this one back.
     pub fn consecutive_failures(&self) -> u32 {
         self.failures
     }
 
-    /// Returns how long ago the first one of this key's token requests began that have failed in a row.
+    /// Returns how long ago the first of this key's failed token requests began; `None` if the last one did not fail.
     pub fn failing_for(&self) -> Option<Duration> {
         self.failing_for
     }
 
-    /// Returns what the last token request failed with that had an error, this key's or one that holds it back; `None`
-    /// after a success, and if those that failed since were all lost with their runtime.
+    /// Returns the error of the last failed token request, this key's or one that holds it back. `None` after a
+    /// success, or if all token requests since were lost with their runtime, which leaves no error.
     pub fn last_error(&self) -> Option<&TokenError> {
         self.last_error.as_ref()
     }
 
-    /// Returns after how long the next token request may start; `None` if nothing holds it back.
+    /// Returns the time until the next token request may start; `None` if nothing holds it back.
     pub fn retry_in(&self) -> Option<Duration> {
         self.retry_in
     }

@@ -14,10 +14,10 @@ pub type BoxError = Box<dyn Error + Send + Sync>;
 
 /// The reason why there is no token for a request.
 ///
-/// All callers that waited for one token request share its error, so cloning is cheap. The predicates, not
-/// the text, are the interface. No error holds a token, a secret, or the body of an answer.
+/// All callers that waited for one token request share its error, so cloning is cheap. Use the predicates, since the
+/// text may change. No error holds a token, a secret, or the body of an answer.
 ///
-/// The layer's service returns [`BoxError`]; a token failure is found in it by a downcast:
+/// The layer's service returns a [`BoxError`]; downcast it to find a token failure:
 ///
 /// ```
 /// use tower_bearer::{BoxError, TokenError};
@@ -123,37 +123,36 @@ impl Kind {
 }
 
 impl TokenError {
-    /// Creates an error that may heal by itself, for use in a custom [`TokenSource`](crate::TokenSource).
+    /// Creates an error that may pass by itself, for use in a custom [`TokenSource`](crate::TokenSource).
     ///
     /// The cache tries again with backoff.
     pub fn transient(source: impl Into<BoxError>) -> Self {
         Self::new(Kind::Custom { transient: true }).with_source(source)
     }
 
-    /// Creates an error that another try will not mend, for use in a custom
+    /// Creates an error that another try will not resolve, for use in a custom
     /// [`TokenSource`](crate::TokenSource).
     ///
-    /// The cache remembers it for half to whole of 5 s, doubling to 60 s while it recurs, and up to a tenth more, and
-    /// then tries again: secrets get rotated and servers get mended.
+    /// The cache remembers it for 50 % to 100 % of 5 s, doubling to 60 s while it recurs, plus up to a tenth, and then
+    /// tries again: secrets get rotated and servers get fixed.
     pub fn terminal(source: impl Into<BoxError>) -> Self {
         Self::new(Kind::Custom { transient: false }).with_source(source)
     }
 
     /// Sets how long the server asked to be left alone, up to 300 s.
     ///
-    /// The token request ends with it, whatever attempts are left, and the cache sends no further one for that long and
-    /// up to a tenth longer by chance, for no key of the source. What a [`ClientCredentials`](crate::ClientCredentials)
-    /// does in one attempt goes on: a refresh token that is answered so is followed by the client's own credentials.
+    /// The token request ends with it, even if attempts are left, and for that long, plus a random part of up to a
+    /// tenth, the cache sends no other one for any key of the source. A [`ClientCredentials`](crate::ClientCredentials)
+    /// still completes the attempt: if a refresh token gets this answer, the client's own credentials follow.
     #[must_use]
     pub fn with_retry_after(self, retry_after: Duration) -> Self {
         self.map(|inner| inner.retry_after = Some(retry_after.min(RETRY_AFTER_CAP)))
     }
 
-    /// Sets the `error` code that the authorization server gave (RFC 6749 section 5.2), which is shown wherever the
-    /// error is.
+    /// Sets the `error` code that the authorization server gave (RFC 6749 section 5.2). It is part of the error's text.
     ///
-    /// `invalid_client` and `unauthorized_client`, in a terminal error, hold back all keys of the source; any other
-    /// code only the key that was asked for.
+    /// In a terminal error, `invalid_client` and `unauthorized_client` hold back all keys of the source, other codes
+    /// only the key that was asked for.
     #[must_use]
     pub fn with_oauth_error(self, code: &str) -> Self {
         self.map(|inner| inner.oauth_error = Some(code.into()))
@@ -187,13 +186,13 @@ impl TokenError {
         self.map(|inner| inner.status = Some(status))
     }
 
-    /// Returns `true` if the same request may succeed later without anybody's doing.
+    /// Returns `true` if the same request may succeed later without anyone doing anything.
     ///
-    /// True of transport failures and timeouts; of the statuses 408, 425, 429 and 5xx, and of the codes
-    /// `temporarily_unavailable`, `server_error` and `slow_down`; of any other answer that is neither a token response
-    /// nor an error of RFC 6749 section 5.2, such as a redirect or a firewall's page; of a
-    /// [`Credential`](crate::Credential) that cannot be had; of a source that panicked and a token request that was
-    /// lost; and of the limits on waiting callers and on keys.
+    /// True for transport failures and timeouts; for the statuses 408, 425, 429 and 5xx, and the codes
+    /// `temporarily_unavailable`, `server_error` and `slow_down`; for any other answer that is neither a token response
+    /// nor an error of RFC 6749 section 5.2, such as a redirect or a firewall's page; for a
+    /// [`Credential`](crate::Credential) that cannot be obtained; for a source that panicked and a token request that
+    /// was lost; and for the limits on waiting callers and on keys.
     pub fn is_transient(&self) -> bool {
         self.0.kind.is_transient()
     }
@@ -210,8 +209,8 @@ impl TokenError {
 
     /// Returns `true` if an attempt, its connection, or all attempts together took too long.
     ///
-    /// A token request that nobody drives any more, so that its callers give it up, is one of
-    /// [`is_interrupted`](Self::is_interrupted).
+    /// A token request that is no longer driven, so that its callers give it up, is one of
+    /// [`is_interrupted`](Self::is_interrupted) instead.
     pub fn is_timeout(&self) -> bool {
         self.0.kind == Kind::Timeout
     }
@@ -228,8 +227,8 @@ impl TokenError {
         self.0.kind == Kind::Malformed
     }
 
-    /// Returns `true` if the token request died with its task: the source panicked, or the runtime that
-    /// ran it is gone, is no longer driven, or has stood still, and so it was with the next one.
+    /// Returns `true` if the token request was lost with its task: the source panicked; or its runtime is gone, is no
+    /// longer driven, or has stood still, and the same happened to the next token request.
     pub fn is_interrupted(&self) -> bool {
         matches!(self.0.kind, Kind::Panicked | Kind::Abandoned)
     }
@@ -309,8 +308,8 @@ impl TokenError {
     /// Returns the `error` code of the authorization server's answer (RFC 6749 section 5.2), such as
     /// `invalid_client`.
     ///
-    /// Codes are made of at most 40 lower-case letters and underscores, as all registered ones are; what is
-    /// not comes from no OAuth server, and may echo a secret.
+    /// Codes consist of at most 40 lower-case letters and underscores, as all registered ones do. Anything else does
+    /// not come from an OAuth server, may echo a secret, and is left out.
     pub fn oauth_error(&self) -> Option<&str> {
         self.0.oauth_error.as_deref()
     }
@@ -318,8 +317,9 @@ impl TokenError {
     /// Returns how long the server asked to be left alone (`Retry-After`, RFC 9110 section 10.2.3),
     /// counted from its answer. Never more than 300 s, which is as long as the cache heeds it.
     ///
-    /// The cache leaves the server alone for that long and up to a tenth longer by chance; meanwhile its callers
-    /// get this error. So a retry is of use after 1.1 times this, or sooner if the error was a remembered one.
+    /// The cache leaves the server alone for that long, plus a random part of up to a tenth; in the meantime its
+    /// callers get this error. So a retry makes sense after 1.1 times this duration, or sooner if the error was a
+    /// remembered one.
     pub fn retry_after(&self) -> Option<Duration> {
         self.0.retry_after
     }

@@ -32,29 +32,30 @@ pub enum AuthMethod {
     /// `client_secret_basic`: id and secret in an `Authorization: Basic` header, each form-encoded first
     /// (RFC 6749 section 2.3.1).
     ///
-    /// What follows from a secret. A space is encoded as `%20`, since some servers take a `+` for itself.
+    /// The default for a secret, if there are no metadata that say otherwise. A space is encoded as `%20`, since some
+    /// servers take a `+` literally.
     #[default]
     ClientSecretBasic,
     /// `client_secret_post`: id and secret in the body, for servers that support nothing better.
     ClientSecretPost,
     /// `client_secret_jwt`: an assertion that is signed with the secret (RFC 7523 section 2.2), so that the secret
-    /// stays at home.
+    /// itself is not sent.
     #[cfg(feature = "jwt")]
     ClientSecretJwt,
     /// `private_key_jwt`: an assertion that is signed with a private key (RFC 7523 section 2.2).
     ///
-    /// What follows from a private key.
+    /// The default for a private key.
     #[cfg(feature = "jwt")]
     PrivateKeyJwt,
     /// `tls_client_auth`: a client certificate that a trusted authority signed, and the id in the body (RFC 8705
     /// section 2.1).
     ///
-    /// What follows from a client certificate.
+    /// The default for a client certificate, if there are no metadata that say otherwise.
     TlsClientAuth,
     /// `self_signed_tls_client_auth`: a client certificate that the server knows by itself, and the id in the
     /// body (RFC 8705 section 2.2).
     SelfSignedTlsClientAuth,
-    /// `none`: the id in the body and no proof. What follows from nothing.
+    /// `none`: the id in the body and no proof. The default without any credentials.
     None,
 }
 

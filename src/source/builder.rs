@@ -88,18 +88,18 @@ impl ClientCredentialsBuilder {
 
     /// Sets how the client proves its identity.
     ///
-    /// By default it follows from what the builder is given, see [`AuthMethod`], or is what the client given to
-    /// [`ClientCredentials::from_oauth2`] says.
+    /// By default it follows from what the builder is given, see [`AuthMethod`], or is that of the client given to
+    /// [`ClientCredentials::from_oauth2`].
     pub fn auth_method(mut self, method: AuthMethod) -> Self {
         self.means.method = Some(method);
         self
     }
 
-    /// Sends id and secret as they are in [`AuthMethod::ClientSecretBasic`], for servers that decode nothing. Off by
+    /// Sends id and secret unencoded in [`AuthMethod::ClientSecretBasic`], for servers that do not decode them. Off by
     /// default.
     ///
-    /// RFC 6749 section 2.3.1 wants them form-encoded, and most servers decode them. It makes no difference to those
-    /// made of letters, digits and `*-._`.
+    /// RFC 6749 section 2.3.1 wants them form-encoded, and most servers decode them. It makes no difference if they
+    /// consist of letters, digits and `*-._`.
     pub fn raw_basic_credentials(mut self, raw: bool) -> Self {
         self.means.raw_basic = raw;
         self
@@ -108,8 +108,8 @@ impl ClientCredentialsBuilder {
     /// Sets the private key that signs the client's assertions, for [`AuthMethod::PrivateKeyJwt`].
     ///
     /// RSA of 2048 to 8192 bits, P-256, P-384 or Ed25519; in PEM (PKCS#8, PKCS#1 or SEC 1, not encrypted) or as a
-    /// private JWK (RFC 7517), whose `kid` and `alg` are heeded. An assertion is good for 60 s and for one token
-    /// request; each one is signed anew.
+    /// private JWK (RFC 7517), whose `kid` and `alg` are used. A new assertion is signed for each token request, and is
+    /// valid for 60 s.
     #[cfg(feature = "jwt")]
     pub fn private_key(mut self, key: impl Into<Credential>) -> Self {
         self.means.assertion.key = Some(key.into());
@@ -148,21 +148,20 @@ impl ClientCredentialsBuilder {
     }
 
     /// Sets the issuer identifier of the authorization server (RFC 8414 section 2), which client assertions are
-    /// addressed to. It is used letter by letter.
+    /// addressed to. It is used exactly as given.
     #[cfg(feature = "jwt")]
     pub fn issuer(mut self, issuer: impl Into<String>) -> Self {
         self.issuer = Some(issuer.into());
         self
     }
 
-    /// Sets the certificate that the default client presents to the server, for [`AuthMethod::TlsClientAuth`] or
-    /// beside another method (RFC 8705): its chain, the certificate itself first, and its key, in PEM (PKCS#8, PKCS#1 or
-    /// SEC 1, not encrypted).
+    /// Sets the certificate that the default client presents to the server, for [`AuthMethod::TlsClientAuth`] or beside
+    /// another method (RFC 8705): its chain, the certificate itself first, and its key, in PEM (PKCS#8, PKCS#1 or SEC
+    /// 1, not encrypted).
     ///
-    /// They are read for every token request. Both have to fit together. A pair that does not is read once more, since
-    /// it may have been replaced between the reading of the one and the other. If it still does not, since only one of
-    /// them has been replaced so far, that is an error that is looked into again as soon as the files have changed, or
-    /// when the next attempt is due.
+    /// They are read for every token request, and have to match. If they do not, they are read once more, since they
+    /// may have been replaced between the two reads. If they still do not match, because only one of them has been
+    /// replaced so far, the attempt fails; the next one follows as soon as the files have changed, or when it is due.
     #[cfg(feature = "rustls")]
     pub fn client_certificate(
         mut self,
@@ -194,8 +193,7 @@ impl ClientCredentialsBuilder {
         self
     }
 
-    /// Adds a resource that the token is to be good for, an absolute URI without a fragment (RFC 8707
-    /// section 2).
+    /// Adds a resource for which the token is to be valid, an absolute URI without a fragment (RFC 8707 section 2).
     ///
     /// Several may be added. Without any, the server chooses.
     pub fn resource(mut self, uri: impl Into<String>) -> Self {
@@ -205,33 +203,32 @@ impl ClientCredentialsBuilder {
 
     /// Adds a parameter to the body of every token request, such as `audience`.
     ///
-    /// The same name may be added more than once, for servers that allow it. The value is never printed. One that is called
-    /// `resource` is taken as it is, for servers that want no URI there: of Entra ID's first endpoint and of AD FS.
+    /// The same name may be added more than once, for servers that allow it. The value is never printed. The value
+    /// of a parameter `resource` may be any text, since Entra ID's first endpoint and AD FS do not want a URI there.
     ///
-    /// The claims that an API misses in a token, as continuous access evaluation has it, are asked for beside those of a
-    /// parameter `claims`. Entra ID demands some only of clients that say by it that they can:
-    /// `.param("claims", r#"{"access_token":{"xms_cc":{"values":["cp1"]}}}"#)`.
+    /// Claims that an API demands in a 401, as in continuous access evaluation, are requested in addition to those of a
+    /// parameter `claims`. Entra ID demands claims only of clients that declare by this parameter that they can handle
+    /// it: `.param("claims", r#"{"access_token":{"xms_cc":{"values":["cp1"]}}}"#)`.
     pub fn param(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.params.push((name.into(), value.into()));
         self
     }
 
-    /// Sets where tokens are revoked (RFC 7009). By default it is what a
-    /// [discovered](ClientCredentials::discover) server says of itself, or nothing: then they are not.
+    /// Sets where tokens are revoked (RFC 7009). By default it comes from the metadata of a
+    /// [discovered](ClientCredentials::discover) server; without either, tokens cannot be revoked.
     pub fn revocation_url(mut self, url: impl Into<String>) -> Self {
         self.revocation_url = Some(url.into());
         self
     }
 
-    /// Sets for how long the default client tries to open a TCP connection, 3 s by default.
+    /// Sets how long the default client tries to open a TCP connection: default 3 s.
     ///
-    /// A host with several addresses has them tried one after the other, each for an equal share of this: with six, for
-    /// 500 ms each. IPv4 and IPv6 are tried side by side, the second of them from 300 ms on, and each has the whole time
+    /// The addresses of a host are tried one after the other, each for an equal share of this time: six addresses for
+    /// 500 ms each. IPv4 and IPv6 are tried in parallel, the second of them after 300 ms, and each has the whole time
     /// for its own addresses.
     ///
-    /// The look-up of the name, the TLS handshake and the answer are bounded by the timeout of the whole attempt, 10 s in
-    /// the cache.
-    /// [`build_with`](Self::build_with) ignores this.
+    /// The look-up of the name, the TLS handshake and the answer are bounded by the timeout of the whole attempt, 10 s
+    /// in the cache. [`build_with`](Self::build_with) ignores this.
     #[cfg(feature = "rustls")]
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.https.connect_timeout = timeout;
@@ -249,10 +246,10 @@ impl ClientCredentialsBuilder {
         self
     }
 
-    /// Allows plain `http` on any host for the token URL, the revocation URL and the issuer, and for what a discovered
-    /// server says of them: off by default.
+    /// Allows plain `http` on any host for the token URL, the revocation URL and the issuer, also if they come from a
+    /// server's metadata: off by default.
     ///
-    /// Everybody on the way can then read the client's secret and the tokens. On a loopback host `http` is
+    /// Anyone on the path can then read the client's secret and the tokens. On a loopback host `http` is
     /// always allowed.
     pub fn dangerous_plain_http(mut self, allowed: bool) -> Self {
         self.plain_http = allowed;
@@ -262,11 +259,10 @@ impl ClientCredentialsBuilder {
     /// Builds the source with the default client: hyper over rustls with ring.
     ///
     /// The client speaks HTTP/1.1, trusts the system's roots and those of
-    /// [`root_certificates`](Self::root_certificates), keeps no connection open, follows no redirect, and calls itself
-    /// `tower-bearer` with its version in `User-Agent`.
-    /// If `SSL_CERT_FILE` or `SSL_CERT_DIR` is set, it takes the place of the system's roots. The client connects directly,
-    /// whatever `HTTPS_PROXY` and its kin say; for a proxy, give [`build_with`](Self::build_with) a client that uses one.
-    /// Building needs no runtime and sends nothing.
+    /// [`root_certificates`](Self::root_certificates), keeps no connection open, follows no redirect, and sends
+    /// `tower-bearer` with its version as its `User-Agent`. If `SSL_CERT_FILE` or `SSL_CERT_DIR` is set, it takes the place
+    /// of the system's roots. The client connects directly, whatever `HTTPS_PROXY` and similar variables say; for a proxy,
+    /// give [`build_with`](Self::build_with) a client that uses one. Building needs no runtime and sends nothing.
     ///
     /// # Errors
     ///
@@ -316,11 +312,11 @@ impl ClientCredentialsBuilder {
         }))
     }
 
-    /// Builds the source with any HTTP service as the way to the token endpoint.
+    /// Builds the source with any HTTP service as the client for the token endpoint.
     ///
-    /// The service gets requests with an absolute URI and a body of one piece. It is cloned for every
-    /// request, and each clone is made ready before it is called. It should neither follow redirects nor try
-    /// again: the one would carry the secret elsewhere and the other is for the cache to decide.
+    /// The service gets requests with an absolute URI and the whole body in one piece. It is cloned for every request,
+    /// and each clone is made ready before it is called. It should not follow redirects, which would carry the secret
+    /// elsewhere, nor retry, which is for the cache to decide.
     ///
     /// # Errors
     ///

@@ -25,12 +25,12 @@ use crate::{
 /// Where a secret, a private key or a certificate comes from: a constant, a file, an environment variable or a
 /// function.
 ///
-/// All but constants may change while the program runs. A file and a variable are read for every token
-/// request. A function is asked once, and what it gave is kept until the server refuses it. When the server answers
+/// All but constants may change while the program runs. A file and a variable are read for every token request. A
+/// function is called once, and its result is kept until the server refuses it. When the server answers
 /// `invalid_client`, or with status 401 an error that is not about what was asked for, such as `unauthorized_client`, the
-/// credential is asked for again within the same attempt, and if it has changed the token request is sent once more. An
-/// answer with status 400, 401 or 403 that is no OAuth error at all may be a refusal as well, and so is a TLS alert for a
-/// client certificate and its key: then the next attempt asks for them again.
+/// credential is obtained again within the same attempt, and if it has changed, the token request is sent once more. A
+/// status of 400, 401 or 403 without an OAuth error, or a TLS alert if there is a client certificate, may be a refusal
+/// too: then the next attempt obtains the credential again.
 ///
 /// A constant is taken as it is, line breaks included. No text is ever printed, and it is wiped from memory on drop.
 ///
@@ -45,11 +45,11 @@ use crate::{
 /// # let _ = (constant, mounted, variable, vault);
 /// ```
 ///
-/// Clones are cheap, and share what a function gave.
+/// Clones are cheap, and share the result of a function.
 ///
 /// # Errors
 ///
-/// A credential that cannot be had, such as a file that is not there or is empty, fails the attempt with a transient
+/// A credential that cannot be obtained, such as a file that is missing or empty, fails the attempt with a transient
 /// [`TokenError`]: the cache tries again with backoff.
 #[derive(Clone)]
 pub struct Credential(Arc<Origin>);
@@ -83,8 +83,8 @@ type Asking = Pin<Box<dyn Future<Output = Result<String, BoxError>> + Send>>;
 impl Credential {
     /// Creates a credential that is read from a file for every token request: a Kubernetes mount, for example.
     ///
-    /// A byte order mark at its start and line breaks at its end are left out. It is read off the runtime's own threads,
-    /// up to 1 MiB.
+    /// A byte order mark at its start and line breaks at its end are left out. It is read off the runtime's own
+    /// threads, up to 1 MiB.
     #[must_use]
     pub fn file(path: impl Into<PathBuf>) -> Self {
         Self(Arc::new(Origin::File(path.into())))
@@ -96,11 +96,11 @@ impl Credential {
         Self(Arc::new(Origin::Env(name.into())))
     }
 
-    /// Creates a credential that an async function gives: a client of Vault, for example.
+    /// Creates a credential that an async function returns: a client of Vault, for example.
     ///
-    /// It is asked when the first token is due, and again when the server has refused what it gave; never by two
-    /// at once, unless the first has not come back for 10 s. It is dropped with the attempt, 10 s in the cache, so it
-    /// needs no timeout of its own. Its error becomes the source of a [`TokenError`], so it should hold no secret.
+    /// It is called for the first token request, and again after the server has refused its result. Calls do not
+    /// overlap, unless one has not returned for 10 s. Its future is dropped with the attempt, after 10 s by default, so
+    /// it needs no timeout of its own. Its error becomes the source of a [`TokenError`], so it should hold no secret.
     #[must_use]
     pub fn from_fn<F, Fut>(f: F) -> Self
     where
