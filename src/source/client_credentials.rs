@@ -259,8 +259,8 @@ impl Inner {
 impl ClientCredentials {
     /// Starts a source for the client `client_id` at the token endpoint `token_url`.
     ///
-    /// Without a [secret](ClientCredentialsBuilder::client_secret) or anything else to prove the client's identity
-    /// with, its id is sent in the body.
+    /// Without a [secret](ClientCredentialsBuilder::client_secret) or other credentials, the client's id is sent in the
+    /// body.
     pub fn builder(
         token_url: impl Into<String>,
         client_id: impl Into<String>,
@@ -271,19 +271,19 @@ impl ClientCredentials {
         })
     }
 
-    /// Starts a source for the client `client_id` at the authorization server of this issuer, which says by itself
-    /// where its token endpoint is and what it understands.
+    /// Starts a source for the client `client_id` at the authorization server of this issuer, whose metadata say where
+    /// its token endpoint is and what it supports.
     ///
-    /// The metadata are fetched with the first token, without a client certificate, since they are public: those of
-    /// RFC 8414, or else those of OpenID Connect Discovery 1.0. Their `issuer` must be the one that is given here, letter
-    /// by letter, or they are not used; so it is written as the server writes it, with or without a slash at its end.
-    /// Taken from them are the token endpoint, or its alias for clients with a certificate (RFC 8705 section 5); the
-    /// revocation endpoint; and, for what the builder was not told, the method of client authentication: for a secret
-    /// the first that the server supports of `client_secret_basic`, `client_secret_post` and `client_secret_jwt`.
+    /// The metadata are fetched with the first token, without a client certificate, since they are public: those of RFC
+    /// 8414, or else those of OpenID Connect Discovery 1.0. Their `issuer` must be exactly the one given here, or they
+    /// are not used; so write it as the server does, with or without a slash at the end. They provide the token
+    /// endpoint, or its alias for clients with a certificate (RFC 8705 section 5); the revocation endpoint; and, unless
+    /// it is set, the method of client authentication: for a secret, the first that the server supports of
+    /// `client_secret_basic`, `client_secret_post` and `client_secret_jwt`.
     ///
-    /// All keys of a cache share them. They are kept until a token request fails in a way that speaks of the endpoint,
-    /// such as a lost connection, a timeout or a 404, or the client is refused. Then the next attempt fetches them
-    /// anew, within a quarter of its time, and goes on with the old ones if it cannot.
+    /// All keys of a cache share the metadata. They are kept until a token request fails in a way that may be due to a
+    /// wrong endpoint, such as a lost connection, a timeout or a 404, or the client is refused. Then the next attempt
+    /// fetches them anew, within a quarter of its time, and uses the old ones if that fails.
     ///
     /// ```
     /// # #[cfg(feature = "rustls")]
@@ -302,9 +302,9 @@ impl ClientCredentials {
     ///
     /// # Errors
     ///
-    /// An attempt fails with a terminal [`TokenError`] if the metadata are those of another issuer, or name a
-    /// token endpoint that is neither `https` nor on a loopback host, or no method that the client has the means for.
-    /// Metadata that cannot be had or read are a transient one.
+    /// An attempt fails with a terminal [`TokenError`] if the metadata are those of another issuer, or name a token
+    /// endpoint that is neither `https` nor on a loopback host, or no method that the client has credentials for.
+    /// Metadata that cannot be fetched or read are a transient error.
     pub fn discover(
         issuer: impl Into<String>,
         client_id: impl Into<String>,

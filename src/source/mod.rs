@@ -45,14 +45,15 @@ use crate::{
 
 /// Fetches tokens, one attempt at a time.
 ///
-/// A source only asks: when to ask, how often to try again, for how long to wait and who shares the answer
-/// is the business of the [`TokenCache`](crate::TokenCache) that owns it. The cache drives every fetch in a
-/// task of its own, drops it when an attempt takes longer than
-/// [`RefreshPolicy::attempt_timeout`](crate::RefreshPolicy::attempt_timeout), and never runs two at once for the
-/// same [`TokenRequest`] unless one was given up for lost. Those for different ones run at the same time.
+/// A source only asks. The [`TokenCache`](crate::TokenCache) that owns it decides when to ask, how often to try again,
+/// how long to wait and who shares the answer. The cache drives every fetch in a task of its own, and drops it when an
+/// attempt takes longer than [`RefreshPolicy::attempt_timeout`](crate::RefreshPolicy::attempt_timeout). For one
+/// [`TokenRequest`], it never runs two fetches at once, unless one was given up as lost; fetches for different ones may
+/// run at the same time.
 ///
-/// [`source_fn`] makes a source of a closure, and an `Arc` of a source is a source too. The trait is not dyn compatible,
-/// and need not be: a [`TokenCache`](crate::TokenCache) and a [`SharedSource`] take a source of any type and hide it.
+/// [`source_fn`] makes a source of a closure, and an `Arc` of a source is a source too. The trait is not dyn
+/// compatible, and need not be: a [`TokenCache`](crate::TokenCache) and a [`SharedSource`] take a source of any type
+/// and hide it.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a source of tokens",
     note = "a `ClientCredentialsBuilder` makes one by `.build()?`, and `source_fn` makes one of a closure"
@@ -60,21 +61,21 @@ use crate::{
 pub trait TokenSource: Send + Sync + 'static {
     /// Makes one attempt to get a token.
     ///
-    /// It must not wait for a token of the cache that it feeds, nor send through a service with that cache's layer: it
-    /// would wait for itself until it times out. Marked with [`WithoutToken`](crate::WithoutToken), its requests may go
-    /// by the client that others use.
+    /// It must not wait for a token of the cache that it serves, nor send requests through a service with that cache's
+    /// layer: it would wait for itself until it times out. It may use such a service if it marks its requests with
+    /// [`WithoutToken`](crate::WithoutToken).
     ///
     /// # Errors
     ///
-    /// Whatever kept the source from getting one. [`TokenError::is_transient`] tells the cache whether it
-    /// is worth another attempt right away.
+    /// Whatever kept the source from getting a token. [`TokenError::is_transient`] tells the cache whether another
+    /// attempt right away is worthwhile.
     fn fetch(&self, fetch: Fetch)
     -> impl Future<Output = Result<TokenResponse, TokenError>> + Send;
 
-    /// Tells the authorization server that these tokens are not needed any more (RFC 7009).
+    /// Tells the authorization server that these tokens are no longer needed (RFC 7009).
     ///
-    /// The cache asks for it when it is [shut down](crate::TokenCache::shutdown_and_revoke), and at no other time. The
-    /// default knows no way and returns a terminal error.
+    /// The cache calls it when it is [shut down](crate::TokenCache::shutdown_and_revoke), and at no other time. The
+    /// default implementation returns a terminal error.
     ///
     /// # Errors
     ///
@@ -87,21 +88,20 @@ pub trait TokenSource: Send + Sync + 'static {
         async { Err(TokenError::no_revocation("the source cannot revoke tokens")) }
     }
 
-    /// Returns whether the next token request would prove the client's identity by something else than the last
-    /// one that was refused for good: the secret has been changed.
+    /// Returns whether the client's credentials have changed since the last token request that was refused for them.
     ///
-    /// Then the cache asks for a token at once, without waiting for its gate to open; if that is refused too, it listens
-    /// again after 1 s, doubling to 60 s until a token request succeeds. It asks here while it remembers a
-    /// terminal `invalid_client` or `unauthorized_client`, or `access_denied` with status 401, as often as requests
-    /// come, so the answer has to be at hand. `false` by default.
+    /// If so, the cache asks for a token at once, although the next attempt is not due yet. If that is refused too, it
+    /// ignores further changes for 1 s, doubling to 60 s until a token request succeeds. It calls this method while it
+    /// remembers a terminal `invalid_client` or `unauthorized_client`, or `access_denied` with status 401, possibly for
+    /// every request, so the method has to be fast. `false` by default.
     fn has_new_credentials(&self) -> bool {
         false
     }
 
     /// Returns the name of the grant for spans and metrics: `custom` by default.
     ///
-    /// It is asked for once, when the cache or a [`SharedSource`] takes the source. Names are static, since each one
-    /// makes new time series. `refresh_token` is the name of what a [`ClientCredentials`] does with refresh tokens.
+    /// It is called once, when the cache or a [`SharedSource`] takes the source. Names are static, since each one makes
+    /// new time series. [`ClientCredentials`] reports tokens by a refresh token as `refresh_token`.
     fn grant(&self) -> &'static str {
         "custom"
     }
@@ -131,7 +131,7 @@ impl<T: TokenSource> TokenSource for Arc<T> {
     }
 }
 
-/// What one attempt to fetch a token is about.
+/// What one attempt to fetch a token has to know.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Fetch {
@@ -141,24 +141,24 @@ pub struct Fetch {
     pub timeout: Duration,
     /// The refresh token that came with the last answer, handed out once: the cache forgets it here.
     ///
-    /// Absent when there was none, when it has expired, and after the API refused the access token, since
-    /// a session that was revoked takes its refresh token along.
+    /// Absent if there was none, if it has expired, or after the API has refused the access token, since the refresh
+    /// token may have been revoked with it.
     pub refresh_token: Option<RefreshToken>,
-    /// What the token is for; nothing in particular if the request named nothing.
+    /// What the token is for; empty if the request came without a [`TokenRequest`].
     pub request: TokenRequest,
-    /// The claims that the API wants to see in the token: a JSON object, for the parameter `claims` of the token
-    /// request (OpenID Connect Core section 5.5).
+    /// The claims that the API demands in the token: a JSON object, for the parameter `claims` of the token request
+    /// (OpenID Connect Core section 5.5).
     ///
-    /// Present after a 401 with the error `insufficient_claims`, as Microsoft's continuous access evaluation
-    /// answers those who have said that they can handle it. After a timeout, or a terminal error that is not about the
-    /// client, one more attempt follows without them.
+    /// Present after a 401 with the error `insufficient_claims`, which Microsoft's continuous access evaluation sends
+    /// to clients that have declared that they can handle it. After a timeout, or a terminal error that is not about
+    /// the client, one more attempt follows without them.
     pub claims: Option<String>,
     /// Where a source puts the reason for which the refresh token was of no use, before it goes on without.
     pub(crate) refresh_error: Arc<OnceLock<TokenError>>,
 }
 
 impl Fetch {
-    /// Creates a first attempt of 10 s for nothing in particular, as tests of a source need it.
+    /// Creates a first attempt of 10 s without a [`TokenRequest`], for tests of a source.
     #[must_use]
     pub fn new() -> Self {
         Self {
@@ -178,18 +178,18 @@ impl Default for Fetch {
     }
 }
 
-/// Tokens that are not needed any more.
+/// The tokens of one key, to be revoked.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Revocation {
-    /// The last refresh token that the server sent, unless it has expired; one that was used as well, as long as no other
-    /// has replaced it. To be revoked first, for some servers take the access tokens along.
+    /// The last refresh token that the server sent, unless it has expired; even a used one, if no other has replaced
+    /// it. Revoke it first, since some servers then revoke the access tokens as well.
     pub refresh_token: Option<RefreshToken>,
     /// The access token, if there is one that has not expired.
     pub access_token: Option<AccessToken>,
 }
 
-/// A token as its source got it: the successful answer of RFC 6749 section 5.1.
+/// What a source returns: a token, with what the server said about it (RFC 6749 section 5.1).
 ///
 /// ```
 /// use std::time::Duration;
@@ -256,10 +256,11 @@ impl TokenResponse {
         self
     }
 
-    /// Sets after how long the server wants the token to be refreshed.
+    /// Sets the time after which the server wants the token to be refreshed.
     ///
-    /// Kept within half and nine tenths of the lifetime, and then up to a tenth of the lifetime earlier by chance: a
-    /// token of 300 s of which the server says 240 s is refreshed after 210 s to 240 s. Without it the cache chooses.
+    /// It is kept between half and nine tenths of the lifetime, and a random part of up to a tenth of the lifetime is
+    /// subtracted: a token of 300 s for which the server says 240 s is refreshed after 210 s to 240 s. Without it, the
+    /// cache chooses.
     #[must_use]
     pub fn refresh_in(mut self, after: Duration) -> Self {
         self.refresh_in = Some(after);
@@ -280,14 +281,14 @@ impl TokenResponse {
         self
     }
 
-    /// Sets the scope that was asked for, so that a narrower one is noticed.
+    /// Sets the scope that was asked for, so that the cache notices a narrower one.
     #[must_use]
     pub fn requested_scope(mut self, scope: impl Into<String>) -> Self {
         self.requested_scope = Some(scope.into());
         self
     }
 
-    /// Sets the lifetime that counts while the token endpoint fails, from when the request was sent, if
+    /// Sets the lifetime that applies while the token endpoint fails, counted from when the request was sent, if
     /// [`RefreshPolicy::extended_lifetime`](crate::RefreshPolicy::extended_lifetime) allows it
     /// (`ext_expires_in` at Entra ID).
     #[must_use]
@@ -299,8 +300,7 @@ impl TokenResponse {
     /// Sets the moment before which the server has declared all tokens void, in seconds of its own clock
     /// (`not-before-policy` at Keycloak).
     ///
-    /// Only a rise over the value that came with another token of the same source means something: that
-    /// token is dropped.
+    /// If the value is higher than one that came with another token of the same source, that other token is dropped.
     #[must_use]
     pub fn not_before_policy(mut self, not_before: u64) -> Self {
         self.not_before_policy = Some(not_before);
@@ -329,7 +329,7 @@ pub struct RefreshToken {
 }
 
 impl RefreshToken {
-    /// Creates a refresh token that is good until it is refused.
+    /// Creates a refresh token that is valid until it is refused.
     #[must_use]
     pub fn new(text: impl Into<String>) -> Self {
         Self {

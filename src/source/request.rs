@@ -11,12 +11,12 @@ use super::{
     asked::{names, pairs},
 };
 
-/// What a request's token is for, if not for what its source asks for by itself.
+/// What a request's token is for, if that differs from what the source asks for by default.
 ///
 /// It goes into the extensions of an [`http::Request`], or to [`TokenCache::get_for`](crate::TokenCache::get_for).
-/// Requests that name the same get the same token; each different one has its own token, its own token request
-/// in flight and its own failures. What is the same is told by everything that can change the token: the scopes
-/// as a set, the resources as a set, the parameters, and the source.
+/// Equal requests get the same token; each different one has its own token, its own token request in flight and its own
+/// failures. Everything that can change the token is compared: the scopes as a set, the resources as a set, the
+/// parameters, and the source.
 ///
 /// ```
 /// use tower_bearer::TokenRequest;
@@ -33,12 +33,12 @@ use super::{
 /// );
 /// ```
 ///
-/// Clones are cheap. One that is made once and cloned into each request saves the sorting and most of the look-up.
+/// Clones are cheap. Make one and clone it into each request, which saves the sorting and most of the look-up.
 ///
-/// Its hash is made once, with keys of this process: it is another one in each process, whatever the hasher.
+/// Its hash is computed once, with random keys: it differs between processes, whatever the hasher.
 ///
-/// Nothing is checked here. What cannot be asked for, such as a scope with a quote in it, is the error of the
-/// token request, which is then not sent.
+/// Nothing is checked here. If it names something that cannot be asked for, such as a scope with a quote in it, the
+/// token request fails without being sent.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct TokenRequest(Arc<Named>);
 
@@ -69,7 +69,7 @@ struct Names {
 }
 
 impl TokenRequest {
-    /// Creates a request for what the source asks for by itself.
+    /// Creates a request for what the source asks for by default.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -87,8 +87,7 @@ impl TokenRequest {
         })
     }
 
-    /// Adds a resource that the token is to be good for, an absolute URI without a fragment (RFC 8707
-    /// section 2).
+    /// Adds a resource for which the token is to be valid, an absolute URI without a fragment (RFC 8707 section 2).
     ///
     /// The resources named here take the place of those that the source was built with.
     #[must_use]

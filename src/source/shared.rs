@@ -11,13 +11,13 @@ use std::{
 use super::{Fetch, Revocation, TokenResponse, TokenSource};
 use crate::error::TokenError;
 
-/// A token source that requests can name as theirs, whatever its type: a tenant's.
+/// A token source of any type that requests can name as theirs, such as a tenant's.
 ///
-/// Two of them are the same if they are clones of one. So it is made once for each tenant and cloned into
-/// the [`TokenRequest`](crate::TokenRequest)s of its requests; one made anew for every request would find no
-/// token in the cache. Failures that are the endpoint's or the client's fault count for all keys of one source.
+/// Clones of one `SharedSource` are equal; two that were made separately are not. So make one for each tenant, and
+/// clone it into the [`TokenRequest`](crate::TokenRequest)s of that tenant: a new one for every request would never
+/// find a token in the cache. Failures of the endpoint or of the client's credentials count for all keys of one source.
 ///
-/// The cache's own source is asked for requests that bring none. If every request has to bring one, let it refuse:
+/// The cache's own source serves requests that name none. If every request has to name one, let it refuse:
 /// `source_fn(|_| async { Err(TokenError::terminal("no tenant is named")) })`.
 ///
 /// ```
@@ -41,7 +41,7 @@ pub struct SharedSource {
 }
 
 impl SharedSource {
-    /// Creates a source that is the same as its clones and no other.
+    /// Creates a source that is equal to its clones and to no other.
     #[must_use]
     pub fn new(source: impl TokenSource) -> Self {
         Self {

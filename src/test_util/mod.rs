@@ -1,10 +1,11 @@
-//! For the tests of programs that use the crate: a scripted source, settled caches, and each kind of error.
+//! For the tests of programs that use the crate: a scripted source, caches that always or never have a token, and
+//! errors of each kind.
 //!
 //! - [`ScriptedSource`] stands in for the authorization server and remembers what it was asked.
 //! - [`TokenCache::fixed`](crate::TokenCache::fixed) and [`TokenCache::failing`](crate::TokenCache::failing) make
-//!   caches that ask nobody, for tests that are about something else.
-//! - [`errors`] makes the errors that no code but this crate's can make.
-//! - [`bearer`] and [`unauthorized`] are for the API that a test plays: the token that came, and the answer that
+//!   caches that send no token requests, for tests that are about something else.
+//! - [`errors`] makes the errors that only this crate can make.
+//! - [`bearer`] and [`unauthorized`] are for the API that a test plays: the token that it got, and the answer that
 //!   refuses it.
 //!
 #![cfg_attr(
@@ -14,22 +15,22 @@
 //!
 //! # Time
 //!
-//! A token has died as soon as either the monotonic clock, which is tokio's, or the wall clock says so. Under
-//! [paused time] only the first one moves, and that is enough: a token of 300 s is gone after
+//! A token has expired as soon as either the monotonic clock, which is tokio's, or the wall clock says so. Under
+//! [paused time] only the first one moves, and that is enough: a token of 300 s has expired after
 //! `tokio::time::sleep(Duration::from_secs(300))`, which takes no time. Three things to know:
 //!
-//! - Move the clock by `sleep` and not by `tokio::time::advance`. `advance` goes past timers whose tasks have not
-//!   run by then. One of them is the watch over the token that requests through a layer rely on, so that a request
-//!   right after it may still leave with the token that has just expired. And a token request that it jumps over is
-//!   lost, as if its runtime had stood still, where `sleep` would have it time out.
-//! - [`AccessToken::usable_until`](crate::AccessToken::usable_until) is a time of the wall clock, which no test moves.
-//! - When a token is refreshed is left to chance within bounds: the first one of a cache after 0.35 to 0.75 of
-//!   its lifetime, the others within the window of [`RefreshPolicy`](crate::RefreshPolicy). A test looks before or
-//!   after these bounds.
+//! - Move the clock by `sleep` and not by `tokio::time::advance`, which jumps past timers whose tasks have not run when
+//!   it returns. One of them belongs to the task that watches a token's expiry for the layer, so that a request right
+//!   after it may still leave with a token that has just expired. And a token request that is jumped over is lost, as
+//!   if its runtime had stood still, where with `sleep` it would time out.
+//! - [`AccessToken::usable_until`](crate::AccessToken::usable_until) is a time of the wall clock, which a test cannot
+//!   move.
+//! - The moment of a refresh is random within bounds: for the first token of a cache 0.35 to 0.75 of its lifetime, for
+//!   later ones the window of [`RefreshPolicy`](crate::RefreshPolicy). A test should look before or after these bounds.
 //!
-//! With real sockets, time must not be paused: it would jump to the next timeout while the socket is waited for.
-//! Such a test replaces a token by [`TokenCache::invalidate`](crate::TokenCache::invalidate), or has its source
-//! grant a lifetime of a second or two.
+//! With real sockets, time must not be paused: it would jump to the next timeout while tasks wait for the network. Such
+//! a test can replace a token by [`TokenCache::invalidate`](crate::TokenCache::invalidate), or have its source grant a
+//! lifetime of a second or two.
 //!
 //! [paused time]: https://docs.rs/tokio/latest/tokio/time/fn.pause.html
 
@@ -65,7 +66,7 @@ pub fn bearer<B>(request: &Request<B>) -> Option<&str> {
     scheme.eq_ignore_ascii_case("Bearer").then_some(text)
 }
 
-/// Makes the answer of an API that takes the request's token for invalid: a 401 with the challenge
+/// Makes the answer of an API that calls the request's token invalid: a 401 with the challenge
 /// `Bearer error="invalid_token"` (RFC 6750 section 3.1).
 ///
 /// ```

@@ -13,14 +13,14 @@ use crate::{
     sync::Mutex,
 };
 
-/// A token source that answers as it was told, and remembers what it was asked.
+/// A token source that gives the answers of a script, and remembers what it was asked.
 ///
 /// Each call of [`fetch`](TokenSource::fetch), which is one attempt of a token request, takes the next answer of the
 /// script. After the last one it gives a terminal error that says so, or what
 /// [`then_always`](Self::then_always) has set.
 ///
-/// Clones are one source, so a test keeps one and gives the other away. Making one and looking at it needs no
-/// runtime; what takes time takes it by tokio's clock, which a test may pause.
+/// Clones share everything, so a test keeps one and gives the other away. Making one and reading it needs no runtime.
+/// Delays use tokio's clock, which a test may pause.
 ///
 /// # Examples
 ///
@@ -108,7 +108,7 @@ impl ScriptedSource {
         self.0.script.lock().answers.push_back(answer.into());
     }
 
-    /// Lets one [held](Answer::held) answer go: the one that waits longest, or the next one if none waits.
+    /// Releases one [held](Answer::held) answer: the one that has waited longest, or the next one if none waits.
     pub fn release(&self) {
         self.0.released.add_permits(1);
     }
@@ -125,9 +125,9 @@ impl ScriptedSource {
         *self.0.count.borrow()
     }
 
-    /// Waits until it was asked so often in all.
+    /// Waits until it was asked this many times in total.
     ///
-    /// For the moment at which a token request is under way. It waits for ever for an attempt that does not come.
+    /// Use it to wait until a token request is under way. It waits forever if the attempt does not come.
     ///
     /// # Cancel safety
     ///
@@ -144,7 +144,7 @@ impl ScriptedSource {
         self.0.script.lock().answers.len()
     }
 
-    /// Returns the tokens that it was told to revoke, which it did.
+    /// Returns the tokens that it was asked to revoke. It always succeeds.
     #[must_use]
     pub fn revoked(&self) -> Vec<Revocation> {
         self.0.script.lock().revoked.clone()
@@ -282,8 +282,8 @@ impl Answer {
 
     /// Holds the answer back until [`ScriptedSource::release`].
     ///
-    /// The cache's timeouts count on: under paused time, which moves on when all tasks are waiting, a test that
-    /// waits for the token before it releases it sees a timeout.
+    /// The cache's timeouts keep running: under paused time, which advances when all tasks wait, a test that waits for
+    /// the token before it releases the answer sees a timeout.
     #[must_use]
     pub fn held(mut self) -> Self {
         self.held = true;
