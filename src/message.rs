@@ -86,7 +86,7 @@ use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, header::A
 /// [`TokenRequest`]: crate::TokenRequest
 /// [`WithoutToken`]: crate::WithoutToken
 #[diagnostic::on_unimplemented(
-    message = "`{Self}` is no request that `tower-bearer` can attach a token to",
+    message = "`{Self}` is not a request that `tower-bearer` can attach a token to",
     note = "it takes an `http::Request`, or a `reqwest::Request` with the feature `reqwest` of `tower-bearer`"
 )]
 pub trait HttpRequest: sealed::Request {
@@ -113,7 +113,7 @@ pub trait HttpRequest: sealed::Request {
 ///
 /// The trait is sealed, so that it may grow with what the layer needs to know about a response.
 #[diagnostic::on_unimplemented(
-    message = "`{Self}` is no response that `tower-bearer` can judge",
+    message = "`{Self}` is not a response that `tower-bearer` can judge",
     note = "it takes an `http::Response`, or a `reqwest::Response` with the feature `reqwest` of `tower-bearer`"
 )]
 pub trait HttpResponse: sealed::Response {

@@ -351,7 +351,7 @@ impl fmt::Display for TokenError {
                 "the request's URI may not carry a token: it is neither https, nor http to a loopback host \
                  or by the setting `dangerous_plain_http`",
             ),
-            Kind::NoRuntime => f.write_str("a token can be fetched within a tokio runtime only"),
+            Kind::NoRuntime => f.write_str("a token can only be fetched within a tokio runtime"),
             Kind::Overloaded => f.write_str("too many requests are waiting for a token"),
             Kind::TooManyKeys => f.write_str("the cache is full of tokens that are in use"),
             Kind::ShutDown => f.write_str("the token cache was shut down"),

@@ -268,7 +268,7 @@ fn describe() {
     describe_histogram!(
         REMAINING,
         Unit::Seconds,
-        "For how long the token may still be sent that a request leaves with; one request in 64."
+        "How long the token of a request may still be used, for one request in 64."
     );
     describe_counter!(
         REFUSALS,
@@ -281,15 +281,11 @@ fn describe() {
         "Requests that were sent once more with another token."
     );
     describe_gauge!(WAITERS, Unit::Count, "Requests that wait for a token.");
-    describe_gauge!(
-        GATES,
-        Unit::Count,
-        "Keys whose last token request failed, so that the next one is held back."
-    );
+    describe_gauge!(GATES, Unit::Count, "Keys whose last token request failed.");
     describe_gauge!(
         KEYS,
         Unit::Count,
-        "Keys in the cache, besides the one for nothing in particular."
+        "Keys in the cache, not counting the one of requests without a TokenRequest."
     );
 }
 

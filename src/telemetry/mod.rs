@@ -233,7 +233,7 @@ pub(crate) fn refresh_token_failed(flight: u64, subject: Subject<'_>, error: &To
         flight,
         key = key(subject.request),
         %error,
-        "the refresh token brought no access token, client credentials were next",
+        "the refresh token brought no access token, client credentials are tried next",
     );
 }
 
@@ -328,7 +328,7 @@ pub(crate) fn flight_failed(
             tell!("token request failed, and the API refuses the token that there is")
         }
         Some(_) => tell!("token request failed, requests go on with the token they have"),
-        None => tell!("token request failed, and requests fail for want of a token"),
+        None => tell!("token request failed, and requests fail without a token"),
     }
 }
 
@@ -341,7 +341,7 @@ pub(crate) fn requests_waiting(flight: u64, subject: Subject<'_>, waiters: usize
         key = key(subject.request),
         waiters,
         age = ?round(age),
-        "requests wait for a token request that takes long",
+        "requests are waiting for a slow token request",
     );
 }
 
@@ -405,7 +405,7 @@ pub(crate) fn gate_opened(cause: &'static str) {
     emit!(
         DEBUG "gate_opened",
         cause,
-        "token requests are not held back any more",
+        "token requests are no longer held back",
     );
 }
 
@@ -436,7 +436,7 @@ pub(crate) fn token_refused(
             complaint,
             decision = label,
             flight,
-            "the API refused the token, another one is asked for",
+            "the API refused the token, another one is requested",
         ),
         RefusalOutcome::Joined | RefusalOutcome::Replay | RefusalOutcome::Passed => emit!(
             DEBUG "token_refused",
@@ -489,7 +489,7 @@ pub(crate) fn replayed(meters: &Meters) {
 pub(crate) fn invalidated() {
     emit!(
         DEBUG "invalidated",
-        "the cache was told that the token is refused",
+        "the cache was told that the token was refused",
     );
 }
 
@@ -508,7 +508,7 @@ pub(crate) fn keys_evicted(count: usize) {
     emit!(
         DEBUG "keys_evicted",
         count,
-        "keys without a token have made room for others",
+        "keys without a token were dropped to make room for others",
     );
 }
 
