@@ -26,16 +26,15 @@ use crate::{
 ///
 /// # Readiness
 ///
-/// The service is ready when the inner one is, and never says no for want of a token. While a token is at
-/// hand, the service that was polled ready is the one that is called. A request that has to wait for a token
-/// gives its readiness back first, with any permit or place in a queue that it stands for, and makes a clone
-/// of the inner service ready once the token is there: a limit below bounds what is being sent, and whoever
-/// wants to bound what is waiting puts a limit above. A request that may not leave at all gives its
-/// readiness back too.
+/// The service is ready when the inner one is, whether or not there is a token. While a token is at hand, the service
+/// that was polled ready is the one that is called. A request that has to wait for a token first gives its readiness
+/// back, with any permit or place in a queue that goes with it, and makes a clone of the inner service ready once the
+/// token is there. So a limit below bounds what is being sent; to bound what is waiting, put a limit above. A request
+/// that may not be sent at all gives its readiness back too.
 ///
-/// A refusal that waits for another token is held with its body unread, and with what that stands for: over HTTP/2 a
-/// stream, and a part of the connection's window, until the body has ended; a permit, if a layer below keeps one in the
-/// body. So a token endpoint had better not share the connections of the API. The default client has its own.
+/// While a refused request waits for another token, its 401 is held with the body unread. Over HTTP/2 that occupies a
+/// stream and a part of the connection's window until the body has ended, and a permit if a layer below keeps one in
+/// the body. So the token endpoint should not share the API's connections. The default client has its own.
 ///
 /// # Errors
 ///
@@ -268,7 +267,7 @@ impl<S, R> BearerAuth<S, R> {
     }
 }
 
-/// Sends a request without a token of ours, when it is among the request's extensions.
+/// Among the extensions of a request: sends it without a token.
 ///
 /// Such a request passes as it is, with the `Authorization` that it may bring along, wherever it goes; a 401 to it
 /// says nothing about a token.

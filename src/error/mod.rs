@@ -215,7 +215,7 @@ impl TokenError {
         self.0.kind == Kind::Timeout
     }
 
-    /// Returns `true` if the authorization server answered with a status that speaks of the endpoint and not of the
+    /// Returns `true` if the authorization server answered with a status that is about the endpoint and not the
     /// request: 408, 425, 429, 5xx, a redirect, or a 4xx without an error of RFC 6749 section 5.2.
     pub fn is_unavailable(&self) -> bool {
         self.0.kind == Kind::Unavailable
@@ -315,7 +315,7 @@ impl TokenError {
     }
 
     /// Returns how long the server asked to be left alone (`Retry-After`, RFC 9110 section 10.2.3),
-    /// counted from its answer. Never more than 300 s, which is as long as the cache heeds it.
+    /// counted from its answer. Never more than 300 s, the longest time for which the cache follows it.
     ///
     /// The cache leaves the server alone for that long, plus a random part of up to a tenth; in the meantime its
     /// callers get this error. So a retry makes sense after 1.1 times this duration, or sooner if the error was a
