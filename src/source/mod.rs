@@ -12,9 +12,9 @@ mod discovery;
 mod endpoints;
 #[cfg(feature = "rustls")]
 mod https;
-mod request;
 mod response;
 mod shared;
+mod token_request;
 mod transport;
 mod turn;
 
@@ -34,7 +34,7 @@ pub use self::assertion::{AssertionAudience, SigningAlgorithm};
 pub(crate) use self::response::refused;
 pub use self::{
     auth::AuthMethod, builder::ClientCredentialsBuilder, client_credentials::ClientCredentials,
-    credential::Credential, request::TokenRequest, shared::SharedSource,
+    credential::Credential, shared::SharedSource, token_request::TokenRequest,
 };
 pub(crate) use self::{response::malformed, shared::ErasedSource};
 use crate::{
