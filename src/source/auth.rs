@@ -14,7 +14,6 @@ use super::assertion;
 use super::{
     credential::{Credential, Given},
     endpoints::Endpoints,
-    transport::Authorization,
 };
 use crate::{
     error::{ConfigError, TokenError},
@@ -116,13 +115,18 @@ pub(super) struct Certificate {
 }
 
 impl Means {
-    /// Whether the client's way to prove its identity was set here, and not within a client of `oauth2`.
-    pub(super) fn take_over(&self) -> bool {
+    /// Takes what a client of `oauth2` would prove its identity by, unless something else was set.
+    pub(super) fn inherit(&mut self, secret: Option<SecretString>, in_body: bool) {
         let own_method = !matches!(
             self.method,
             None | Some(AuthMethod::ClientSecretBasic | AuthMethod::ClientSecretPost)
         );
-        own_method || self.secret.is_some() || self.private_key().is_some()
+        if !own_method && self.secret.is_none() && self.private_key().is_none() {
+            self.secret = secret.map(Credential::new);
+        }
+        if in_body && self.secret.is_some() {
+            self.method = self.method.or(Some(AuthMethod::ClientSecretPost));
+        }
     }
 
     /// Whether requests go over a connection with a client certificate.
@@ -210,12 +214,12 @@ impl Means {
     }
 
     /// Asks for the credentials that `method` takes.
-    pub(super) async fn gather(&self, method: Option<AuthMethod>) -> Result<Held, TokenError> {
-        let shared = match method.map(AuthMethod::takes) {
-            Some(Takes::Secret) => self.secret.as_ref(),
+    pub(super) async fn gather(&self, method: AuthMethod) -> Result<Held, TokenError> {
+        let shared = match method.takes() {
+            Takes::Secret => self.secret.as_ref(),
             #[cfg(feature = "jwt")]
-            Some(Takes::PrivateKey) => self.private_key(),
-            _ => None,
+            Takes::PrivateKey => self.private_key(),
+            Takes::Certificate | Takes::Nothing => None,
         };
         let mut held = Held::default();
         if let Some(credential) = shared {
@@ -238,33 +242,21 @@ impl Means {
     ) -> Result<Proof, ConfigError> {
         let text = held.shared.as_ref().map_or("", Given::text);
         Ok(match method {
-            AuthMethod::ClientSecretBasic => Proof {
-                authorization: Authorization::Given(basic(client_id, text, self.raw_basic)),
-                params: Vec::new(),
-            },
-            AuthMethod::ClientSecretPost => Proof {
-                authorization: Authorization::AsItIs,
-                params: vec![("client_secret", SecretString::from(text))],
-            },
+            AuthMethod::ClientSecretBasic => Proof::Header(basic(client_id, text, self.raw_basic)),
+            AuthMethod::ClientSecretPost => Proof::Params(vec![("client_secret", text.into())]),
             #[cfg(feature = "jwt")]
             AuthMethod::ClientSecretJwt | AuthMethod::PrivateKeyJwt => {
                 let by_key = method == AuthMethod::PrivateKeyJwt;
                 let assertion = self.assertion.sign(by_key, text, client_id, endpoints)?;
-                Proof {
-                    authorization: Authorization::AsItIs,
-                    params: vec![
-                        ("client_assertion_type", assertion::TYPE.into()),
-                        ("client_assertion", assertion),
-                    ],
-                }
+                Proof::Params(vec![
+                    ("client_assertion_type", assertion::TYPE.into()),
+                    ("client_assertion", assertion),
+                ])
             }
             AuthMethod::TlsClientAuth | AuthMethod::SelfSignedTlsClientAuth | AuthMethod::None => {
                 // Only assertions speak of their audience.
                 let _ = endpoints;
-                Proof {
-                    authorization: Authorization::AsItIs,
-                    params: Vec::new(),
-                }
+                Proof::Params(Vec::new())
             }
         })
     }
@@ -277,10 +269,12 @@ impl Means {
     }
 }
 
-/// What goes into a token request.
-pub(super) struct Proof {
-    pub(super) authorization: Authorization,
-    pub(super) params: Vec<(&'static str, SecretString)>,
+/// What goes into a request to prove who sends it.
+pub(super) enum Proof {
+    /// The `Authorization` header, which names the client as well.
+    Header(HeaderValue),
+    /// Parameters beside the client's id.
+    Params(Vec<(&'static str, SecretString)>),
 }
 
 /// The credentials of one token request.
@@ -335,16 +329,34 @@ impl Refused {
         Self(Mutex::new(None))
     }
 
-    pub(super) fn set(&self, held: &Held) {
-        *self.0.lock() = Some(Refusal {
-            held: held.clone(),
-            looked: None,
-            changed: false,
-        });
-    }
-
-    pub(super) fn clear(&self) {
-        *self.0.lock() = None;
+    /// Takes note of what came of a request that was sent with these.
+    pub(super) fn note(&self, held: &Held, failure: Option<&TokenError>) {
+        match failure {
+            None => *self.0.lock() = None,
+            Some(error) if error.is_of_credentials() => {
+                held.refuse();
+                if !error.is_transient() {
+                    *self.0.lock() = Some(Refusal {
+                        held: held.clone(),
+                        looked: None,
+                        changed: false,
+                    });
+                }
+            }
+            Some(error) => {
+                if error.may_be_of_credentials() {
+                    held.refuse();
+                }
+                #[cfg(feature = "rustls")]
+                if error.may_be_of_certificate() {
+                    held.refuse_certificate();
+                }
+                // New credentials would not mend this, so a refusal of an earlier request is no longer worth watching.
+                if !error.is_transient() {
+                    *self.0.lock() = None;
+                }
+            }
+        }
     }
 
     /// Whether there is something else by now. Files are looked at ten times a second at most, and not under
@@ -394,24 +406,6 @@ fn basic(client_id: &str, secret: &str, raw: bool) -> HeaderValue {
     let mut value = HeaderValue::from_str(&value).expect("base64 fits into a header");
     value.set_sensitive(true);
     value
-}
-
-/// Writes the header that `oauth2` made in the way of [`basic`]. What is none of its headers stays.
-pub(super) fn basic_again(header: &HeaderValue, raw: bool) -> Option<HeaderValue> {
-    let encoded = header.to_str().ok()?.strip_prefix("Basic ")?;
-    let pair = Zeroizing::new(STANDARD.decode(encoded).ok()?);
-    let (id, secret) = std::str::from_utf8(&pair).ok()?.split_once(':')?;
-    let decoded = |text: &str| {
-        // Encoded text has neither `=` nor `&`, so this is one name.
-        let mut pairs = form_urlencoded::parse(text.as_bytes());
-        Zeroizing::new(
-            pairs
-                .next()
-                .map(|(name, _)| name.into_owned())
-                .unwrap_or_default(),
-        )
-    };
-    Some(basic(&decoded(id), &decoded(secret), raw))
 }
 
 /// RFC 6749 appendix B, with a space as `%20`: a decoder of forms reads that as well as `+`, and one of URLs

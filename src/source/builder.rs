@@ -8,11 +8,12 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Body;
 use http_body_util::Full;
+use oauth2::TokenUrl;
 #[cfg(feature = "rustls")]
 use oauth2::url::Url;
-use oauth2::{AuthType, TokenUrl};
 #[cfg(feature = "rustls")]
 use secrecy::ExposeSecret;
+use secrecy::SecretString;
 use tower_service::Service;
 
 #[cfg(feature = "jwt")]
@@ -21,7 +22,6 @@ use super::{
     AuthMethod, ClientCredentials, Credential,
     asked::{Asked, names, pairs},
     auth::{Means, Refused},
-    client::{Client, ErasedClient},
     client_credentials::Inner,
     discovery::{Issuer, Place},
     endpoints::{Endpoints, check_url, parse_url},
@@ -37,8 +37,14 @@ pub(super) enum Target {
     Client { id: String, token_url: String },
     /// The client of this id at the server of this issuer.
     Issuer { id: String, issuer: String },
-    /// A client of `oauth2`, with whatever it knows of itself.
-    OAuth2(Box<dyn ErasedClient>),
+    /// A client of `oauth2`.
+    OAuth2 {
+        id: String,
+        token_url: TokenUrl,
+        secret: Option<SecretString>,
+        /// Whether id and secret go into the body.
+        in_body: bool,
+    },
 }
 
 /// Builds [`ClientCredentials`].
@@ -377,16 +383,21 @@ impl ClientCredentialsBuilder {
                 algorithms: None,
             }))
         };
-        let (client, place) = match target {
+        let (client_id, place) = match target {
             Target::Client { id, token_url } => {
                 let token_url = TokenUrl::new(token_url).map_err(|error| {
                     ConfigError::new("the token URL cannot be parsed").with_source(error)
                 })?;
-                (Client::Own(id), told(token_url)?)
+                (id, told(token_url)?)
             }
-            Target::OAuth2(client) => {
-                let place = told(client.token_url().clone())?;
-                (own(client, &mut means), place)
+            Target::OAuth2 {
+                id,
+                token_url,
+                secret,
+                in_body,
+            } => {
+                means.inherit(secret, in_body);
+                (id, told(token_url)?)
             }
             Target::Issuer { id, issuer } => {
                 #[cfg(feature = "jwt")]
@@ -396,32 +407,30 @@ impl ClientCredentialsBuilder {
                 let mutual = means.present_certificate();
                 let mut issuer = Issuer::new(&issuer, plain_http, mutual)?;
                 issuer.revocation_url = revocation_url;
-                (Client::Own(id), Place::found(issuer))
+                (id, Place::found(issuer))
             }
         };
-        if client.id().is_empty() {
+        if client_id.is_empty() {
             return Err(ConfigError::new("the client id is empty"));
         }
-        if means.raw_basic && client.id().contains(':') {
+        if means.raw_basic && client_id.contains(':') {
             // RFC 7617 section 2: the first colon ends the id.
             return Err(ConfigError::new(
                 "a client id with a colon cannot be sent in raw_basic_credentials",
             ));
         }
-        if let Client::Own(_) = client {
-            let endpoints = match &place {
-                Place::Told(endpoints) => Some(&**endpoints),
-                Place::Found(_) => None,
-            };
-            means.check(endpoints, certificate_elsewhere)?;
-        }
+        let endpoints = match &place {
+            Place::Told(endpoints) => Some(&**endpoints),
+            Place::Found(_) => None,
+        };
+        means.check(endpoints, certificate_elsewhere)?;
         let asked = Asked::new(
             self.scopes.iter().map(String::as_str),
             self.resources.iter().map(String::as_str),
             pairs(&self.params),
         )?;
         Ok(Parts {
-            client,
+            client_id,
             place,
             asked,
             means,
@@ -429,24 +438,9 @@ impl ClientCredentialsBuilder {
     }
 }
 
-/// Takes a client of `oauth2` apart if its way to prove its identity is set here.
-fn own(client: Box<dyn ErasedClient>, means: &mut Means) -> Client {
-    if means.take_over() {
-        if matches!(client.auth_type(), AuthType::RequestBody) && means.secret.is_some() {
-            means.method = means.method.or(Some(AuthMethod::ClientSecretPost));
-        }
-        return Client::Own(client.client_id().to_owned());
-    }
-    Client::OAuth2(match means.method {
-        Some(AuthMethod::ClientSecretBasic) => client.with_auth_type(AuthType::BasicAuth),
-        Some(AuthMethod::ClientSecretPost) => client.with_auth_type(AuthType::RequestBody),
-        _ => client,
-    })
-}
-
 /// What has been checked.
 struct Parts {
-    client: Client,
+    client_id: String,
     place: Place,
     asked: Asked,
     means: Means,
@@ -455,7 +449,7 @@ struct Parts {
 impl Parts {
     fn over(self, transport: Transport) -> Inner {
         Inner {
-            client: self.client,
+            client_id: self.client_id,
             place: self.place,
             asked: self.asked,
             means: self.means,

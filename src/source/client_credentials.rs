@@ -3,10 +3,8 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use oauth2::{
-    AuthType, ClientId, ClientSecret, EndpointSet, EndpointState, ErrorResponse, RevocableToken,
-    TokenIntrospectionResponse, basic::BasicClient, url::Url,
+    AuthType, EndpointSet, EndpointState, ErrorResponse, RevocableToken, TokenIntrospectionResponse,
 };
-use secrecy::ExposeSecret;
 use tokio::time::Instant;
 
 #[cfg(feature = "rustls")]
@@ -16,11 +14,11 @@ use super::{
     asked::{Asked, names},
     auth::{Held, Means, Proof, Refused},
     builder::{ClientCredentialsBuilder, Target},
-    client::{Client, ErasedClient, Sent},
     discovery::Place,
     endpoints::Endpoints,
+    request::{Request, secret_in_body},
     response::Answer,
-    transport::{Authorization, Channel, Transport},
+    transport::Transport,
     within,
 };
 use crate::{
@@ -67,7 +65,7 @@ pub struct ClientCredentials {
 }
 
 pub(super) struct Inner {
-    pub(super) client: Client,
+    pub(super) client_id: String,
     pub(super) place: Place,
     pub(super) asked: Asked,
     pub(super) means: Means,
@@ -78,181 +76,82 @@ pub(super) struct Inner {
     pub(super) mutual: Option<https::Mutual>,
 }
 
-/// What a request to the authorization server is.
-#[derive(Clone, Copy)]
-enum Request<'a> {
-    ClientCredentials,
-    RefreshToken(&'a RefreshToken),
-    /// RFC 7009 section 2.1.
-    Revocation {
-        url: &'a Url,
-        token: &'a str,
-        hint: &'static str,
-    },
-}
-
 impl Inner {
     async fn endpoints(&self, limit: Duration) -> Result<Arc<Endpoints>, TokenError> {
         self.place.endpoints(&self.transport, limit).await
     }
 
-    /// Makes one token request, or two if the server does not know the client and the client has other
-    /// credentials by now. Credentials that cannot be sent are asked for again in the same way.
+    /// Makes one request, or two if the server does not know the client and the client has other credentials by now.
+    /// Credentials that cannot be sent are asked for again in the same way.
     async fn exchange<T>(
         &self,
         request: Request<'_>,
-        asked: &Asked,
         endpoints: &Endpoints,
-        judge: impl Fn(Answer) -> Result<T, TokenError>,
+        judge: fn(Answer) -> Result<T, TokenError>,
     ) -> Result<T, TokenError> {
-        let method = match &self.client {
-            Client::Own(_) => {
-                let supported = endpoints.auth_methods.as_deref();
-                let method = self.means.method(supported).map_err(|problem| {
-                    // The next attempt looks whether the server supports more by then.
-                    self.place.suspect();
-                    TokenError::terminal(problem)
-                })?;
-                Some(method)
-            }
-            Client::OAuth2(_) => None,
-        };
-        let mut held = self.means.gather(method).await?;
-        // A refresh token is sent once: RFC 6749 does not say whether it survives a request that failed.
-        let mut last = matches!(request, Request::RefreshToken(_));
-        loop {
-            let outcome = match self.equip(method, &held, endpoints) {
-                Ok((proof, transport)) => {
-                    let watch = self.place.watch();
-                    let answer = self.send(request, asked, endpoints, proof, transport).await;
-                    let outcome = answer.and_then(&judge);
-                    watch.end(outcome.as_ref().err());
-                    outcome
-                }
-                // A certificate and a key that were replaced between the reading of both, for example.
-                Err(error) => Err(TokenError::new(Kind::Credentials).with_source(error)),
-            };
-            let error = match outcome {
-                Ok(success) => {
-                    self.refused.clear();
-                    return Ok(success);
-                }
-                Err(error) => error,
-            };
-            if !error.is_of_credentials() {
-                if error.may_be_of_credentials() {
-                    held.refuse();
-                }
-                #[cfg(feature = "rustls")]
-                if error.may_be_of_certificate() {
-                    held.refuse_certificate();
-                }
-                // New credentials would not mend this, so a refusal of an earlier request is no longer worth watching.
-                if !error.is_transient() {
-                    self.refused.clear();
-                }
-                return Err(error);
-            }
-            held.refuse();
-            if !error.is_transient() {
-                self.refused.set(&held);
-            }
-            if last {
-                return Err(error);
-            }
-            last = true;
-            let newer = self.means.gather(method).await?;
-            if newer.is_as(&held) {
-                newer.refuse();
-                return Err(error);
-            }
-            held = newer;
+        let supported = endpoints.auth_methods.as_deref();
+        let method = self.means.method(supported).map_err(|problem| {
+            // The next attempt looks whether the server supports more by then.
+            self.place.suspect();
+            TokenError::terminal(problem)
+        })?;
+        let first = self.means.gather(method).await?;
+        let outcome = self.send(request, endpoints, method, &first, judge).await;
+        match &outcome {
+            // A refresh token is sent once: RFC 6749 does not say whether it survives a request that failed.
+            Err(_) if matches!(request, Request::RefreshToken(..)) => return outcome,
+            Err(error) if error.is_of_credentials() => {}
+            _ => return outcome,
         }
+        let newer = self.means.gather(method).await?;
+        if newer.is_as(&first) {
+            newer.refuse();
+            return outcome;
+        }
+        self.send(request, endpoints, method, &newer, judge).await
+    }
+
+    /// Sends a request, and takes note of what comes of it.
+    async fn send<T>(
+        &self,
+        request: Request<'_>,
+        endpoints: &Endpoints,
+        method: AuthMethod,
+        held: &Held,
+        judge: fn(Answer) -> Result<T, TokenError>,
+    ) -> Result<T, TokenError> {
+        let outcome = match self.equip(method, held, endpoints) {
+            Ok((proof, transport)) => {
+                let watch = self.place.watch();
+                let answer = match request.build(&self.client_id, proof, &endpoints.token_url) {
+                    Ok(request) => transport.send(request).await,
+                    Err(error) => Err(error),
+                };
+                let outcome = answer.and_then(judge);
+                watch.end(outcome.as_ref().err());
+                outcome
+            }
+            // A certificate and a key that were replaced between the reading of both, for example.
+            Err(error) => Err(TokenError::new(Kind::Credentials).with_source(error)),
+        };
+        self.refused.note(held, outcome.as_ref().err());
+        outcome
     }
 
     /// Makes the proof of one request, and the way that it takes.
     fn equip(
         &self,
-        method: Option<AuthMethod>,
+        method: AuthMethod,
         held: &Held,
         endpoints: &Endpoints,
     ) -> Result<(Proof, Transport), ConfigError> {
-        let proof = match method {
-            Some(method) => self
-                .means
-                .prove(method, self.client.id(), held, endpoints)?,
-            None => Proof {
-                authorization: Authorization::Again {
-                    raw: self.means.raw_basic,
-                },
-                params: Vec::new(),
-            },
-        };
+        let proof = self.means.prove(method, &self.client_id, held, endpoints)?;
         #[cfg(feature = "rustls")]
         if let Some(mutual) = &self.mutual {
             let (chain, key) = held.certificate.as_ref().expect("it was gathered");
             return Ok((proof, mutual.transport(chain.text(), key.text())?));
         }
         Ok((proof, self.transport.clone()))
-    }
-
-    async fn send(
-        &self,
-        request: Request<'_>,
-        asked: &Asked,
-        endpoints: &Endpoints,
-        proof: Proof,
-        transport: Transport,
-    ) -> Result<Answer, TokenError> {
-        let Proof {
-            authorization,
-            params,
-        } = proof;
-        let in_header = matches!(authorization, Authorization::Given(_));
-        let own;
-        let client: &dyn ErasedClient = match &self.client {
-            Client::OAuth2(client) => &**client,
-            Client::Own(id) => {
-                let client = BasicClient::new(ClientId::new(id.clone()))
-                    .set_token_uri(endpoints.token_url.clone());
-                own = if in_header {
-                    // So that the id stays out of the body. The header is replaced on its way.
-                    client.set_client_secret(ClientSecret::new(String::new()))
-                } else {
-                    client.set_auth_type(AuthType::RequestBody)
-                };
-                &own
-            }
-        };
-        let proof = params
-            .iter()
-            .map(|(name, value)| (*name, value.expose_secret()));
-        let mut sent = Sent {
-            scopes: &asked.scopes,
-            params: proof.collect(),
-            channel: Channel {
-                transport,
-                authorization,
-                elsewhere: None,
-            },
-        };
-        match request {
-            Request::ClientCredentials => {
-                sent.params.extend(asked.params());
-                client.client_credentials(sent).await
-            }
-            Request::RefreshToken(token) => {
-                sent.params.extend(asked.params());
-                client.refresh_token(token, sent).await
-            }
-            Request::Revocation { url, token, hint } => {
-                sent.scopes = &[];
-                sent.params
-                    .extend([("token", token), ("token_type_hint", hint)]);
-                sent.channel.elsewhere = Some(url.clone());
-                client.client_credentials(sent).await
-            }
-        }
     }
 }
 
@@ -317,9 +216,9 @@ impl ClientCredentials {
 
     /// Starts a source from a client of the `oauth2` crate that has a token URL.
     ///
-    /// The client builds the requests, with its id, its secret and its way to authenticate, unless the builder is
-    /// given others. A header that it makes is written anew, with a space as `%20`. Its types for answers are not
-    /// used: most servers that differ from the standard would fail to fit them.
+    /// Its token URL, its id, its secret and its way to authenticate are taken from it, unless the builder is given
+    /// others. In a header a space is written as `%20`. Its types for answers are not used: most servers that differ
+    /// from the standard would fail to fit them.
     ///
     /// The last type parameter must be `EndpointSet`, as `set_token_uri` makes it; a bare `BasicClient` in a
     /// function's signature stands for one without a token URL. To depend on `oauth2` for this, leave out its
@@ -366,7 +265,14 @@ impl ClientCredentials {
         Introspection: EndpointState + Send + Sync + 'static,
         Revocation: EndpointState + Send + Sync + 'static,
     {
-        ClientCredentialsBuilder::new(Target::OAuth2(Box::new(client)))
+        let in_body = matches!(client.auth_type(), AuthType::RequestBody);
+        let client = client.set_auth_type(AuthType::RequestBody);
+        ClientCredentialsBuilder::new(Target::OAuth2 {
+            id: client.client_id().to_string(),
+            token_url: client.token_uri().clone(),
+            secret: secret_in_body(|catcher| client.exchange_client_credentials().request(catcher)),
+            in_body,
+        })
     }
 
     pub(super) fn new(inner: Inner) -> Self {
@@ -384,26 +290,23 @@ impl TokenSource for ClientCredentials {
             .of(&fetch.request, fetch.claims.as_deref())?;
         let limit = fetch.timeout / 4;
         let endpoints = &*self.inner.endpoints(limit).await?;
-        let ask = |request| {
-            self.inner
-                .exchange(request, &asked, endpoints, Answer::into_token)
-        };
+        let ask = |request| self.inner.exchange(request, endpoints, Answer::into_token);
         let response = match &fetch.refresh_token {
             // A session is as it is; claims that the API misses in its tokens come with a new one.
             Some(token) if fetch.claims.is_none() => {
                 // Half of the time is left for the other grant, should this one hang.
-                match within(fetch.timeout / 2, ask(Request::RefreshToken(token))).await {
+                match within(fetch.timeout / 2, ask(Request::RefreshToken(token, &asked))).await {
                     Ok(response) => TokenResponse {
                         grant: Some(telemetry::REFRESH_TOKEN),
                         ..response
                     },
                     Err(error) => {
                         let _ = fetch.refresh_error.set(error);
-                        ask(Request::ClientCredentials).await?
+                        ask(Request::ClientCredentials(&asked)).await?
                     }
                 }
             }
-            _ => ask(Request::ClientCredentials).await?,
+            _ => ask(Request::ClientCredentials(&asked)).await?,
         };
         Ok(match asked.scope() {
             Some(scope) => response.requested_scope(scope),
@@ -432,10 +335,9 @@ impl TokenSource for ClientCredentials {
         ] {
             let Some(token) = token else { continue };
             let request = Request::Revocation { url, token, hint };
-            let asked = &self.inner.asked;
             let revoking = self
                 .inner
-                .exchange(request, asked, endpoints, Answer::into_revoked);
+                .exchange(request, endpoints, Answer::into_revoked);
             // A request that hangs leaves some of its caller's time for the other token.
             let revoked = within(REVOCATION_LIMIT, revoking).await;
             let revoked = revoked.map_err(|error| error.with_request(error::Request::Revocation));
@@ -456,7 +358,7 @@ impl TokenSource for ClientCredentials {
 impl fmt::Debug for ClientCredentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Inner {
-            client,
+            client_id,
             place,
             asked,
             ..
@@ -467,7 +369,7 @@ impl fmt::Debug for ClientCredentials {
         };
         f.debug_struct("ClientCredentials")
             .field(place_is, &place.name())
-            .field("client_id", &client.id())
+            .field("client_id", client_id)
             .field("scopes", &asked.scopes)
             .field("params", &names(asked.params()))
             .finish_non_exhaustive()
@@ -487,7 +389,7 @@ mod tests {
     use bytes::Bytes;
     use http::{Request, Response, header::AUTHORIZATION};
     use http_body_util::{BodyExt, Full};
-    use oauth2::TokenUrl;
+    use oauth2::{ClientId, ClientSecret, TokenUrl, basic::BasicClient};
     use secrecy::ExposeSecret;
     use tokio::time;
 
@@ -580,6 +482,17 @@ mod tests {
         }
     }
 
+    /// Law 9: a service that logs its requests logs no secret.
+    #[tokio::test]
+    async fn the_authorization_header_is_marked_sensitive() {
+        let service = tower::service_fn(|request: Request<Full<Bytes>>| async move {
+            assert!(request.headers()[AUTHORIZATION].is_sensitive());
+            Ok::<_, Infallible>(Response::new(Full::<Bytes>::from(TOKEN)))
+        });
+        let source = builder("id").client_secret("s").build_with(service);
+        source.unwrap().fetch(Fetch::new()).await.unwrap();
+    }
+
     #[tokio::test]
     async fn basic_credentials_are_sent_raw_to_servers_that_decode_nothing() {
         let raw = builder("i%d")
@@ -592,7 +505,7 @@ mod tests {
         assert_eq!(endpoint.authorization().as_deref(), Some(expected));
     }
 
-    /// Its secret is not told, but what it writes is written anew.
+    /// Its secret is not told, but is in the requests that it builds.
     #[tokio::test]
     async fn a_client_of_oauth2_sends_its_secret_in_our_way() {
         let client = || {

@@ -114,6 +114,10 @@ impl Credential {
         })))
     }
 
+    pub(super) fn new(text: SecretString) -> Self {
+        Self(Arc::new(Origin::Constant(Arc::new(text))))
+    }
+
     /// The text, if it is known while the program is set up.
     #[cfg(any(feature = "jwt", feature = "rustls"))]
     pub(super) fn constant(&self) -> Option<&SecretString> {
@@ -144,7 +148,7 @@ impl Credential {
 
 impl From<String> for Credential {
     fn from(text: String) -> Self {
-        Self(Arc::new(Origin::Constant(Arc::new(text.into()))))
+        Self::new(text.into())
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use http::StatusCode;
+use http::{Request, StatusCode, header::ACCEPT};
 use oauth2::{TokenUrl, url::Url};
 use serde_json::{Map, Value};
 
@@ -14,7 +14,7 @@ use super::{
     within,
 };
 use crate::{
-    error::{ConfigError, Kind, Request, TokenError},
+    error::{self, ConfigError, Kind, TokenError},
     sync::Mutex,
 };
 
@@ -72,9 +72,16 @@ impl Issuer {
         let mut refusal = None;
         let mut failure = None;
         for url in &self.documents {
-            let metadata = transport.get(url).await.and_then(Answer::into_metadata);
+            let request = Request::get(url.as_str())
+                .header(ACCEPT, "application/json")
+                .body(Vec::new())
+                .expect("the URL was checked");
+            let metadata = transport
+                .send(request)
+                .await
+                .and_then(Answer::into_metadata);
             let endpoints = metadata.and_then(|metadata| self.read(&metadata));
-            match endpoints.map_err(|error| error.with_request(Request::Metadata)) {
+            match endpoints.map_err(|error| error.with_request(error::Request::Metadata)) {
                 Ok(endpoints) => return Ok(endpoints),
                 // The other document is on the same host.
                 Err(error)
@@ -306,7 +313,7 @@ mod tests {
     use std::{collections::HashMap, convert::Infallible};
 
     use bytes::Bytes;
-    use http::{Request, Response};
+    use http::Response;
     use http_body_util::{BodyExt, Full};
     use serde_json::json;
     use tokio::time;

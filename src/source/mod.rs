@@ -5,13 +5,13 @@ mod asked;
 mod assertion;
 mod auth;
 mod builder;
-mod client;
 mod client_credentials;
 mod credential;
 mod discovery;
 mod endpoints;
 #[cfg(feature = "rustls")]
 mod https;
+mod request;
 mod response;
 mod shared;
 mod token_request;

@@ -85,7 +85,7 @@ impl fmt::Debug for SharedSource {
 }
 
 /// A future of a source whose type is erased.
-pub(super) type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, TokenError>> + Send + 'a>>;
+type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, TokenError>> + Send + 'a>>;
 
 /// The object-safe form of [`TokenSource`].
 pub(crate) trait ErasedSource: Send + Sync {

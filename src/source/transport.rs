@@ -1,37 +1,26 @@
-//! Any tower HTTP service as the way to the token endpoint.
-//!
-//! `oauth2` builds the requests. Its reading of the answers is strict, loses status and headers, and keeps
-//! the body of what it cannot read in its error, where `Debug` shows the token. So the answer passes through
-//! it as an error of the HTTP client, [`Answered`], which it hands on as it is.
+//! Any tower HTTP service as the way to the authorization server.
 
-use std::{error::Error, fmt, io, pin::Pin, sync::Arc};
+use std::{error::Error, fmt, io, sync::Arc};
 
 use bytes::Bytes;
-use http::{
-    HeaderMap, HeaderValue, Request, Response,
-    header::{ACCEPT, AUTHORIZATION},
-};
+use http::{Request, Response};
 use http_body::Body;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use oauth2::{
-    AsyncHttpClient, HttpRequest, HttpResponse,
-    url::{Url, form_urlencoded},
-};
 use tower::{ServiceExt, util::BoxCloneService};
 use tower_service::Service;
 
-use super::{auth, response::Answer};
+use super::response::Answer;
 use crate::{
     error::{BoxError, Kind, TokenError},
     sync::Mutex,
     time::Now,
 };
 
-/// The way to the token endpoint; clones share one prototype of the service that makes it.
+/// The way to the authorization server; clones share one prototype of the service that makes it.
 #[derive(Clone)]
 pub(super) struct Transport {
-    // `oauth2` needs a `Sync` client, and the lock spares users from having a `Sync` service (tower's
-    // `BoxCloneService` is none). It is held only to clone the service, never across an await.
+    // The lock spares users from having a `Sync` service (tower's `BoxCloneService` is none). It is held only to clone
+    // the service, never across an await.
     prototype: Arc<Mutex<Erased>>,
 }
 
@@ -55,17 +44,18 @@ impl Transport {
         }
     }
 
-    /// Fetches what is public.
-    pub(super) async fn get(&self, url: &Url) -> Result<Answer, TokenError> {
-        let request = Request::get(url.as_str())
-            .header(ACCEPT, "application/json")
-            .body(Vec::new())
-            .expect("the URL was checked");
-        exchange(self.service(), request).await
-    }
-
-    fn service(&self) -> Erased {
-        self.prototype.lock().clone()
+    /// Sends a request, and waits for the whole answer.
+    pub(super) async fn send(&self, request: Request<Vec<u8>>) -> Result<Answer, TokenError> {
+        let request = request.map(|body| Full::new(Bytes::from(body)));
+        let mut service = self.prototype.lock().clone();
+        let service = service.ready().await?;
+        let sent = Now::read();
+        let response = service.call(request).await?;
+        Ok(Answer {
+            response,
+            sent,
+            received: Now::read(),
+        })
     }
 }
 
@@ -73,96 +63,6 @@ impl fmt::Debug for Transport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Transport").finish_non_exhaustive()
     }
-}
-
-/// The way of one token request: to the endpoint, with the proof of who sends it.
-pub(super) struct Channel {
-    pub(super) transport: Transport,
-    pub(super) authorization: Authorization,
-    /// Where it goes if it is no token request, but the same client's request to another endpoint.
-    pub(super) elsewhere: Option<Url>,
-}
-
-/// Sends a token request that `oauth2` built to another endpoint, without its grant.
-///
-/// `oauth2` builds revocations as well, but for `https` only and for clients of another type state.
-fn divert(request: &mut HttpRequest, url: &Url) {
-    *request.uri_mut() = url.as_str().parse().expect("the URL was checked");
-    let params = form_urlencoded::parse(request.body()).filter(|(name, _)| name != "grant_type");
-    let body = form_urlencoded::Serializer::new(String::new())
-        .extend_pairs(params)
-        .finish();
-    *request.body_mut() = body.into_bytes();
-}
-
-/// What becomes of the `Authorization` header that `oauth2` wrote.
-pub(super) enum Authorization {
-    AsItIs,
-    /// What it says is written in our way; raw if the server decodes nothing.
-    Again {
-        raw: bool,
-    },
-    /// It is a placeholder for this one.
-    Given(HeaderValue),
-}
-
-impl Authorization {
-    fn put(&self, headers: &mut HeaderMap) {
-        let value = match self {
-            Self::AsItIs => None,
-            Self::Again { raw } => headers
-                .get(AUTHORIZATION)
-                .and_then(|header| auth::basic_again(header, *raw)),
-            Self::Given(value) => Some(value.clone()),
-        };
-        if let Some(value) = value {
-            headers.insert(AUTHORIZATION, value);
-        }
-    }
-}
-
-impl<'c> AsyncHttpClient<'c> for Channel {
-    type Error = Answered;
-    // Owns all it needs: a future with the lifetime in it is not `Send` for every lifetime, and could not be
-    // spawned.
-    type Future = Pin<Box<dyn Future<Output = Result<HttpResponse, Answered>> + Send>>;
-
-    fn call(&'c self, mut request: HttpRequest) -> Self::Future {
-        self.authorization.put(request.headers_mut());
-        if let Some(url) = &self.elsewhere {
-            divert(&mut request, url);
-        }
-        let service = self.transport.service();
-        Box::pin(async move { Err(Answered(exchange(service, request).await)) })
-    }
-}
-
-/// An answer, or why there is none, in the shape in which `oauth2` leaves it alone.
-#[derive(Debug)]
-pub(super) struct Answered(pub(super) Result<Answer, TokenError>);
-
-impl fmt::Display for Answered {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an answer of the token endpoint")
-    }
-}
-
-impl Error for Answered {}
-
-async fn exchange(mut service: Erased, request: HttpRequest) -> Result<Answer, TokenError> {
-    let mut request = request.map(|body| Full::new(Bytes::from(body)));
-    if let Some(credentials) = request.headers_mut().get_mut(AUTHORIZATION) {
-        // oauth2 leaves this out, and any logging layer below would print the secret.
-        credentials.set_sensitive(true);
-    }
-    let service = service.ready().await?;
-    let sent = Now::read();
-    let response = service.call(request).await?;
-    Ok(Answer {
-        response,
-        sent,
-        received: Now::read(),
-    })
 }
 
 async fn collect<B>(response: Response<B>) -> Result<Response<Bytes>, TokenError>
@@ -214,35 +114,8 @@ mod tests {
 
     use super::*;
 
-    fn request() -> HttpRequest {
-        Request::builder()
-            .uri("https://as.example/token")
-            .header(AUTHORIZATION, "Basic CANARY")
-            .body(b"grant_type=client_credentials".to_vec())
-            .unwrap()
-    }
-
     async fn answer_of(transport: &Transport) -> Result<Answer, TokenError> {
-        let channel = Channel {
-            transport: transport.clone(),
-            authorization: Authorization::AsItIs,
-            elsewhere: None,
-        };
-        channel.call(request()).await.unwrap_err().0
-    }
-
-    /// Law 9: a service that logs its requests logs no secret.
-    #[tokio::test]
-    async fn the_authorization_header_is_marked_sensitive() {
-        let transport = Transport::new(tower::service_fn(
-            |request: Request<Full<Bytes>>| async move {
-                assert!(request.headers()[AUTHORIZATION].is_sensitive());
-                assert!(!format!("{:?}", request.headers()).contains("CANARY"));
-                Ok::<_, Infallible>(Response::new(Full::new(Bytes::from_static(b"body"))))
-            },
-        ));
-        let answer = answer_of(&transport).await.unwrap();
-        assert_eq!(answer.response.body(), "body");
+        transport.send(Request::new(Vec::new())).await
     }
 
     #[tokio::test]

@@ -1,0 +1,151 @@
+//! What is sent to the authorization server, as `oauth2` builds it.
+//!
+//! `oauth2` would send it as well. But its reading of the answers is strict, loses status and headers, and keeps the
+//! body of what it cannot read in its error, where `Debug` shows the token. So it gets an HTTP client that sends
+//! nothing, [`Catcher`], and the rest is for [`transport`](super::transport) and [`response`](super::response).
+
+use std::{cell::Cell, fmt};
+
+use http::header::AUTHORIZATION;
+use oauth2::{
+    AuthType, ClientId, ClientSecret, EndpointNotSet, EndpointSet, HttpRequest, HttpResponse,
+    Scope, SyncHttpClient, TokenUrl,
+    basic::BasicClient,
+    url::{Url, form_urlencoded},
+};
+use secrecy::{ExposeSecret, SecretString};
+use zeroize::Zeroizing;
+
+use super::{RefreshToken, asked::Asked, auth::Proof};
+use crate::error::TokenError;
+
+/// What a client asks of the authorization server.
+#[derive(Clone, Copy)]
+pub(super) enum Request<'a> {
+    /// RFC 6749 section 4.4.2.
+    ClientCredentials(&'a Asked),
+    /// RFC 6749 section 6.
+    RefreshToken(&'a RefreshToken, &'a Asked),
+    /// RFC 7009 section 2.1.
+    Revocation {
+        url: &'a Url,
+        token: &'a str,
+        hint: &'static str,
+    },
+}
+
+impl Request<'_> {
+    /// Builds the request that the client of this id sends with this proof.
+    pub(super) fn build(
+        self,
+        client_id: &str,
+        proof: Proof,
+        token_url: &TokenUrl,
+    ) -> Result<HttpRequest, TokenError> {
+        let client = BasicClient::new(ClientId::new(client_id.to_owned()))
+            .set_token_uri(token_url.clone())
+            .set_auth_type(AuthType::RequestBody);
+        let (client, header, proof) = match proof {
+            Proof::Params(params) => (client, None, params),
+            Proof::Header(header) => {
+                // So that the id stays out of the body. The header that comes of it is replaced.
+                let client = client
+                    .set_auth_type(AuthType::BasicAuth)
+                    .set_client_secret(ClientSecret::new(String::new()));
+                (client, Some(header), Vec::new())
+            }
+        };
+        let proof = proof
+            .iter()
+            .map(|(name, value)| (*name, value.expose_secret()));
+        let mut request = match self {
+            Self::ClientCredentials(asked) => {
+                client_credentials(&client, &asked.scopes, proof.chain(asked.params()))
+            }
+            Self::RefreshToken(token, asked) => {
+                refresh_token(&client, token, proof.chain(asked.params()))
+            }
+            Self::Revocation { url, token, hint } => {
+                let params = [("token", token), ("token_type_hint", hint)];
+                client_credentials(&client, &[], proof.chain(params))
+                    .map(|request| divert(request, url))
+            }
+        }?;
+        if let Some(header) = header {
+            request.headers_mut().insert(AUTHORIZATION, header);
+        }
+        Ok(request)
+    }
+}
+
+type Client =
+    BasicClient<EndpointNotSet, EndpointNotSet, EndpointNotSet, EndpointNotSet, EndpointSet>;
+
+fn client_credentials<'a>(
+    client: &Client,
+    scopes: &[Scope],
+    params: impl Iterator<Item = (&'a str, &'a str)>,
+) -> Result<HttpRequest, TokenError> {
+    let mut request = client
+        .exchange_client_credentials()
+        .add_scopes(scopes.iter().cloned());
+    for (name, value) in params {
+        request = request.add_extra_param(name, value);
+    }
+    built(|catcher| request.request(catcher))
+}
+
+/// Without a scope, which means the one that was granted: to ask for more is an error.
+fn refresh_token<'a>(
+    client: &Client,
+    token: &RefreshToken,
+    params: impl Iterator<Item = (&'a str, &'a str)>,
+) -> Result<HttpRequest, TokenError> {
+    let token = oauth2::RefreshToken::new(token.expose_secret().to_owned());
+    let mut request = client.exchange_refresh_token(&token);
+    for (name, value) in params {
+        request = request.add_extra_param(name, value);
+    }
+    built(|catcher| request.request(catcher))
+}
+
+/// Turns a token request into one to another endpoint, without a grant.
+///
+/// `oauth2` builds revocations as well, but for `https` only.
+fn divert(mut request: HttpRequest, url: &Url) -> HttpRequest {
+    *request.uri_mut() = url.as_str().parse().expect("the URL was checked");
+    let params = form_urlencoded::parse(request.body()).filter(|(name, _)| name != "grant_type");
+    let body = form_urlencoded::Serializer::new(String::new())
+        .extend_pairs(params)
+        .finish();
+    *request.body_mut() = body.into_bytes();
+    request
+}
+
+/// Keeps the request that it was to send.
+#[derive(Default)]
+pub(super) struct Catcher(Cell<Option<HttpRequest>>);
+
+impl SyncHttpClient for Catcher {
+    type Error = fmt::Error;
+
+    fn call(&self, request: HttpRequest) -> Result<HttpResponse, fmt::Error> {
+        self.0.set(Some(request));
+        Err(fmt::Error)
+    }
+}
+
+/// Returns the request that `send` was to send.
+fn built<T>(send: impl FnOnce(&Catcher) -> T) -> Result<HttpRequest, TokenError> {
+    let catcher = Catcher::default();
+    send(&catcher);
+    let request = catcher.0.take();
+    request.ok_or_else(|| TokenError::terminal("the token request could not be built"))
+}
+
+/// Returns the secret in the body of the request that `send` was to send. A client of `oauth2` tells it in no other way.
+pub(super) fn secret_in_body<T>(send: impl FnOnce(&Catcher) -> T) -> Option<SecretString> {
+    let body = Zeroizing::new(built(send).ok()?.into_body());
+    let secret = form_urlencoded::parse(&body).find(|(name, _)| name == "client_secret");
+    secret.map(|(_, secret)| secret.into_owned().into())
+}
