@@ -104,7 +104,6 @@ pub enum AssertionAudience {
 /// How assertions are made.
 #[derive(Debug, Default)]
 pub(super) struct Settings {
-    pub(super) key: Option<Credential>,
     pub(super) key_id: Option<String>,
     pub(super) thumbprint: Option<String>,
     pub(super) algorithm: Option<SigningAlgorithm>,
@@ -112,10 +111,11 @@ pub(super) struct Settings {
 }
 
 impl Settings {
-    /// Finds what cannot work, as far as it is known while the program is set up.
+    /// Finds what cannot work, as far as it is known while the program is set up. Without a private key it is the secret
+    /// that signs.
     pub(super) fn check(
         &self,
-        by_key: bool,
+        private_key: Option<&Credential>,
         endpoints: Option<&Endpoints>,
     ) -> Result<(), ConfigError> {
         let nameless = endpoints.is_some_and(|endpoints| endpoints.issuer.is_none());
@@ -125,10 +125,10 @@ impl Settings {
                  AssertionAudience::TokenEndpoint is for older servers",
             ));
         }
-        if !by_key {
+        let Some(private_key) = private_key else {
             return Key::of_secret("").algorithm(self.algorithm, None).map(drop);
-        }
-        if let Some(text) = self.key.as_ref().and_then(Credential::constant) {
+        };
+        if let Some(text) = private_key.constant() {
             let key = Key::parse(text.expose_secret())?;
             let algorithm = key.algorithm(self.algorithm, None)?;
             return key.sign(&Header::new(algorithm.to_jose()), &()).map(drop);
@@ -145,16 +145,10 @@ impl Settings {
     /// Makes an assertion that is good for one token request.
     pub(super) fn sign(
         &self,
-        by_key: bool,
-        text: &str,
+        key: &Key,
         client_id: &str,
         endpoints: &Endpoints,
     ) -> Result<SecretString, ConfigError> {
-        let key = if by_key {
-            Key::parse(text)?
-        } else {
-            Key::of_secret(text)
-        };
         let algorithm = key.algorithm(self.algorithm, endpoints.algorithms.as_deref())?;
         let mut header = Header::new(algorithm.to_jose());
         let audience = match self.audience {
@@ -197,7 +191,7 @@ struct Claims<'a> {
 }
 
 /// What assertions are signed with.
-struct Key {
+pub(super) struct Key {
     encoding: EncodingKey,
     /// The algorithms that it can be used with; the first one by default.
     algorithms: &'static [SigningAlgorithm],
@@ -207,12 +201,12 @@ struct Key {
 }
 
 impl Key {
-    fn of_secret(secret: &str) -> Self {
+    pub(super) fn of_secret(secret: &str) -> Self {
         Self::new(EncodingKey::from_secret(secret.as_bytes()), HMAC)
     }
 
     /// Reads a private key: a JWK, or PEM of the kinds PKCS#8, PKCS#1 and SEC 1.
-    fn parse(text: &str) -> Result<Self, ConfigError> {
+    pub(super) fn parse(text: &str) -> Result<Self, ConfigError> {
         if text.trim_start().starts_with('{') {
             return Self::from_jwk(text);
         }
@@ -651,7 +645,9 @@ mod tests {
                     algorithm: configured,
                     ..Settings::default()
                 };
-                let assertion = settings.sign(true, text, "id", &endpoints(None)).unwrap();
+                let assertion = settings
+                    .sign(&Key::parse(text).unwrap(), "id", &endpoints(None))
+                    .unwrap();
                 verified(&assertion, expected, key);
             }
         }
@@ -670,7 +666,9 @@ mod tests {
                 ..Settings::default()
             };
             let endpoints = endpoints(supported);
-            let assertion = settings.sign(false, "secret", "id", &endpoints).unwrap();
+            let assertion = settings
+                .sign(&Key::of_secret("secret"), "id", &endpoints)
+                .unwrap();
             verified(&assertion, expected, &DecodingKey::from_secret(b"secret"));
         }
     }
@@ -687,7 +685,9 @@ mod tests {
         };
         let mut seen = Vec::new();
         for _ in 0..2 {
-            let assertion = settings.sign(true, &text, "id", &endpoints(None)).unwrap();
+            let assertion = settings
+                .sign(&Key::parse(&text).unwrap(), "id", &endpoints(None))
+                .unwrap();
             let (header, claims) = verified(&assertion, Algorithm::ES256, &key);
             assert_eq!(header.typ.as_deref(), Some("client-authentication+jwt"));
             assert_eq!(header.kid.as_deref(), Some("k1"));
@@ -715,8 +715,10 @@ mod tests {
         };
         let mut endpoints = endpoints(None);
         endpoints.issuer = None;
-        settings.check(false, Some(&endpoints)).unwrap();
-        let assertion = settings.sign(false, "secret", "id", &endpoints).unwrap();
+        settings.check(None, Some(&endpoints)).unwrap();
+        let assertion = settings
+            .sign(&Key::of_secret("secret"), "id", &endpoints)
+            .unwrap();
         let key = DecodingKey::from_secret(b"secret");
         let (header, claims) = verified(&assertion, Algorithm::HS256, &key);
         assert_eq!(header.typ.as_deref(), Some("JWT"));
@@ -728,7 +730,11 @@ mod tests {
         let (pair, [.., jwk]) = rsa_key();
         let key = DecodingKey::from_rsa_der(pair.public_key().as_ref());
         let jwk = jwk.replacen('{', r#"{"kid":"of-jwk","alg":"PS256","#, 1);
-        let assertion = Settings::default().sign(true, &jwk, "id", &endpoints(Some(&["RS256"])));
+        let assertion = Settings::default().sign(
+            &Key::parse(&jwk).unwrap(),
+            "id",
+            &endpoints(Some(&["RS256"])),
+        );
         let (header, _) = verified(&assertion.unwrap(), Algorithm::PS256, &key);
         assert_eq!(header.kid.as_deref(), Some("of-jwk"));
     }
@@ -743,7 +749,7 @@ mod tests {
             (&["RS384", "ES384"], Algorithm::RS384),
         ] {
             let endpoints = endpoints(Some(supported));
-            let assertion = Settings::default().sign(true, &text, "id", &endpoints);
+            let assertion = Settings::default().sign(&Key::parse(&text).unwrap(), "id", &endpoints);
             verified(&assertion.unwrap(), expected, &key);
         }
     }
@@ -768,25 +774,28 @@ mod tests {
             "-----BEGIN PRIVATE KEY-----\nCANARY\n-----END PRIVATE KEY-----\n".to_owned(),
             "-----BEGIN RSA PRIVATE KEY-----\nAAAA\n-----END RSA PRIVATE KEY-----\n".to_owned(),
         ] {
-            let settings = Settings {
-                key: Some(text.as_str().into()),
-                ..Settings::default()
-            };
-            let error = settings.check(true, Some(&endpoints(None))).unwrap_err();
+            let settings = Settings::default();
+            let key = Credential::from(text.as_str());
+            let error = settings.check(Some(&key), Some(&endpoints(None)));
+            let error = error.unwrap_err();
             assert!(!format!("{error:?}").contains("CANARY"), "{error:?}");
-            assert!(settings.sign(true, &text, "id", &endpoints(None)).is_err());
+            assert!(
+                Key::parse(&text)
+                    .and_then(|key| settings.sign(&key, "id", &endpoints(None)))
+                    .is_err()
+            );
         }
-        for (by_key, algorithm) in [
-            (true, SigningAlgorithm::Rs256),
-            (true, SigningAlgorithm::Hs256),
-            (false, SigningAlgorithm::Es256),
+        let key = Credential::from(pem_text.as_str());
+        for (key, algorithm) in [
+            (Some(&key), SigningAlgorithm::Rs256),
+            (Some(&key), SigningAlgorithm::Hs256),
+            (None, SigningAlgorithm::Es256),
         ] {
             let settings = Settings {
-                key: Some(pem_text.as_str().into()),
                 algorithm: Some(algorithm),
                 ..Settings::default()
             };
-            let checked = settings.check(by_key, Some(&endpoints(None)));
+            let checked = settings.check(key, Some(&endpoints(None)));
             assert!(checked.is_err(), "{algorithm:?}");
         }
     }

@@ -72,28 +72,6 @@ impl AuthMethod {
             Self::None => "none",
         }
     }
-
-    fn takes(self) -> Takes {
-        match self {
-            Self::ClientSecretBasic | Self::ClientSecretPost => Takes::Secret,
-            #[cfg(feature = "jwt")]
-            Self::ClientSecretJwt => Takes::Secret,
-            #[cfg(feature = "jwt")]
-            Self::PrivateKeyJwt => Takes::PrivateKey,
-            Self::TlsClientAuth | Self::SelfSignedTlsClientAuth => Takes::Certificate,
-            Self::None => Takes::Nothing,
-        }
-    }
-}
-
-/// What a method proves an identity by.
-#[derive(PartialEq)]
-enum Takes {
-    Secret,
-    #[cfg(feature = "jwt")]
-    PrivateKey,
-    Certificate,
-    Nothing,
 }
 
 /// What a client has to prove its identity with.
@@ -102,9 +80,10 @@ pub(super) struct Means {
     pub(super) method: Option<AuthMethod>,
     pub(super) secret: Option<Credential>,
     pub(super) raw_basic: bool,
-    pub(super) certificate: Option<Certificate>,
+    pub(super) private_key: Option<Credential>,
     #[cfg(feature = "jwt")]
     pub(super) assertion: assertion::Settings,
+    pub(super) certificate: Option<Certificate>,
 }
 
 /// A client certificate and its key.
@@ -121,7 +100,7 @@ impl Means {
             self.method,
             None | Some(AuthMethod::ClientSecretBasic | AuthMethod::ClientSecretPost)
         );
-        if !own_method && self.secret.is_none() && self.private_key().is_none() {
+        if !own_method && self.secret.is_none() && self.private_key.is_none() {
             self.secret = secret.map(Credential::new);
         }
         if in_body && self.secret.is_some() {
@@ -130,51 +109,61 @@ impl Means {
     }
 
     /// Whether requests go over a connection with a client certificate.
-    pub(super) fn present_certificate(&self) -> bool {
-        let by_method = |method: AuthMethod| method.takes() == Takes::Certificate;
-        self.certificate.is_some() || self.method.is_some_and(by_method)
+    pub(super) fn presents_certificate(&self) -> bool {
+        self.certificate.is_some()
+            || matches!(
+                self.method,
+                Some(AuthMethod::TlsClientAuth | AuthMethod::SelfSignedTlsClientAuth)
+            )
     }
 
-    /// Finds what contradicts itself, and constants that are of no use.
-    ///
-    /// `certificate_elsewhere` if the transport may present one that we do not know of.
-    pub(super) fn check(
-        &self,
-        endpoints: Option<&Endpoints>,
-        certificate_elsewhere: bool,
-    ) -> Result<(), ConfigError> {
-        if self.method.is_none() && self.secret.is_some() && self.private_key().is_some() {
+    /// Finds what contradicts itself, and constants that are of no use. Whether there is a certificate is for those to
+    /// say who know the transport.
+    pub(super) fn check(&self, endpoints: Option<&Endpoints>) -> Result<(), ConfigError> {
+        if self.method.is_none() && self.secret.is_some() && self.private_key.is_some() {
             return Err(ConfigError::new(
                 "the client has both a secret and a private key, and no auth_method chooses",
             ));
         }
         let supported = endpoints.and_then(|endpoints| endpoints.auth_methods.as_deref());
         let method = self.method(supported).map_err(ConfigError::new)?;
-        let has_certificate = certificate_elsewhere || self.certificate.is_some();
-        let missing = match method.takes() {
-            Takes::Secret if self.secret.is_none() => Some("a client_secret"),
-            #[cfg(feature = "jwt")]
-            Takes::PrivateKey if self.private_key().is_none() => Some("a private_key"),
-            Takes::Certificate if !has_certificate => Some("a client_certificate"),
-            Takes::Nothing if self.secret.is_some() || self.private_key().is_some() => {
-                return Err(ConfigError::new(
-                    "the client has a secret or a private key that auth_method does not use",
-                ));
-            }
-            _ => None,
+        let takes = |credential: &Option<Credential>, name| match credential {
+            Some(_) => Ok(()),
+            None => Err(lacking(method, name)),
         };
-        if let Some(missing) = missing {
-            return Err(ConfigError::new(format!(
-                "the auth_method {} takes {missing}",
-                method.name()
-            )));
-        }
         match method {
+            AuthMethod::ClientSecretBasic | AuthMethod::ClientSecretPost => {
+                takes(&self.secret, "client_secret")
+            }
             #[cfg(feature = "jwt")]
-            AuthMethod::PrivateKeyJwt => self.assertion.check(true, endpoints),
+            AuthMethod::ClientSecretJwt => {
+                takes(&self.secret, "client_secret")?;
+                self.assertion.check(None, endpoints)
+            }
             #[cfg(feature = "jwt")]
-            AuthMethod::ClientSecretJwt => self.assertion.check(false, endpoints),
-            _ => Ok(()),
+            AuthMethod::PrivateKeyJwt => {
+                takes(&self.private_key, "private_key")?;
+                self.assertion.check(self.private_key.as_ref(), endpoints)
+            }
+            AuthMethod::None if self.secret.is_some() || self.private_key.is_some() => {
+                Err(ConfigError::new(
+                    "the client has a secret or a private key that auth_method does not use",
+                ))
+            }
+            AuthMethod::TlsClientAuth | AuthMethod::SelfSignedTlsClientAuth | AuthMethod::None => {
+                Ok(())
+            }
+        }
+    }
+
+    /// The certificate for a transport that has none of its own.
+    #[cfg(feature = "rustls")]
+    pub(super) fn certificate(&self) -> Result<Option<&Certificate>, ConfigError> {
+        match (&self.certificate, self.method) {
+            (None, Some(method)) if self.presents_certificate() => {
+                Err(lacking(method, "client_certificate"))
+            }
+            (certificate, _) => Ok(certificate.as_ref()),
         }
     }
 
@@ -184,7 +173,7 @@ impl Means {
             return Ok(method);
         }
         #[cfg(feature = "jwt")]
-        if self.private_key().is_some() {
+        if self.private_key.is_some() {
             return Ok(AuthMethod::PrivateKeyJwt);
         }
         let supports = |method: AuthMethod| {
@@ -215,11 +204,15 @@ impl Means {
 
     /// Asks for the credentials that `method` takes.
     pub(super) async fn gather(&self, method: AuthMethod) -> Result<Held, TokenError> {
-        let shared = match method.takes() {
-            Takes::Secret => self.secret.as_ref(),
+        let shared = match method {
+            AuthMethod::ClientSecretBasic | AuthMethod::ClientSecretPost => &self.secret,
             #[cfg(feature = "jwt")]
-            Takes::PrivateKey => self.private_key(),
-            Takes::Certificate | Takes::Nothing => None,
+            AuthMethod::ClientSecretJwt => &self.secret,
+            #[cfg(feature = "jwt")]
+            AuthMethod::PrivateKeyJwt => &self.private_key,
+            AuthMethod::TlsClientAuth | AuthMethod::SelfSignedTlsClientAuth | AuthMethod::None => {
+                &None
+            }
         };
         let mut held = Held::default();
         if let Some(credential) = shared {
@@ -246,8 +239,11 @@ impl Means {
             AuthMethod::ClientSecretPost => Proof::Params(vec![("client_secret", text.into())]),
             #[cfg(feature = "jwt")]
             AuthMethod::ClientSecretJwt | AuthMethod::PrivateKeyJwt => {
-                let by_key = method == AuthMethod::PrivateKeyJwt;
-                let assertion = self.assertion.sign(by_key, text, client_id, endpoints)?;
+                let key = match method {
+                    AuthMethod::PrivateKeyJwt => assertion::Key::parse(text)?,
+                    _ => assertion::Key::of_secret(text),
+                };
+                let assertion = self.assertion.sign(&key, client_id, endpoints)?;
                 Proof::Params(vec![
                     ("client_assertion_type", assertion::TYPE.into()),
                     ("client_assertion", assertion),
@@ -259,13 +255,6 @@ impl Means {
                 Proof::Params(Vec::new())
             }
         })
-    }
-
-    fn private_key(&self) -> Option<&Credential> {
-        #[cfg(feature = "jwt")]
-        return self.assertion.key.as_ref();
-        #[cfg(not(feature = "jwt"))]
-        None
     }
 }
 
@@ -390,6 +379,11 @@ impl Refused {
         }
         changed
     }
+}
+
+fn lacking(method: AuthMethod, setting: &str) -> ConfigError {
+    let method = method.name();
+    ConfigError::new(format!("the auth_method {method} takes a {setting}"))
 }
 
 /// The header of RFC 6749 section 2.3.1.

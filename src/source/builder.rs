@@ -118,7 +118,7 @@ impl ClientCredentialsBuilder {
     /// valid for 60 s.
     #[cfg(feature = "jwt")]
     pub fn private_key(mut self, key: impl Into<Credential>) -> Self {
-        self.means.assertion.key = Some(key.into());
+        self.means.private_key = Some(key.into());
         self
     }
 
@@ -278,7 +278,7 @@ impl ClientCredentialsBuilder {
     #[cfg(feature = "rustls")]
     pub fn build(mut self) -> Result<ClientCredentials, ConfigError> {
         let settings = mem::take(&mut self.https);
-        let parts = self.checked(false)?;
+        let parts = self.checked()?;
         let (url, revocation_url, otherwise) = match &parts.place {
             Place::Told(endpoints) => {
                 let url = endpoints.token_url.url();
@@ -297,7 +297,7 @@ impl ClientCredentialsBuilder {
         };
         let dialer = settings.dialer(tls)?;
         let transport = dialer.transport(None)?;
-        let mutual = match &parts.means.certificate {
+        let mutual = match parts.means.certificate()? {
             None => None,
             Some(_) if !uses_tls => {
                 return Err(ConfigError::new(
@@ -356,11 +356,11 @@ impl ClientCredentialsBuilder {
             ));
         }
         let transport = Transport::new(service);
-        Ok(ClientCredentials::new(self.checked(true)?.over(transport)))
+        Ok(ClientCredentials::new(self.checked()?.over(transport)))
     }
 
     /// Checks all settings but those of the transport.
-    fn checked(self, certificate_elsewhere: bool) -> Result<Parts, ConfigError> {
+    fn checked(self) -> Result<Parts, ConfigError> {
         let Self {
             target,
             mut means,
@@ -404,7 +404,7 @@ impl ClientCredentialsBuilder {
                 if self.issuer.is_some() {
                     return Err(ConfigError::new("the issuer is set twice"));
                 }
-                let mutual = means.present_certificate();
+                let mutual = means.presents_certificate();
                 let mut issuer = Issuer::new(&issuer, plain_http, mutual)?;
                 issuer.revocation_url = revocation_url;
                 (id, Place::found(issuer))
@@ -423,7 +423,7 @@ impl ClientCredentialsBuilder {
             Place::Told(endpoints) => Some(&**endpoints),
             Place::Found(_) => None,
         };
-        means.check(endpoints, certificate_elsewhere)?;
+        means.check(endpoints)?;
         let asked = Asked::new(
             self.scopes.iter().map(String::as_str),
             self.resources.iter().map(String::as_str),
