@@ -21,7 +21,7 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use super::{credential::Credential, endpoints::Endpoints, response::Text};
+use super::{credential::Credential, response::Text, server::Endpoints};
 use crate::{error::ConfigError, time::Now};
 
 /// The algorithm that client assertions are signed with, by the names of RFC 7518 section 3.1 and RFC 8037

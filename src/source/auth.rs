@@ -1,24 +1,18 @@
 //! How a client proves to its authorization server who it is.
 
-use std::time::Duration;
-
 use base64::{Engine, engine::general_purpose::STANDARD};
 use http::HeaderValue;
 use oauth2::url::form_urlencoded;
 use secrecy::SecretString;
-use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 #[cfg(feature = "jwt")]
 use super::assertion;
 use super::{
     credential::{Credential, Given},
-    endpoints::Endpoints,
+    server::Endpoints,
 };
-use crate::{
-    error::{ConfigError, TokenError},
-    sync::Mutex,
-};
+use crate::error::{ConfigError, TokenError};
 
 /// How a client proves its identity to the token endpoint, by the names of the registry that RFC 7591
 /// section 2 and RFC 8414 section 2 share.
@@ -204,7 +198,7 @@ impl Means {
 
     /// Asks for the credentials that `method` takes.
     pub(super) async fn gather(&self, method: AuthMethod) -> Result<Held, TokenError> {
-        let shared = match method {
+        let key = match method {
             AuthMethod::ClientSecretBasic | AuthMethod::ClientSecretPost => &self.secret,
             #[cfg(feature = "jwt")]
             AuthMethod::ClientSecretJwt => &self.secret,
@@ -215,8 +209,8 @@ impl Means {
             }
         };
         let mut held = Held::default();
-        if let Some(credential) = shared {
-            held.shared = Some(credential.get().await?);
+        if let Some(credential) = key {
+            held.key = Some(credential.get().await?);
         }
         // Whatever the method, since tokens can be bound to it (RFC 8705 section 3).
         if let Some(Certificate { chain, key }) = &self.certificate {
@@ -233,7 +227,7 @@ impl Means {
         held: &Held,
         endpoints: &Endpoints,
     ) -> Result<Proof, ConfigError> {
-        let text = held.shared.as_ref().map_or("", Given::text);
+        let text = held.key.as_ref().map_or("", Given::text);
         Ok(match method {
             AuthMethod::ClientSecretBasic => Proof::Header(basic(client_id, text, self.raw_basic)),
             AuthMethod::ClientSecretPost => Proof::Params(vec![("client_secret", text.into())]),
@@ -269,7 +263,8 @@ pub(super) enum Proof {
 /// The credentials of one token request.
 #[derive(Clone, Default)]
 pub(super) struct Held {
-    shared: Option<Given>,
+    /// The secret or the private key.
+    key: Option<Given>,
     pub(super) certificate: Option<(Given, Given)>,
 }
 
@@ -291,93 +286,14 @@ impl Held {
             .eq(other.iter().map(Given::text))
     }
 
-    fn iter(&self) -> impl Iterator<Item = &Given> {
-        self.shared.iter().chain(self.certificates())
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Given> {
+        self.key.iter().chain(self.certificates())
     }
 
     /// The chain and its key.
     fn certificates(&self) -> impl Iterator<Item = &Given> {
         let pair = self.certificate.iter();
         pair.flat_map(|(chain, key)| [chain, key])
-    }
-}
-
-/// The credentials that the server refused last, for good.
-pub(super) struct Refused(Mutex<Option<Refusal>>);
-
-#[derive(Clone)]
-struct Refusal {
-    held: Held,
-    /// When the files were looked at last.
-    looked: Option<Instant>,
-    changed: bool,
-}
-
-impl Refused {
-    pub(super) fn new() -> Self {
-        Self(Mutex::new(None))
-    }
-
-    /// Takes note of what came of a request that was sent with these.
-    pub(super) fn note(&self, held: &Held, failure: Option<&TokenError>) {
-        match failure {
-            None => *self.0.lock() = None,
-            Some(error) if error.is_of_credentials() => {
-                held.refuse();
-                if !error.is_transient() {
-                    *self.0.lock() = Some(Refusal {
-                        held: held.clone(),
-                        looked: None,
-                        changed: false,
-                    });
-                }
-            }
-            Some(error) => {
-                if error.may_be_of_credentials() {
-                    held.refuse();
-                }
-                #[cfg(feature = "rustls")]
-                if error.may_be_of_certificate() {
-                    held.refuse_certificate();
-                }
-                // New credentials would not mend this, so a refusal of an earlier request is no longer worth watching.
-                if !error.is_transient() {
-                    *self.0.lock() = None;
-                }
-            }
-        }
-    }
-
-    /// Whether there is something else by now. Files are looked at ten times a second at most, and not under
-    /// the lock.
-    pub(super) fn has_changed(&self, now: Instant) -> bool {
-        let (held, look) = {
-            let mut refusal = self.0.lock();
-            let Some(refusal) = &mut *refusal else {
-                return false;
-            };
-            if refusal.changed {
-                return true;
-            }
-            let look = refusal
-                .looked
-                .is_none_or(|looked| now.duration_since(looked) >= LOOK_EVERY);
-            if look {
-                refusal.looked = Some(now);
-            }
-            (refusal.held.clone(), look)
-        };
-        let changed = held
-            .iter()
-            .any(|given| (look || !given.is_of_file()) && given.is_outdated());
-        if changed {
-            let mut refusal = self.0.lock();
-            // Unless other credentials have been refused meanwhile.
-            if let Some(refusal) = refusal.as_mut().filter(|now| now.held.is_as(&held)) {
-                refusal.changed = true;
-            }
-        }
-        changed
     }
 }
 
@@ -417,7 +333,3 @@ const BY_SECRET: &[AuthMethod] = &[
     #[cfg(feature = "jwt")]
     AuthMethod::ClientSecretJwt,
 ];
-
-/// How often the files of refused credentials are looked at. A token of seconds has a fraction of one left when its
-/// refresh is refused, and a look costs some microseconds.
-const LOOK_EVERY: Duration = Duration::from_millis(100);

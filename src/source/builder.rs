@@ -1,6 +1,6 @@
 //! What [`ClientCredentials`] are made of, checked before anything is sent.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 #[cfg(feature = "rustls")]
 use std::{mem, time::Duration};
 
@@ -21,10 +21,11 @@ use super::assertion::{AssertionAudience, SigningAlgorithm};
 use super::{
     AuthMethod, ClientCredentials, Credential,
     asked::{Asked, names, pairs},
-    auth::{Means, Refused},
+    auth::Means,
     client_credentials::Inner,
-    discovery::{Issuer, Place},
-    endpoints::{Endpoints, check_url, parse_url},
+    discovery::{Discovery, Issuer},
+    refused::Refused,
+    server::{Endpoints, Server, check_url, parse_url},
     transport::Transport,
 };
 #[cfg(feature = "rustls")]
@@ -279,12 +280,12 @@ impl ClientCredentialsBuilder {
     pub fn build(mut self) -> Result<ClientCredentials, ConfigError> {
         let settings = mem::take(&mut self.https);
         let parts = self.checked()?;
-        let (url, revocation_url, otherwise) = match &parts.place {
-            Place::Told(endpoints) => {
+        let (url, revocation_url, otherwise) = match &parts.server {
+            Server::Configured(endpoints) => {
                 let url = endpoints.token_url.url();
                 (url, &endpoints.revocation_url, https::Tls::Unused)
             }
-            Place::Found(discovery) => {
+            Server::Discovered(discovery) => {
                 let issuer = &discovery.issuer;
                 (issuer.url(), &issuer.revocation_url, https::Tls::Possible)
             }
@@ -373,7 +374,7 @@ impl ClientCredentialsBuilder {
             .transpose()?;
         let told = |token_url: TokenUrl| {
             check_url(token_url.url(), "token", plain_http)?;
-            Ok::<_, ConfigError>(Place::told(Endpoints {
+            Ok::<_, ConfigError>(Server::Configured(Arc::new(Endpoints {
                 token_url,
                 revocation_url: revocation_url.clone(),
                 #[cfg(feature = "jwt")]
@@ -381,9 +382,9 @@ impl ClientCredentialsBuilder {
                 auth_methods: None,
                 #[cfg(feature = "jwt")]
                 algorithms: None,
-            }))
+            })))
         };
-        let (client_id, place) = match target {
+        let (client_id, server) = match target {
             Target::Client { id, token_url } => {
                 let token_url = TokenUrl::new(token_url).map_err(|error| {
                     ConfigError::new("the token URL cannot be parsed").with_source(error)
@@ -407,7 +408,7 @@ impl ClientCredentialsBuilder {
                 let mutual = means.presents_certificate();
                 let mut issuer = Issuer::new(&issuer, plain_http, mutual)?;
                 issuer.revocation_url = revocation_url;
-                (id, Place::found(issuer))
+                (id, Server::Discovered(Box::new(Discovery::new(issuer))))
             }
         };
         if client_id.is_empty() {
@@ -419,9 +420,9 @@ impl ClientCredentialsBuilder {
                 "a client id with a colon cannot be sent in raw_basic_credentials",
             ));
         }
-        let endpoints = match &place {
-            Place::Told(endpoints) => Some(&**endpoints),
-            Place::Found(_) => None,
+        let endpoints = match &server {
+            Server::Configured(endpoints) => Some(&**endpoints),
+            Server::Discovered(_) => None,
         };
         means.check(endpoints)?;
         let asked = Asked::new(
@@ -431,7 +432,7 @@ impl ClientCredentialsBuilder {
         )?;
         Ok(Parts {
             client_id,
-            place,
+            server,
             asked,
             means,
         })
@@ -441,7 +442,7 @@ impl ClientCredentialsBuilder {
 /// What has been checked.
 struct Parts {
     client_id: String,
-    place: Place,
+    server: Server,
     asked: Asked,
     means: Means,
 }
@@ -450,7 +451,7 @@ impl Parts {
     fn over(self, transport: Transport) -> Inner {
         Inner {
             client_id: self.client_id,
-            place: self.place,
+            server: self.server,
             asked: self.asked,
             means: self.means,
             refused: Refused::new(),

@@ -12,12 +12,12 @@ use super::https;
 use super::{
     AuthMethod, Fetch, RefreshToken, Revocation, TokenResponse, TokenSource,
     asked::{Asked, names},
-    auth::{Held, Means, Proof, Refused},
+    auth::{Held, Means, Proof},
     builder::{ClientCredentialsBuilder, Target},
-    discovery::Place,
-    endpoints::Endpoints,
+    refused::Refused,
     request::{Request, secret_in_body},
     response::Answer,
+    server::{Endpoints, Server},
     transport::Transport,
     within,
 };
@@ -66,7 +66,7 @@ pub struct ClientCredentials {
 
 pub(super) struct Inner {
     pub(super) client_id: String,
-    pub(super) place: Place,
+    pub(super) server: Server,
     pub(super) asked: Asked,
     pub(super) means: Means,
     pub(super) refused: Refused,
@@ -78,7 +78,7 @@ pub(super) struct Inner {
 
 impl Inner {
     async fn endpoints(&self, limit: Duration) -> Result<Arc<Endpoints>, TokenError> {
-        self.place.endpoints(&self.transport, limit).await
+        self.server.endpoints(&self.transport, limit).await
     }
 
     /// Makes one request, or two if the server does not know the client and the client has other credentials by now.
@@ -92,7 +92,7 @@ impl Inner {
         let supported = endpoints.auth_methods.as_deref();
         let method = self.means.method(supported).map_err(|problem| {
             // The next attempt looks whether the server supports more by then.
-            self.place.suspect();
+            self.server.suspect();
             TokenError::terminal(problem)
         })?;
         let first = self.means.gather(method).await?;
@@ -122,7 +122,7 @@ impl Inner {
     ) -> Result<T, TokenError> {
         let outcome = match self.equip(method, held, endpoints) {
             Ok((proof, transport)) => {
-                let watch = self.place.watch();
+                let watch = self.server.watch();
                 let answer = match request.build(&self.client_id, proof, &endpoints.token_url) {
                     Ok(request) => transport.send(request).await,
                     Err(error) => Err(error),
@@ -359,16 +359,16 @@ impl fmt::Debug for ClientCredentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Inner {
             client_id,
-            place,
+            server,
             asked,
             ..
         } = &*self.inner;
-        let place_is = match place {
-            Place::Told(_) => "token_url",
-            Place::Found(_) => "issuer",
+        let kind = match server {
+            Server::Configured(_) => "token_url",
+            Server::Discovered(_) => "issuer",
         };
         f.debug_struct("ClientCredentials")
-            .field(place_is, &place.name())
+            .field(kind, &server.name())
             .field("client_id", client_id)
             .field("scopes", &asked.scopes)
             .field("params", &names(asked.params()))

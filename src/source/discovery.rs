@@ -7,8 +7,8 @@ use oauth2::{TokenUrl, url::Url};
 use serde_json::{Map, Value};
 
 use super::{
-    endpoints::{Endpoints, check_url, parse_url},
     response::{Answer, malformed},
+    server::{Endpoints, check_url, parse_url},
     transport::Transport,
     turn::Turn,
     within,
@@ -21,7 +21,7 @@ use crate::{
 /// The issuer of the server that is to be discovered.
 pub(super) struct Issuer {
     /// As it was configured, to be compared letter by letter.
-    identifier: String,
+    pub(super) identifier: String,
     /// Where its metadata may be, in the order in which they are looked for.
     documents: [Url; 2],
     plain_http: bool,
@@ -133,66 +133,6 @@ impl Issuer {
     }
 }
 
-/// Where the authorization server is: told, or found out.
-pub(super) enum Place {
-    Told(Arc<Endpoints>),
-    Found(Box<Discovery>),
-}
-
-impl Place {
-    pub(super) fn told(endpoints: Endpoints) -> Self {
-        Self::Told(Arc::new(endpoints))
-    }
-
-    pub(super) fn found(issuer: Issuer) -> Self {
-        Self::Found(Box::new(Discovery {
-            issuer,
-            state: Mutex::new(State::default()),
-            turn: Turn::new(),
-        }))
-    }
-
-    /// Returns what is known, or finds it out over `transport`, which presents no client certificate: metadata are
-    /// public. `limit` bounds the search for something newer.
-    pub(super) async fn endpoints(
-        &self,
-        transport: &Transport,
-        limit: Duration,
-    ) -> Result<Arc<Endpoints>, TokenError> {
-        match self {
-            Self::Told(endpoints) => Ok(endpoints.clone()),
-            Self::Found(discovery) => discovery.endpoints(transport, limit).await,
-        }
-    }
-
-    /// Has the server asked again before the next request to its endpoints.
-    pub(super) fn suspect(&self) {
-        if let Self::Found(discovery) = self {
-            discovery.suspect();
-        }
-    }
-
-    /// Watches one request to the endpoints.
-    pub(super) fn watch(&self) -> Watch<'_> {
-        match self {
-            Self::Told(_) => Watch(None),
-            Self::Found(discovery) => Watch(Some(discovery)),
-        }
-    }
-
-    /// The URL by which people know it, without its query.
-    pub(super) fn name(&self) -> String {
-        let url = match self {
-            Self::Told(endpoints) => endpoints.token_url.url(),
-            Self::Found(discovery) => return discovery.issuer.identifier.clone(),
-        };
-        let mut url = url.clone();
-        // Some servers want a key there.
-        url.set_query(None);
-        url.into()
-    }
-}
-
 /// The metadata of an authorization server, kept until the endpoints fail.
 pub(super) struct Discovery {
     pub(super) issuer: Issuer,
@@ -212,11 +152,21 @@ struct State {
 }
 
 impl Discovery {
-    fn suspect(&self) {
+    pub(super) fn new(issuer: Issuer) -> Self {
+        Self {
+            issuer,
+            state: Mutex::new(State::default()),
+            turn: Turn::new(),
+        }
+    }
+
+    /// Has the server asked again before the next request to its endpoints.
+    pub(super) fn suspect(&self) {
         self.state.lock().suspect = true;
     }
 
-    async fn endpoints(
+    /// Returns what is known, or finds it out over `transport`. `limit` bounds the search for something newer.
+    pub(super) async fn endpoints(
         &self,
         transport: &Transport,
         limit: Duration,
@@ -259,7 +209,7 @@ impl Discovery {
 }
 
 /// A request to the endpoints that is under way. If it is dropped before its end, as by a timeout, they are suspect.
-pub(super) struct Watch<'a>(Option<&'a Discovery>);
+pub(super) struct Watch<'a>(pub(super) Option<&'a Discovery>);
 
 impl Watch<'_> {
     /// Ends the watch with what came of the request.

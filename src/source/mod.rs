@@ -8,11 +8,12 @@ mod builder;
 mod client_credentials;
 mod credential;
 mod discovery;
-mod endpoints;
 #[cfg(feature = "rustls")]
 mod https;
+mod refused;
 mod request;
 mod response;
+mod server;
 mod shared;
 mod token_request;
 mod transport;

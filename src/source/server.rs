@@ -1,9 +1,67 @@
 //! Where an authorization server is, and what it understands.
 
+use std::{sync::Arc, time::Duration};
+
 use http::Uri;
 use oauth2::{TokenUrl, url::Url};
 
-use crate::{error::ConfigError, origin::is_loopback};
+use super::{
+    discovery::{Discovery, Watch},
+    transport::Transport,
+};
+use crate::{
+    error::{ConfigError, TokenError},
+    origin::is_loopback,
+};
+
+/// The authorization server, by what the builder was told of it.
+pub(super) enum Server {
+    Configured(Arc<Endpoints>),
+    Discovered(Box<Discovery>),
+}
+
+impl Server {
+    /// Returns what is known, or finds it out over `transport`, which presents no client certificate: metadata are
+    /// public. `limit` bounds the search for something newer.
+    pub(super) async fn endpoints(
+        &self,
+        transport: &Transport,
+        limit: Duration,
+    ) -> Result<Arc<Endpoints>, TokenError> {
+        match self {
+            Self::Configured(endpoints) => Ok(endpoints.clone()),
+            Self::Discovered(discovery) => discovery.endpoints(transport, limit).await,
+        }
+    }
+
+    /// Has a discovered server asked again before the next request to its endpoints.
+    pub(super) fn suspect(&self) {
+        if let Self::Discovered(discovery) = self {
+            discovery.suspect();
+        }
+    }
+
+    /// Watches one request to the endpoints.
+    pub(super) fn watch(&self) -> Watch<'_> {
+        match self {
+            Self::Configured(_) => Watch(None),
+            Self::Discovered(discovery) => Watch(Some(discovery)),
+        }
+    }
+
+    /// The URL by which people know it, without its query.
+    pub(super) fn name(&self) -> String {
+        match self {
+            Self::Configured(endpoints) => {
+                let mut url = endpoints.token_url.url().clone();
+                // Some servers want a key there.
+                url.set_query(None);
+                url.into()
+            }
+            Self::Discovered(discovery) => discovery.issuer.identifier.clone(),
+        }
+    }
+}
 
 /// What is known of an authorization server.
 #[derive(Debug)]

@@ -1,0 +1,91 @@
+//! Credentials that were refused, and whether there are others by now.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::auth::Held;
+use crate::{error::TokenError, sync::Mutex};
+
+/// The credentials that the server refused last, for good.
+pub(super) struct Refused(Mutex<Option<Refusal>>);
+
+#[derive(Clone)]
+struct Refusal {
+    held: Held,
+    /// When the files were looked at last.
+    looked: Option<Instant>,
+    changed: bool,
+}
+
+impl Refused {
+    pub(super) fn new() -> Self {
+        Self(Mutex::new(None))
+    }
+
+    /// Takes note of what came of a request that was sent with these.
+    pub(super) fn note(&self, held: &Held, failure: Option<&TokenError>) {
+        match failure {
+            None => *self.0.lock() = None,
+            Some(error) if error.is_of_credentials() => {
+                held.refuse();
+                if !error.is_transient() {
+                    *self.0.lock() = Some(Refusal {
+                        held: held.clone(),
+                        looked: None,
+                        changed: false,
+                    });
+                }
+            }
+            Some(error) => {
+                if error.may_be_of_credentials() {
+                    held.refuse();
+                }
+                #[cfg(feature = "rustls")]
+                if error.may_be_of_certificate() {
+                    held.refuse_certificate();
+                }
+                // New credentials would not mend this, so a refusal of an earlier request is no longer worth watching.
+                if !error.is_transient() {
+                    *self.0.lock() = None;
+                }
+            }
+        }
+    }
+
+    /// Whether there is something else by now. Files are looked at ten times a second at most, and not under
+    /// the lock.
+    pub(super) fn has_changed(&self, now: Instant) -> bool {
+        let (held, look) = {
+            let mut refusal = self.0.lock();
+            let Some(refusal) = &mut *refusal else {
+                return false;
+            };
+            if refusal.changed {
+                return true;
+            }
+            let look = refusal
+                .looked
+                .is_none_or(|looked| now.duration_since(looked) >= LOOK_EVERY);
+            if look {
+                refusal.looked = Some(now);
+            }
+            (refusal.held.clone(), look)
+        };
+        let changed = held
+            .iter()
+            .any(|given| (look || !given.is_of_file()) && given.is_outdated());
+        if changed {
+            let mut refusal = self.0.lock();
+            // Unless other credentials have been refused meanwhile.
+            if let Some(refusal) = refusal.as_mut().filter(|now| now.held.is_as(&held)) {
+                refusal.changed = true;
+            }
+        }
+        changed
+    }
+}
+
+/// How often the files of refused credentials are looked at. A token of seconds has a fraction of one left when its
+/// refresh is refused, and a look costs some microseconds.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
