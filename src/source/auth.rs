@@ -70,7 +70,7 @@ impl AuthMethod {
 
 /// What a client has to prove its identity with.
 #[derive(Debug, Default)]
-pub(super) struct Means {
+pub(super) struct ClientAuth {
     pub(super) method: Option<AuthMethod>,
     pub(super) secret: Option<Credential>,
     pub(super) raw_basic: bool,
@@ -87,7 +87,7 @@ pub(super) struct Certificate {
     pub(super) key: Credential,
 }
 
-impl Means {
+impl ClientAuth {
     /// Takes what a client of `oauth2` would prove its identity by, unless something else was set.
     pub(super) fn inherit(&mut self, secret: Option<SecretString>, in_body: bool) {
         let own_method = !matches!(
@@ -197,7 +197,7 @@ impl Means {
     }
 
     /// Asks for the credentials that `method` takes.
-    pub(super) async fn gather(&self, method: AuthMethod) -> Result<Held, TokenError> {
+    pub(super) async fn gather(&self, method: AuthMethod) -> Result<Credentials, TokenError> {
         let key = match method {
             AuthMethod::ClientSecretBasic | AuthMethod::ClientSecretPost => &self.secret,
             #[cfg(feature = "jwt")]
@@ -208,15 +208,15 @@ impl Means {
                 &None
             }
         };
-        let mut held = Held::default();
+        let mut credentials = Credentials::default();
         if let Some(credential) = key {
-            held.key = Some(credential.get().await?);
+            credentials.key = Some(credential.get().await?);
         }
         // Whatever the method, since tokens can be bound to it (RFC 8705 section 3).
         if let Some(Certificate { chain, key }) = &self.certificate {
-            held.certificate = Some((chain.get().await?, key.get().await?));
+            credentials.certificate = Some((chain.get().await?, key.get().await?));
         }
-        Ok(held)
+        Ok(credentials)
     }
 
     /// Makes the proof that goes with one token request.
@@ -224,10 +224,10 @@ impl Means {
         &self,
         method: AuthMethod,
         client_id: &str,
-        held: &Held,
+        credentials: &Credentials,
         endpoints: &Endpoints,
     ) -> Result<Proof, ConfigError> {
-        let text = held.key.as_ref().map_or("", Given::text);
+        let text = credentials.key.as_ref().map_or("", Given::text);
         Ok(match method {
             AuthMethod::ClientSecretBasic => Proof::Header(basic(client_id, text, self.raw_basic)),
             AuthMethod::ClientSecretPost => Proof::Params(vec![("client_secret", text.into())]),
@@ -262,13 +262,13 @@ pub(super) enum Proof {
 
 /// The credentials of one token request.
 #[derive(Clone, Default)]
-pub(super) struct Held {
+pub(super) struct Credentials {
     /// The secret or the private key.
     key: Option<Given>,
     pub(super) certificate: Option<(Given, Given)>,
 }
 
-impl Held {
+impl Credentials {
     /// Has another token request ask for others.
     pub(super) fn refuse(&self) {
         self.iter().for_each(Given::refuse);

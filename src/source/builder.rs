@@ -21,7 +21,7 @@ use super::assertion::{AssertionAudience, SigningAlgorithm};
 use super::{
     AuthMethod, ClientCredentials, Credential,
     asked::{Asked, names, pairs},
-    auth::Means,
+    auth::ClientAuth,
     client_credentials::Inner,
     discovery::{Discovery, Issuer},
     refused::Refused,
@@ -56,7 +56,7 @@ pub(super) enum Target {
 #[must_use = "a builder does nothing until it is built"]
 pub struct ClientCredentialsBuilder {
     target: Target,
-    means: Means,
+    auth: ClientAuth,
     #[cfg(feature = "jwt")]
     issuer: Option<String>,
     scopes: Vec<String>,
@@ -72,7 +72,7 @@ impl ClientCredentialsBuilder {
     pub(super) fn new(target: Target) -> Self {
         Self {
             target,
-            means: Means::default(),
+            auth: ClientAuth::default(),
             #[cfg(feature = "jwt")]
             issuer: None,
             scopes: Vec::new(),
@@ -89,7 +89,7 @@ impl ClientCredentialsBuilder {
     ///
     /// It is never printed. Text is held in memory for as long as the source lives.
     pub fn client_secret(mut self, secret: impl Into<Credential>) -> Self {
-        self.means.secret = Some(secret.into());
+        self.auth.secret = Some(secret.into());
         self
     }
 
@@ -98,7 +98,7 @@ impl ClientCredentialsBuilder {
     /// By default it follows from what the builder is given, see [`AuthMethod`], or is that of the client given to
     /// [`ClientCredentials::from_oauth2`].
     pub fn auth_method(mut self, method: AuthMethod) -> Self {
-        self.means.method = Some(method);
+        self.auth.method = Some(method);
         self
     }
 
@@ -108,7 +108,7 @@ impl ClientCredentialsBuilder {
     /// RFC 6749 section 2.3.1 wants them form-encoded, and most servers decode them. It makes no difference if they
     /// consist of letters, digits and `*-._`.
     pub fn raw_basic_credentials(mut self, raw: bool) -> Self {
-        self.means.raw_basic = raw;
+        self.auth.raw_basic = raw;
         self
     }
 
@@ -119,7 +119,7 @@ impl ClientCredentialsBuilder {
     /// valid for 60 s.
     #[cfg(feature = "jwt")]
     pub fn private_key(mut self, key: impl Into<Credential>) -> Self {
-        self.means.private_key = Some(key.into());
+        self.auth.private_key = Some(key.into());
         self
     }
 
@@ -127,7 +127,7 @@ impl ClientCredentialsBuilder {
     /// the JWK.
     #[cfg(feature = "jwt")]
     pub fn key_id(mut self, kid: impl Into<String>) -> Self {
-        self.means.assertion.key_id = Some(kid.into());
+        self.auth.assertion.key_id = Some(kid.into());
         self
     }
 
@@ -135,7 +135,7 @@ impl ClientCredentialsBuilder {
     /// base64url-encoded SHA-256 hash of its DER form (RFC 7515 section 4.1.8). None by default.
     #[cfg(feature = "jwt")]
     pub fn certificate_thumbprint(mut self, x5t_s256: impl Into<String>) -> Self {
-        self.means.assertion.thumbprint = Some(x5t_s256.into());
+        self.auth.assertion.thumbprint = Some(x5t_s256.into());
         self
     }
 
@@ -143,14 +143,14 @@ impl ClientCredentialsBuilder {
     /// [`SigningAlgorithm`].
     #[cfg(feature = "jwt")]
     pub fn signing_algorithm(mut self, algorithm: SigningAlgorithm) -> Self {
-        self.means.assertion.algorithm = Some(algorithm);
+        self.auth.assertion.algorithm = Some(algorithm);
         self
     }
 
     /// Sets whom client assertions are addressed to, the issuer by default.
     #[cfg(feature = "jwt")]
     pub fn assertion_audience(mut self, audience: AssertionAudience) -> Self {
-        self.means.assertion.audience = audience;
+        self.auth.assertion.audience = audience;
         self
     }
 
@@ -175,7 +175,7 @@ impl ClientCredentialsBuilder {
         certificates: impl Into<Credential>,
         key: impl Into<Credential>,
     ) -> Self {
-        self.means.certificate = Some(Certificate {
+        self.auth.certificate = Some(Certificate {
             chain: certificates.into(),
             key: key.into(),
         });
@@ -298,7 +298,7 @@ impl ClientCredentialsBuilder {
         };
         let dialer = settings.dialer(tls)?;
         let transport = dialer.transport(None)?;
-        let mutual = match parts.means.certificate()? {
+        let mutual = match parts.auth.certificate()? {
             None => None,
             Some(_) if !uses_tls => {
                 return Err(ConfigError::new(
@@ -351,7 +351,7 @@ impl ClientCredentialsBuilder {
         B::Data: Send,
         B::Error: Into<BoxError>,
     {
-        if self.means.certificate.is_some() {
+        if self.auth.certificate.is_some() {
             return Err(ConfigError::new(
                 "the service given to build_with would not present the client_certificate",
             ));
@@ -364,7 +364,7 @@ impl ClientCredentialsBuilder {
     fn checked(self) -> Result<Parts, ConfigError> {
         let Self {
             target,
-            mut means,
+            mut auth,
             plain_http,
             ..
         } = self;
@@ -397,7 +397,7 @@ impl ClientCredentialsBuilder {
                 secret,
                 in_body,
             } => {
-                means.inherit(secret, in_body);
+                auth.inherit(secret, in_body);
                 (id, told(token_url)?)
             }
             Target::Issuer { id, issuer } => {
@@ -405,7 +405,7 @@ impl ClientCredentialsBuilder {
                 if self.issuer.is_some() {
                     return Err(ConfigError::new("the issuer is set twice"));
                 }
-                let mutual = means.presents_certificate();
+                let mutual = auth.presents_certificate();
                 let mut issuer = Issuer::new(&issuer, plain_http, mutual)?;
                 issuer.revocation_url = revocation_url;
                 (id, Server::Discovered(Box::new(Discovery::new(issuer))))
@@ -414,7 +414,7 @@ impl ClientCredentialsBuilder {
         if client_id.is_empty() {
             return Err(ConfigError::new("the client id is empty"));
         }
-        if means.raw_basic && client_id.contains(':') {
+        if auth.raw_basic && client_id.contains(':') {
             // RFC 7617 section 2: the first colon ends the id.
             return Err(ConfigError::new(
                 "a client id with a colon cannot be sent in raw_basic_credentials",
@@ -424,7 +424,7 @@ impl ClientCredentialsBuilder {
             Server::Configured(endpoints) => Some(&**endpoints),
             Server::Discovered(_) => None,
         };
-        means.check(endpoints)?;
+        auth.check(endpoints)?;
         let asked = Asked::new(
             self.scopes.iter().map(String::as_str),
             self.resources.iter().map(String::as_str),
@@ -434,7 +434,7 @@ impl ClientCredentialsBuilder {
             client_id,
             server,
             asked,
-            means,
+            auth,
         })
     }
 }
@@ -444,7 +444,7 @@ struct Parts {
     client_id: String,
     server: Server,
     asked: Asked,
-    means: Means,
+    auth: ClientAuth,
 }
 
 impl Parts {
@@ -453,7 +453,7 @@ impl Parts {
             client_id: self.client_id,
             server: self.server,
             asked: self.asked,
-            means: self.means,
+            auth: self.auth,
             refused: Refused::new(),
             transport,
             #[cfg(feature = "rustls")]

@@ -12,7 +12,7 @@ use super::https;
 use super::{
     AuthMethod, Fetch, RefreshToken, Revocation, TokenResponse, TokenSource,
     asked::{Asked, names},
-    auth::{Held, Means, Proof},
+    auth::{ClientAuth, Credentials, Proof},
     builder::{ClientCredentialsBuilder, Target},
     refused::Refused,
     request::{Request, secret_in_body},
@@ -68,7 +68,7 @@ pub(super) struct Inner {
     pub(super) client_id: String,
     pub(super) server: Server,
     pub(super) asked: Asked,
-    pub(super) means: Means,
+    pub(super) auth: ClientAuth,
     pub(super) refused: Refused,
     pub(super) transport: Transport,
     /// Takes its place if the client presents a certificate.
@@ -90,12 +90,12 @@ impl Inner {
         judge: fn(Answer) -> Result<T, TokenError>,
     ) -> Result<T, TokenError> {
         let supported = endpoints.auth_methods.as_deref();
-        let method = self.means.method(supported).map_err(|problem| {
+        let method = self.auth.method(supported).map_err(|problem| {
             // The next attempt looks whether the server supports more by then.
             self.server.suspect();
             TokenError::terminal(problem)
         })?;
-        let first = self.means.gather(method).await?;
+        let first = self.auth.gather(method).await?;
         let outcome = self.send(request, endpoints, method, &first, judge).await;
         match &outcome {
             // A refresh token is sent once: RFC 6749 does not say whether it survives a request that failed.
@@ -103,7 +103,7 @@ impl Inner {
             Err(error) if error.is_of_credentials() => {}
             _ => return outcome,
         }
-        let newer = self.means.gather(method).await?;
+        let newer = self.auth.gather(method).await?;
         if newer.is_as(&first) {
             newer.refuse();
             return outcome;
@@ -117,10 +117,10 @@ impl Inner {
         request: Request<'_>,
         endpoints: &Endpoints,
         method: AuthMethod,
-        held: &Held,
+        credentials: &Credentials,
         judge: fn(Answer) -> Result<T, TokenError>,
     ) -> Result<T, TokenError> {
-        let outcome = match self.equip(method, held, endpoints) {
+        let outcome = match self.equip(method, credentials, endpoints) {
             Ok((proof, transport)) => {
                 let watch = self.server.watch();
                 let answer = match request.build(&self.client_id, proof, &endpoints.token_url) {
@@ -134,7 +134,7 @@ impl Inner {
             // A certificate and a key that were replaced between the reading of both, for example.
             Err(error) => Err(TokenError::new(Kind::Credentials).with_source(error)),
         };
-        self.refused.note(held, outcome.as_ref().err());
+        self.refused.note(credentials, outcome.as_ref().err());
         outcome
     }
 
@@ -142,13 +142,15 @@ impl Inner {
     fn equip(
         &self,
         method: AuthMethod,
-        held: &Held,
+        credentials: &Credentials,
         endpoints: &Endpoints,
     ) -> Result<(Proof, Transport), ConfigError> {
-        let proof = self.means.prove(method, &self.client_id, held, endpoints)?;
+        let proof = self
+            .auth
+            .prove(method, &self.client_id, credentials, endpoints)?;
         #[cfg(feature = "rustls")]
         if let Some(mutual) = &self.mutual {
-            let (chain, key) = held.certificate.as_ref().expect("it was gathered");
+            let (chain, key) = credentials.certificate.as_ref().expect("it was gathered");
             return Ok((proof, mutual.transport(chain.text(), key.text())?));
         }
         Ok((proof, self.transport.clone()))

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::auth::Held;
+use super::auth::Credentials;
 use crate::{error::TokenError, sync::Mutex};
 
 /// The credentials that the server refused last, for good.
@@ -12,7 +12,7 @@ pub(super) struct Refused(Mutex<Option<Refusal>>);
 
 #[derive(Clone)]
 struct Refusal {
-    held: Held,
+    credentials: Credentials,
     /// When the files were looked at last.
     looked: Option<Instant>,
     changed: bool,
@@ -24,14 +24,14 @@ impl Refused {
     }
 
     /// Takes note of what came of a request that was sent with these.
-    pub(super) fn note(&self, held: &Held, failure: Option<&TokenError>) {
+    pub(super) fn note(&self, credentials: &Credentials, failure: Option<&TokenError>) {
         match failure {
             None => *self.0.lock() = None,
             Some(error) if error.is_of_credentials() => {
-                held.refuse();
+                credentials.refuse();
                 if !error.is_transient() {
                     *self.0.lock() = Some(Refusal {
-                        held: held.clone(),
+                        credentials: credentials.clone(),
                         looked: None,
                         changed: false,
                     });
@@ -39,11 +39,11 @@ impl Refused {
             }
             Some(error) => {
                 if error.may_be_of_credentials() {
-                    held.refuse();
+                    credentials.refuse();
                 }
                 #[cfg(feature = "rustls")]
                 if error.may_be_of_certificate() {
-                    held.refuse_certificate();
+                    credentials.refuse_certificate();
                 }
                 // New credentials would not mend this, so a refusal of an earlier request is no longer worth watching.
                 if !error.is_transient() {
@@ -56,7 +56,7 @@ impl Refused {
     /// Whether there is something else by now. Files are looked at ten times a second at most, and not under
     /// the lock.
     pub(super) fn has_changed(&self, now: Instant) -> bool {
-        let (held, look) = {
+        let (credentials, look) = {
             let mut refusal = self.0.lock();
             let Some(refusal) = &mut *refusal else {
                 return false;
@@ -70,15 +70,18 @@ impl Refused {
             if look {
                 refusal.looked = Some(now);
             }
-            (refusal.held.clone(), look)
+            (refusal.credentials.clone(), look)
         };
-        let changed = held
+        let changed = credentials
             .iter()
             .any(|given| (look || !given.is_of_file()) && given.is_outdated());
         if changed {
             let mut refusal = self.0.lock();
             // Unless other credentials have been refused meanwhile.
-            if let Some(refusal) = refusal.as_mut().filter(|now| now.held.is_as(&held)) {
+            if let Some(refusal) = refusal
+                .as_mut()
+                .filter(|now| now.credentials.is_as(&credentials))
+            {
                 refusal.changed = true;
             }
         }
