@@ -80,6 +80,13 @@ pub(super) struct ClientAuth {
     pub(super) certificate: Option<Certificate>,
 }
 
+/// What a client of `oauth2` proves its identity with.
+pub(super) struct OAuth2Auth {
+    pub(super) secret: Option<SecretString>,
+    /// Whether id and secret go into the body.
+    pub(super) in_body: bool,
+}
+
 /// A client certificate and its key.
 #[derive(Debug)]
 pub(super) struct Certificate {
@@ -89,15 +96,15 @@ pub(super) struct Certificate {
 
 impl ClientAuth {
     /// Takes what a client of `oauth2` would prove its identity by, unless something else was set.
-    pub(super) fn inherit(&mut self, secret: Option<SecretString>, in_body: bool) {
+    pub(super) fn inherit(&mut self, oauth2: OAuth2Auth) {
         let own_method = !matches!(
             self.method,
             None | Some(AuthMethod::ClientSecretBasic | AuthMethod::ClientSecretPost)
         );
         if !own_method && self.secret.is_none() && self.private_key.is_none() {
-            self.secret = secret.map(Credential::new);
+            self.secret = oauth2.secret.map(Credential::new);
         }
-        if in_body && self.secret.is_some() {
+        if oauth2.in_body && self.secret.is_some() {
             self.method = self.method.or(Some(AuthMethod::ClientSecretPost));
         }
     }

@@ -1,8 +1,8 @@
 //! What [`ClientCredentials`] are made of, checked before anything is sent.
 
-use std::{fmt, sync::Arc};
 #[cfg(feature = "rustls")]
-use std::{mem, time::Duration};
+use std::time::Duration;
+use std::{fmt, sync::Arc};
 
 use bytes::Bytes;
 use http::{Request, Response};
@@ -11,9 +11,6 @@ use http_body_util::Full;
 use oauth2::TokenUrl;
 #[cfg(feature = "rustls")]
 use oauth2::url::Url;
-#[cfg(feature = "rustls")]
-use secrecy::ExposeSecret;
-use secrecy::SecretString;
 use tower_service::Service;
 
 #[cfg(feature = "jwt")]
@@ -21,7 +18,7 @@ use super::assertion::{AssertionAudience, SigningAlgorithm};
 use super::{
     AuthMethod, ClientCredentials, Credential,
     asked::{Asked, names, pairs},
-    auth::ClientAuth,
+    auth::{ClientAuth, OAuth2Auth},
     client_credentials::Inner,
     discovery::{Discovery, Issuer},
     refused::Refused,
@@ -32,20 +29,10 @@ use super::{
 use super::{auth::Certificate, https};
 use crate::error::{BoxError, ConfigError};
 
-/// Whom a builder is about.
+/// Where tokens are asked for.
 pub(super) enum Target {
-    /// The client of this id at this token endpoint.
-    Client { id: String, token_url: String },
-    /// The client of this id at the server of this issuer.
-    Issuer { id: String, issuer: String },
-    /// A client of `oauth2`.
-    OAuth2 {
-        id: String,
-        token_url: TokenUrl,
-        secret: Option<SecretString>,
-        /// Whether id and secret go into the body.
-        in_body: bool,
-    },
+    TokenUrl(String),
+    Issuer(String),
 }
 
 /// Builds [`ClientCredentials`].
@@ -55,8 +42,10 @@ pub(super) enum Target {
 /// [`build_with`](Self::build_with).
 #[must_use = "a builder does nothing until it is built"]
 pub struct ClientCredentialsBuilder {
+    client_id: String,
     target: Target,
     auth: ClientAuth,
+    oauth2: Option<OAuth2Auth>,
     #[cfg(feature = "jwt")]
     issuer: Option<String>,
     scopes: Vec<String>,
@@ -69,10 +58,12 @@ pub struct ClientCredentialsBuilder {
 }
 
 impl ClientCredentialsBuilder {
-    pub(super) fn new(target: Target) -> Self {
+    pub(super) fn new(client_id: String, target: Target) -> Self {
         Self {
+            client_id,
             target,
             auth: ClientAuth::default(),
+            oauth2: None,
             #[cfg(feature = "jwt")]
             issuer: None,
             scopes: Vec::new(),
@@ -83,6 +74,12 @@ impl ClientCredentialsBuilder {
             #[cfg(feature = "rustls")]
             https: https::Settings::default(),
         }
+    }
+
+    /// Sets what is sent unless the builder is given something else.
+    pub(super) fn inherit(mut self, oauth2: OAuth2Auth) -> Self {
+        self.oauth2 = Some(oauth2);
+        self
     }
 
     /// Sets the client's secret: its text, or a [`Credential`] that says where it comes from.
@@ -277,10 +274,9 @@ impl ClientCredentialsBuilder {
     /// added cannot be used (the roots matter only if one of the URLs is `https`); if the client certificate
     /// cannot be used with its key, or the token URL is not `https` though the client is to present one.
     #[cfg(feature = "rustls")]
-    pub fn build(mut self) -> Result<ClientCredentials, ConfigError> {
-        let settings = mem::take(&mut self.https);
-        let parts = self.checked()?;
-        let (url, revocation_url, otherwise) = match &parts.server {
+    pub fn build(self) -> Result<ClientCredentials, ConfigError> {
+        let server = self.server()?;
+        let (url, revocation_url, otherwise) = match &server {
             Server::Configured(endpoints) => {
                 let url = endpoints.token_url.url();
                 (url, &endpoints.revocation_url, https::Tls::Unused)
@@ -296,27 +292,19 @@ impl ClientCredentialsBuilder {
             true => https::Tls::Needed,
             false => otherwise,
         };
-        let dialer = settings.dialer(tls)?;
+        let dialer = self.https.dialer(tls)?;
         let transport = dialer.transport(None)?;
-        let mutual = match parts.auth.certificate()? {
+        let mutual = match self.auth.certificate()? {
             None => None,
             Some(_) if !uses_tls => {
                 return Err(ConfigError::new(
                     "a client_certificate can be presented to an https URL only",
                 ));
             }
-            Some(Certificate { chain, key }) => {
-                let mutual = https::Mutual::new(dialer);
-                if let (Some(chain), Some(key)) = (chain.constant(), key.constant()) {
-                    mutual.transport(chain.expose_secret(), key.expose_secret())?;
-                }
-                Some(mutual)
-            }
+            Some(certificate) => Some(https::Mutual::new(dialer, certificate)?),
         };
-        Ok(ClientCredentials::new(Inner {
-            mutual,
-            ..parts.over(transport)
-        }))
+        let inner = self.inner(server, transport)?;
+        Ok(ClientCredentials::new(Inner { mutual, ..inner }))
     }
 
     /// Builds the source with any HTTP service as the client for the token endpoint.
@@ -356,61 +344,53 @@ impl ClientCredentialsBuilder {
                 "the service given to build_with would not present the client_certificate",
             ));
         }
-        let transport = Transport::new(service);
-        Ok(ClientCredentials::new(self.checked()?.over(transport)))
+        let server = self.server()?;
+        let inner = self.inner(server, Transport::new(service))?;
+        Ok(ClientCredentials::new(inner))
     }
 
-    /// Checks all settings but those of the transport.
-    fn checked(self) -> Result<Parts, ConfigError> {
-        let Self {
-            target,
-            mut auth,
-            plain_http,
-            ..
-        } = self;
-        let revocation_url = self
-            .revocation_url
-            .map(|url| parse_url(&url, "revocation", plain_http))
+    /// Checks where the server is.
+    fn server(&self) -> Result<Server, ConfigError> {
+        let plain_http = self.plain_http;
+        let revocation_url = self.revocation_url.as_ref();
+        let revocation_url = revocation_url
+            .map(|url| parse_url(url, "revocation", plain_http))
             .transpose()?;
-        let told = |token_url: TokenUrl| {
-            check_url(token_url.url(), "token", plain_http)?;
-            Ok::<_, ConfigError>(Server::Configured(Arc::new(Endpoints {
-                token_url,
-                revocation_url: revocation_url.clone(),
-                #[cfg(feature = "jwt")]
-                issuer: self.issuer.clone(),
-                auth_methods: None,
-                #[cfg(feature = "jwt")]
-                algorithms: None,
-            })))
-        };
-        let (client_id, server) = match target {
-            Target::Client { id, token_url } => {
-                let token_url = TokenUrl::new(token_url).map_err(|error| {
+        match &self.target {
+            Target::TokenUrl(url) => {
+                let token_url = TokenUrl::new(url.clone()).map_err(|error| {
                     ConfigError::new("the token URL cannot be parsed").with_source(error)
                 })?;
-                (id, told(token_url)?)
+                check_url(token_url.url(), "token", plain_http)?;
+                Ok(Server::Configured(Arc::new(Endpoints {
+                    token_url,
+                    revocation_url,
+                    #[cfg(feature = "jwt")]
+                    issuer: self.issuer.clone(),
+                    auth_methods: None,
+                    #[cfg(feature = "jwt")]
+                    algorithms: None,
+                })))
             }
-            Target::OAuth2 {
-                id,
-                token_url,
-                secret,
-                in_body,
-            } => {
-                auth.inherit(secret, in_body);
-                (id, told(token_url)?)
-            }
-            Target::Issuer { id, issuer } => {
+            Target::Issuer(issuer) => {
                 #[cfg(feature = "jwt")]
                 if self.issuer.is_some() {
                     return Err(ConfigError::new("the issuer is set twice"));
                 }
-                let mutual = auth.presents_certificate();
-                let mut issuer = Issuer::new(&issuer, plain_http, mutual)?;
-                issuer.revocation_url = revocation_url;
-                (id, Server::Discovered(Box::new(Discovery::new(issuer))))
+                let mutual = self.auth.presents_certificate();
+                let issuer = Issuer::new(issuer, plain_http, mutual, revocation_url)?;
+                Ok(Server::Discovered(Box::new(Discovery::new(issuer))))
             }
-        };
+        }
+    }
+
+    /// Checks who asks the server, and what for.
+    fn inner(self, server: Server, transport: Transport) -> Result<Inner, ConfigError> {
+        let Self {
+            client_id,
+            mut auth,
+            ..
+        } = self;
         if client_id.is_empty() {
             return Err(ConfigError::new("the client id is empty"));
         }
@@ -420,45 +400,25 @@ impl ClientCredentialsBuilder {
                 "a client id with a colon cannot be sent in raw_basic_credentials",
             ));
         }
-        let endpoints = match &server {
-            Server::Configured(endpoints) => Some(&**endpoints),
-            Server::Discovered(_) => None,
-        };
-        auth.check(endpoints)?;
+        if let Some(oauth2) = self.oauth2 {
+            auth.inherit(oauth2);
+        }
+        auth.check(server.configured())?;
         let asked = Asked::new(
             self.scopes.iter().map(String::as_str),
             self.resources.iter().map(String::as_str),
             pairs(&self.params),
         )?;
-        Ok(Parts {
+        Ok(Inner {
             client_id,
             server,
             asked,
             auth,
-        })
-    }
-}
-
-/// What has been checked.
-struct Parts {
-    client_id: String,
-    server: Server,
-    asked: Asked,
-    auth: ClientAuth,
-}
-
-impl Parts {
-    fn over(self, transport: Transport) -> Inner {
-        Inner {
-            client_id: self.client_id,
-            server: self.server,
-            asked: self.asked,
-            auth: self.auth,
             refused: Refused::new(),
             transport,
             #[cfg(feature = "rustls")]
             mutual: None,
-        }
+        })
     }
 }
 

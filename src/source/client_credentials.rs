@@ -12,7 +12,7 @@ use super::https;
 use super::{
     AuthMethod, Fetch, RefreshToken, Revocation, TokenResponse, TokenSource,
     asked::{Asked, names},
-    auth::{ClientAuth, Credentials, Proof},
+    auth::{ClientAuth, Credentials, OAuth2Auth, Proof},
     builder::{ClientCredentialsBuilder, Target},
     refused::Refused,
     request::{Request, secret_in_body},
@@ -166,10 +166,7 @@ impl ClientCredentials {
         token_url: impl Into<String>,
         client_id: impl Into<String>,
     ) -> ClientCredentialsBuilder {
-        ClientCredentialsBuilder::new(Target::Client {
-            id: client_id.into(),
-            token_url: token_url.into(),
-        })
+        ClientCredentialsBuilder::new(client_id.into(), Target::TokenUrl(token_url.into()))
     }
 
     /// Starts a source for the client `client_id` at the authorization server of this issuer, whose metadata say where
@@ -210,10 +207,7 @@ impl ClientCredentials {
         issuer: impl Into<String>,
         client_id: impl Into<String>,
     ) -> ClientCredentialsBuilder {
-        ClientCredentialsBuilder::new(Target::Issuer {
-            id: client_id.into(),
-            issuer: issuer.into(),
-        })
+        ClientCredentialsBuilder::new(client_id.into(), Target::Issuer(issuer.into()))
     }
 
     /// Starts a source from a client of the `oauth2` crate that has a token URL.
@@ -268,13 +262,12 @@ impl ClientCredentials {
         Revocation: EndpointState + Send + Sync + 'static,
     {
         let in_body = matches!(client.auth_type(), AuthType::RequestBody);
+        let token_url = Target::TokenUrl(client.token_uri().to_string());
         let client = client.set_auth_type(AuthType::RequestBody);
-        ClientCredentialsBuilder::new(Target::OAuth2 {
-            id: client.client_id().to_string(),
-            token_url: client.token_uri().clone(),
-            secret: secret_in_body(|catcher| client.exchange_client_credentials().request(catcher)),
-            in_body,
-        })
+        let secret =
+            secret_in_body(|catcher| client.exchange_client_credentials().request(catcher));
+        ClientCredentialsBuilder::new(client.client_id().to_string(), token_url)
+            .inherit(OAuth2Auth { secret, in_body })
     }
 
     pub(super) fn new(inner: Inner) -> Self {

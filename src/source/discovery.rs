@@ -36,6 +36,7 @@ impl Issuer {
         identifier: &str,
         plain_http: bool,
         mutual: bool,
+        revocation_url: Option<Url>,
     ) -> Result<Self, ConfigError> {
         let url = parse_url(identifier, "issuer", plain_http)?;
         if url.query().is_some() {
@@ -58,7 +59,7 @@ impl Issuer {
             ],
             plain_http,
             mutual,
-            revocation_url: None,
+            revocation_url,
         })
     }
 

@@ -19,7 +19,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use secrecy::{ExposeSecret, SecretString};
 use tower::ServiceExt;
 
-use super::{response::without_mark, transport::Transport};
+use super::{auth::Certificate, response::without_mark, transport::Transport};
 use crate::{
     error::{ConfigError, Unresolved},
     sync::Mutex,
@@ -155,11 +155,17 @@ struct Presenting {
 }
 
 impl Mutual {
-    pub(super) fn new(dialer: Dialer) -> Self {
-        Self {
+    /// Tries the certificate at once if it is known: constants are of use by now or never.
+    pub(super) fn new(dialer: Dialer, certificate: &Certificate) -> Result<Self, ConfigError> {
+        let mutual = Self {
             dialer,
             last: Mutex::new(None),
+        };
+        let Certificate { chain, key } = certificate;
+        if let (Some(chain), Some(key)) = (chain.constant(), key.constant()) {
+            mutual.transport(chain.expose_secret(), key.expose_secret())?;
         }
+        Ok(mutual)
     }
 
     pub(super) fn transport(&self, chain: &str, key: &str) -> Result<Transport, ConfigError> {

@@ -21,6 +21,14 @@ pub(super) enum Server {
 }
 
 impl Server {
+    /// Returns what is known without asking.
+    pub(super) fn configured(&self) -> Option<&Endpoints> {
+        match self {
+            Self::Configured(endpoints) => Some(endpoints),
+            Self::Discovered(_) => None,
+        }
+    }
+
     /// Returns what is known, or finds it out over `transport`, which presents no client certificate: metadata are
     /// public. `limit` bounds the search for something newer.
     pub(super) async fn endpoints(
