@@ -97,11 +97,11 @@ impl Inner {
         })?;
         let first = self.auth.gather(method).await?;
         let outcome = self.send(request, endpoints, method, &first, judge).await;
-        match &outcome {
-            // A refresh token is sent once: RFC 6749 does not say whether it survives a request that failed.
-            Err(_) if matches!(request, Request::RefreshToken(..)) => return outcome,
-            Err(error) if error.is_of_credentials() => {}
-            _ => return outcome,
+        // A refresh token is sent once: RFC 6749 does not say whether it survives a request that failed.
+        let is_sent_once = matches!(request, Request::RefreshToken(..));
+        let are_refused = outcome.as_ref().is_err_and(TokenError::is_of_credentials);
+        if is_sent_once || !are_refused {
+            return outcome;
         }
         let newer = self.auth.gather(method).await?;
         if newer.is_as(&first) {

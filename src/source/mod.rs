@@ -1,4 +1,8 @@
 //! Where tokens come from: the [`TokenSource`] trait and its implementations.
+//!
+//! What the `builder` has checked, [`ClientCredentials`] turn into token requests: `server` says where one goes, `asked`
+//! what for, `auth` proves who asks, `request` is what is sent and `response` what comes back, over a `transport`.
+//! `refused` remembers what an answer says of the client's credentials.
 
 mod asked;
 #[cfg(feature = "jwt")]
