@@ -624,5 +624,19 @@ mod tests {
         let source = |url| build(ClientCredentials::from_oauth2(client(url)));
         assert!(source("https://as.example/token").is_ok());
         assert!(source("http://as.example/token").is_err());
+
+        let from = ClientCredentials::from_oauth2;
+        let https = || client("https://as.example/token");
+        let post = from(https()).auth_method(AuthMethod::ClientSecretPost);
+        assert!(build(post).is_err(), "there is no secret");
+        #[cfg(feature = "jwt")]
+        {
+            let secret = oauth2::ClientSecret::new("s".to_owned());
+            let key = from(https().set_client_secret(secret)).private_key(Credential::env("K"));
+            assert!(
+                build(key.issuer("i")).is_ok(),
+                "the key takes the place of the secret"
+            );
+        }
     }
 }
