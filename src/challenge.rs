@@ -5,8 +5,9 @@
 //! Bearer challenge after it.
 //!
 //! A syntax error discards only the rest of its header value: what was read before stays, and so do the other values.
-//! Four things are read that the grammar does not allow but servers send: tabs for spaces, parameters after a token68,
-//! parameters with no comma between them (Kong and AWS API Gateway), and repeated parameter names (the first one counts).
+//! Five things are read that the grammar does not allow but servers send: tabs for spaces, parameters after a token68,
+//! parameters with no comma between them (Kong and AWS API Gateway), repeated parameter names (the first one counts),
+//! and words before a scheme, such as the `null Bearer` of WSO2.
 
 use std::{borrow::Cow, fmt, iter};
 
@@ -82,7 +83,7 @@ fn is_grpc_unauthenticated(headers: &HeaderMap) -> bool {
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 enum Claim {
     OtherScheme,
-    /// A Bearer challenge without an `error`, or with one that RFC 6750 does not know.
+    /// One for tokens without an `error`, or with one that RFC 6750 does not know.
     Unexplained,
     /// The request is at fault, or the token is good and grants too little.
     OtherFault,
@@ -93,7 +94,7 @@ enum Claim {
 
 impl Claim {
     fn of(challenge: Challenge<'_>) -> Self {
-        if !challenge.is_bearer() {
+        if !challenge.is_of_tokens() {
             return Self::OtherScheme;
         }
         match challenge.raw_param("error").as_deref() {
@@ -176,6 +177,13 @@ impl<'a> Challenge<'a> {
     /// Returns the `scope` that a Bearer challenge wants to see (RFC 6750 section 3).
     pub fn scope(&self) -> Option<Cow<'a, str>> {
         self.param("scope")
+    }
+
+    /// Whether the scheme is `Bearer`, or a name for it that APIs had before RFC 6750 or in spite of it.
+    fn is_of_tokens(&self) -> bool {
+        OF_TOKENS
+            .iter()
+            .any(|name| self.scheme.eq_ignore_ascii_case(name.as_bytes()))
     }
 
     fn raw_param(mut self, name: &str) -> Option<Cow<'a, [u8]>> {
@@ -307,9 +315,13 @@ impl<'a> Cursor<'a> {
         if ahead.at_end_of_element() {
             ahead.end_element();
             *self = ahead;
-        } else if !self.at_param() {
+        } else if !(self.at_param() || self.at_scheme()) {
             self.rest = &[];
         }
+    }
+
+    fn at_scheme(mut self) -> bool {
+        self.scheme().is_some()
     }
 
     fn at_param(mut self) -> bool {
@@ -410,6 +422,9 @@ fn is_token68_char(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"-._~+/".contains(&byte)
 }
 
+/// WSO2 says `OAuth2`, Rack's libraries `OAuth`, Rails `Token` and gin-jwt `JWT`, and all of them take `Bearer`.
+const OF_TOKENS: [&str; 5] = ["Bearer", "OAuth2", "OAuth", "Token", "JWT"];
+
 static GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
 /// The code `UNAUTHENTICATED`.
@@ -469,8 +484,26 @@ mod tests {
             &["Bearer realm=service error=invalid_token, Basic realm=a"],
             // As the first of several errors of one challenge.
             &["Bearer error=invalid_token, error=invalid_request"],
+            // As it comes from WSO2 4.0 and 4.1, which put words before the scheme.
+            &[r#"Internal API Key realm="a", Bearer realm="a", error="invalid_token""#],
+            &[r#"null Bearer realm="a", error="invalid_token""#],
+            &["Basic Bearer error=invalid_token"],
         ];
         assert_all(Verdict::InvalidToken, answers);
+    }
+
+    #[test]
+    fn a_scheme_of_another_name_may_be_about_the_token() {
+        // WSO2 3.2, for one.
+        let value = r#"OAuth2 realm="WSO2 API Manager", error="invalid_token", error_description="The access token expired""#;
+        assert_all(Verdict::InvalidToken, &[&[value]]);
+        let unexplained: &[&[&str]] = &[
+            &[r#"Token realm="Application""#],
+            &["token"],
+            &["JWT realm=gin jwt"],
+            &["Basic realm=a, OAuth realm='OAuth API', error='invalid_token'"],
+        ];
+        assert_all(Verdict::Unexplained, unexplained);
     }
 
     /// Continuous access evaluation: the claims come in base64, padded or not, of either alphabet.
@@ -583,7 +616,6 @@ mod tests {
 
         let challenge_lost: &[&[&str]] = &[
             &[r#"Basic realm="open, Bearer error=invalid_token"#],
-            &["Basic Bearer error=invalid_token"],
             &["Negotiate YII== x, Bearer error=invalid_token"],
         ];
         assert_all(Verdict::NotOurs, challenge_lost);
