@@ -256,11 +256,14 @@ impl TokenError {
     /// Whether it may be about the credentials, though not in the words of RFC 6749: the server has words of its own, or
     /// a proxy answered, as nginx does about a client certificate.
     pub(crate) fn may_be_of_credentials(&self) -> bool {
-        self.is_unavailable()
-            && matches!(
-                self.status(),
-                Some(StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
-            )
+        match self.status() {
+            Some(StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => {
+                self.is_unavailable()
+            }
+            // There is no status to tell one by where errors are told with a success.
+            Some(status) => status.is_success(),
+            None => false,
+        }
     }
 
     /// Whether other credentials may help: these cannot be sent, or the server does not accept them.

@@ -617,7 +617,7 @@ mod tests {
         assert!(!source.has_new_credentials());
     }
 
-    /// Law 7: the same by the words of FedEx, of Twitch and of a proxy, which are not OAuth's.
+    /// Law 7: the same by the words of FedEx, of Twitch, of a proxy and of Zoho, which are not OAuth's.
     #[tokio::test]
     async fn a_secret_is_asked_for_again_by_the_attempt_after_one_that_was_refused_in_other_words()
     {
@@ -625,11 +625,14 @@ mod tests {
             (401, r#"{"errors":[{"code":"NOT.AUTHORIZED.ERROR"}]}"#),
             (403, r#"{"status":403,"message":"invalid client secret"}"#),
             (400, "<html>"),
+            (200, r#"{"error":"invalid_client_secret"}"#),
+            (200, r#"{"code":"10003","message":"invalid secret"}"#),
         ] {
             let builder = post(giving(&["old", "new"]));
             let (endpoint, source) = Endpoint::with(builder, &[(200, TOKEN), answer, (200, TOKEN)]);
             source.fetch(Fetch::new()).await.unwrap();
-            assert!(source.fetch(Fetch::new()).await.unwrap_err().is_transient());
+            let error = source.fetch(Fetch::new()).await.unwrap_err();
+            assert_eq!(error.is_transient(), error.oauth_error().is_none());
             source.fetch(Fetch::new()).await.unwrap();
             assert_eq!(secrets(&endpoint), ["old", "old", "new"], "{answer:?}");
         }
