@@ -116,6 +116,8 @@ struct Document {
     expires_in: Option<Box<RawValue>>,
     refresh_token: Text,
     refresh_expires_in: Option<Box<RawValue>>,
+    /// As Apigee, Azure AD B2C and GitHub call it. No alias, for which both would be one twice.
+    refresh_token_expires_in: Option<Box<RawValue>>,
     refresh_in: Option<Box<RawValue>>,
     ext_expires_in: Option<Box<RawValue>>,
     #[serde(rename = "not-before-policy")]
@@ -138,6 +140,7 @@ impl Document {
     }
 
     fn into_token(self) -> Result<TokenResponse, TokenError> {
+        let refresh_expires_in = self.refresh_expires_in.or(self.refresh_token_expires_in);
         let Some(access_token) = self.access_token.get() else {
             return Err(malformed("the answer has no access_token"));
         };
@@ -152,7 +155,7 @@ impl Document {
             ext_expires_in: seconds(self.ext_expires_in.as_deref()),
             not_before_policy: number(self.not_before_policy.as_deref())
                 .map(|seconds| seconds as u64),
-            refresh_token: refresh_token(&self.refresh_token, self.refresh_expires_in.as_deref()),
+            refresh_token: refresh_token(&self.refresh_token, refresh_expires_in.as_deref()),
             scope: self.scope.get().map(str::to_owned),
             ..TokenResponse::new(access_token)?
         })
@@ -251,10 +254,15 @@ fn seconds(value: Option<&RawValue>) -> Option<Duration> {
     number(value).map(|seconds| Duration::from_secs_f64(seconds.min(LONGEST_SECONDS)))
 }
 
-/// Reads a number that is finite and not negative, or the text of one.
+/// Reads a number or the text of one.
 fn number(value: Option<&RawValue>) -> Option<f64> {
     let json = value?.get();
     let text: String = serde_json::from_str(json).unwrap_or_else(|_| json.to_owned());
+    parse_number(&text)
+}
+
+/// Reads a number that is finite and not negative.
+fn parse_number(text: &str) -> Option<f64> {
     let number: f64 = text.trim().parse().ok()?;
     // Also false of NaN.
     (number >= 0.0 && number.is_finite()).then_some(number)
@@ -332,14 +340,13 @@ pub(super) fn without_mark(text: &[u8]) -> &[u8] {
     text.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(text)
 }
 
-/// Reads `Retry-After` in both forms of RFC 9110 section 10.2.3.
+/// Reads `Retry-After` in both forms of RFC 9110 section 10.2.3, and with a fraction, as rate limiters write it.
 ///
 /// Zero and a moment that has passed ask for nothing.
 fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     let value = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
-    let after = if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) {
-        // Only a number that is too large does not parse now.
-        Duration::from_secs(value.parse().unwrap_or(u64::MAX))
+    let after = if let Some(seconds) = parse_number(value) {
+        Duration::from_secs_f64(seconds.min(LONGEST_SECONDS))
     } else {
         let date = httpdate::parse_http_date(value).ok()?;
         date.duration_since(now).ok()?
@@ -514,6 +521,15 @@ mod tests {
                 r#""refresh_token":"r","refresh_expires_in":1800"#,
                 Some(Duration::from_secs(1800)),
             ),
+            (
+                r#""refresh_token":"r","refresh_token_expires_in":"1800""#,
+                Some(Duration::from_secs(1800)),
+            ),
+            (
+                r#""refresh_token":"r","refresh_token_expires_in":60,"refresh_expires_in":1800"#,
+                Some(Duration::from_secs(1800)),
+            ),
+            (r#""refresh_token":"r","refresh_token_expires_in":0"#, None),
         ] {
             let token = with_member(member).unwrap().refresh_token.unwrap();
             assert_eq!(token.expose_secret(), "r");
@@ -613,8 +629,13 @@ mod tests {
             ("0", None),
             ("Sun, 06 Nov 1994 08:49:37 GMT", None),
             ("Sat, 05 Nov 1994 08:49:37 GMT", None),
+            ("1.5", Some(Duration::from_millis(1_500))),
+            ("299.25", Some(Duration::from_millis(299_250))),
+            ("0.0", None),
             ("-7", None),
-            ("1.5", None),
+            ("-1.5", None),
+            ("NaN", None),
+            ("inf", None),
             ("", None),
             ("soon", None),
         ] {
