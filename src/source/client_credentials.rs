@@ -173,11 +173,12 @@ impl ClientCredentials {
     /// its token endpoint is and what it supports.
     ///
     /// The metadata are fetched with the first token, without a client certificate, since they are public: those of RFC
-    /// 8414, or else those of OpenID Connect Discovery 1.0. Their `issuer` must be exactly the one given here, or they
-    /// are not used; so write it as the server does, with or without a slash at the end. They provide the token
-    /// endpoint, or its alias for clients with a certificate (RFC 8705 section 5); the revocation endpoint; and, unless
-    /// it is set, the method of client authentication: for a secret, the first that the server supports of
-    /// `client_secret_basic`, `client_secret_post` and `client_secret_jwt`.
+    /// 8414, or else those of OpenID Connect Discovery 1.0, or else those of RFC 8414 behind the issuer's path. Their
+    /// `issuer` must be exactly the one given here, or they are not used; so write it as the server does, with or
+    /// without a slash at the end. They provide the token endpoint, or its alias for clients with a certificate (RFC
+    /// 8705 section 5); the revocation endpoint; and, unless it is set, the method of client authentication: for a
+    /// secret, the first that the server supports of `client_secret_basic`, `client_secret_post` and
+    /// `client_secret_jwt`.
     ///
     /// All keys of a cache share the metadata. They are kept until a token request fails in a way that may be due to a
     /// wrong endpoint, such as a lost connection, a timeout or a 404, or the client is refused. Then the next attempt

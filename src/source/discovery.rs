@@ -23,7 +23,7 @@ pub(super) struct Issuer {
     /// As it was configured, to be compared letter by letter.
     pub(super) identifier: String,
     /// Where its metadata may be, in the order in which they are looked for.
-    documents: [Url; 2],
+    documents: Vec<Url>,
     plain_http: bool,
     /// Whether a client certificate is presented, which some servers have other endpoints for.
     mutual: bool,
@@ -49,14 +49,20 @@ impl Issuer {
             url.set_path(&path);
             url
         };
+        let mut documents = vec![
+            // RFC 8414 section 3.1: between host and path.
+            at(format!("/.well-known/oauth-authorization-server{path}")),
+            // OpenID Connect Discovery section 4: behind the path.
+            at(format!("{path}/.well-known/openid-configuration")),
+            // Both in one, as Databricks has it.
+            at(format!("{path}/.well-known/oauth-authorization-server")),
+        ];
+        if path.is_empty() {
+            documents.pop();
+        }
         Ok(Self {
             identifier: identifier.to_owned(),
-            documents: [
-                // RFC 8414 section 3.1: between host and path.
-                at(format!("/.well-known/oauth-authorization-server{path}")),
-                // OpenID Connect Discovery section 4: behind the path.
-                at(format!("{path}/.well-known/openid-configuration")),
-            ],
+            documents,
             plain_http,
             mutual,
             revocation_url,
@@ -84,7 +90,7 @@ impl Issuer {
             let endpoints = metadata.and_then(|metadata| self.read(&metadata));
             match endpoints.map_err(|error| error.with_request(error::Request::Metadata)) {
                 Ok(endpoints) => return Ok(endpoints),
-                // The other document is on the same host.
+                // The other documents are on the same host.
                 Err(error)
                     if error.is_transport()
                         || error.is_timeout()
@@ -92,8 +98,15 @@ impl Issuer {
                 {
                     return Err(error);
                 }
-                // Some servers answer every path, so the other document may still be the right one.
-                Err(error) if error.is_transient() => failure = Some(error),
+                // Some servers answer every path, so another document may still be the right one. One that is not
+                // there explains the least.
+                Err(error) if error.is_transient() => {
+                    failure = failure
+                        .filter(|failure: &TokenError| {
+                            failure.status() != Some(StatusCode::NOT_FOUND)
+                        })
+                        .or(Some(error));
+                }
                 Err(error) => refusal = Some(error),
             }
         }
@@ -278,6 +291,7 @@ mod tests {
     const ISSUER: &str = "https://as.example/realms/a";
     const OAUTH: &str = "/.well-known/oauth-authorization-server/realms/a";
     const OPENID: &str = "/realms/a/.well-known/openid-configuration";
+    const BEHIND: &str = "/realms/a/.well-known/oauth-authorization-server";
 
     /// A server that answers by path, with 404 to those that it does not know, and remembers what it was asked.
     #[derive(Clone)]
@@ -370,10 +384,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn metadata_are_looked_for_at_both_places_and_kept() {
+    async fn metadata_are_looked_for_at_all_places_and_kept() {
         for (place, expected) in [
             (OAUTH, &[OAUTH, "/token", "/token"][..]),
             (OPENID, &[OAUTH, OPENID, "/token", "/token"]),
+            (BEHIND, &[OAUTH, OPENID, BEHIND, "/token", "/token"]),
         ] {
             let server = Server::with(place, &metadata());
             let source = server.source(builder());
@@ -424,7 +439,7 @@ mod tests {
             json!([ISSUER]),
             Value::Null,
         ] {
-            for place in [OAUTH, OPENID] {
+            for place in [OAUTH, OPENID, BEHIND] {
                 let mut other = metadata();
                 other["issuer"] = issuer.clone();
                 let server = Server::with(place, &other);
@@ -435,7 +450,7 @@ mod tests {
                     error.to_string(),
                     "the authorization server's metadata are those of another issuer"
                 );
-                assert_eq!(server.paths(), [OAUTH, OPENID]);
+                assert_eq!(server.paths(), [OAUTH, OPENID, BEHIND]);
             }
         }
         // A server that answers for its root everywhere is still right about the other document.
@@ -463,7 +478,7 @@ mod tests {
             server.answer(OPENID, status, body);
             let error = fetch(&server.source(builder())).await.unwrap_err();
             assert!(error.is_transient(), "{status} {error:?}");
-            assert_eq!(server.paths(), [OAUTH, OPENID]);
+            assert_eq!(server.paths(), [OAUTH, OPENID, BEHIND]);
         }
     }
 
@@ -622,7 +637,7 @@ mod tests {
             }
             let paths = server.paths();
             let documents = paths.iter().filter(|path| *path != "/token").count();
-            assert_eq!(documents, if found { 1 } else { 2 });
+            assert_eq!(documents, if found { 1 } else { 3 });
         }
     }
 
