@@ -90,7 +90,7 @@ fn check_token(token: &AccessToken, answer: &Answer) {
     let token_type = document.token_type.map(|text| text.to_ascii_lowercase());
     assert!(matches!(
         token_type.as_deref(),
-        None | Some("bearer" | "bearertoken")
+        None | Some("bearer" | "bearertoken" | "access_token")
     ));
 
     let until = token.usable_until().expect("a year from now has a date");

@@ -229,10 +229,10 @@ fn error_code(document: Option<&Document>) -> Option<&str> {
     error.get().or_else(by_other_name)
 }
 
-/// Whether a type is Bearer, as RFC 6750 or Apigee calls it.
+/// Whether a type is Bearer, as RFC 6750, Apigee or MTN's mobile money calls it.
 fn is_bearer(token_type: &Text) -> bool {
     token_type.get().is_some_and(|token_type| {
-        ["bearer", "bearertoken"]
+        ["bearer", "bearertoken", "access_token"]
             .iter()
             .any(|name| token_type.eq_ignore_ascii_case(name))
     })
@@ -422,13 +422,14 @@ mod tests {
         }
     }
 
-    /// LinkedIn names none, and Apigee calls it `BearerToken` by default.
+    /// LinkedIn names none, Apigee calls it `BearerToken` by default, and MTN's mobile money `access_token`.
     #[test]
     fn a_token_of_no_type_is_a_bearer_token() {
         for body in [
             r#"{"access_token":"abc"}"#,
             r#"{"access_token":"abc","token_type":null}"#,
             r#"{"access_token":"abc","token_type":"BearerToken"}"#,
+            r#"{"access_token":"abc","token_type":"access_token"}"#,
         ] {
             let token = read(200, body).unwrap();
             assert_eq!(token.access_token.expose_secret(), "abc", "{body}");
@@ -450,6 +451,7 @@ mod tests {
             r#"{"access_token":"abc","token_type":""}"#,
             r#"{"access_token":"abc","token_type":["Bearer"]}"#,
             r#"{"access_token":"abc","token_type":"N_A"}"#,
+            r#"{"access_token":"abc","token_type":"refresh_token"}"#,
             r#"{"access_token":"","token_type":"Bearer"}"#,
             r#"{"access_token":7,"token_type":"Bearer"}"#,
             r#"{"access_token":{"a":1},"token_type":"Bearer"}"#,

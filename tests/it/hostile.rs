@@ -768,6 +768,7 @@ fn bad_tokens(add: Add<'_>) {
         ("the type null", r#","token_type":null"#),
         ("a type in capitals", r#","token_type":"BEARER""#),
         ("the type BearerToken", r#","token_type":"BearerToken""#),
+        ("the type access_token", r#","token_type":"access_token""#),
     ] {
         add(
             name,
