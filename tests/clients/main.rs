@@ -11,10 +11,11 @@ mod grpc;
 mod hyper;
 #[cfg(feature = "reqwest")]
 mod reqwest;
-#[path = "../it/support.rs"]
+#[path = "../support/mod.rs"]
 #[allow(
     dead_code,
     unreachable_pub,
+    unused_imports,
     reason = "shared with `it`, which uses all of it"
 )]
 mod support;

@@ -17,10 +17,7 @@ use tower_http::{
     trace::{DefaultMakeSpan, DefaultOnRequest, DefaultOnResponse, TraceLayer},
 };
 
-use crate::{
-    printed::collect,
-    support::{Api, AuthServer, INVALID_TOKEN, bearer, get},
-};
+use crate::support::{Api, AuthServer, INVALID_TOKEN, Printed, bearer, get};
 
 /// The statuses of the answers that were logged.
 fn statuses(log: &str) -> Vec<String> {
@@ -49,7 +46,7 @@ fn trace() -> TraceLayer<SharedClassifier<ServerErrorsAsFailures>> {
 /// Law 9.
 #[tokio::test(start_paused = true)]
 async fn a_trace_above_spans_all_of_a_request() {
-    let (log, _guard) = collect();
+    let (log, _guard) = Printed::collect();
     let client = ServiceBuilder::new()
         .layer(trace())
         .layer(BearerAuthLayer::new(AuthServer::new()).replay(CloneBody))
@@ -71,7 +68,7 @@ async fn a_trace_above_spans_all_of_a_request() {
 /// Law 9.
 #[tokio::test(start_paused = true)]
 async fn a_trace_below_spans_each_send() {
-    let (log, _guard) = collect();
+    let (log, _guard) = Printed::collect();
     let client = ServiceBuilder::new()
         .layer(BearerAuthLayer::new(AuthServer::new()).replay(CloneBody))
         .layer(trace())

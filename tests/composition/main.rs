@@ -15,13 +15,10 @@ mod is_clone;
 mod limits;
 mod logs;
 mod page;
-#[path = "../it/printed.rs"]
-#[expect(dead_code, reason = "the other test binary needs more of it")]
-mod printed;
 mod requests;
 mod retries;
 mod routes;
-#[path = "../it/support.rs"]
-#[expect(dead_code, reason = "the other test binary needs more of it")]
+#[path = "../support/mod.rs"]
+#[expect(dead_code, reason = "the other test binaries need more of it")]
 mod support;
 mod timeouts;

@@ -30,7 +30,6 @@ mod log;
 mod metrics;
 mod origins;
 mod outage;
-mod printed;
 mod readiness;
 mod refresh_tokens;
 mod secrets;
@@ -39,6 +38,7 @@ mod shutdown;
 mod single_flight;
 mod stack;
 mod status;
+#[path = "../support/mod.rs"]
 mod support;
 #[cfg(feature = "test-util")]
 mod test_util;

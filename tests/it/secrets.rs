@@ -25,10 +25,7 @@ use tower_bearer::{
     TokenResponse, TokenSource, source_fn,
 };
 
-use crate::{
-    printed::{Printed, collect},
-    support::{INVALID_TOKEN, get, settle},
-};
+use crate::support::{INVALID_TOKEN, Printed, get, settle};
 
 /// In every secret of this module; texts are free of it.
 const CANARY: &str = "CANARY";
@@ -191,7 +188,7 @@ fn api()
 #[tokio::test(start_paused = true)]
 async fn no_event_shows_a_secret() {
     for method in [AuthMethod::ClientSecretBasic, AuthMethod::ClientSecretPost] {
-        let (printed, guard) = collect();
+        let (printed, guard) = Printed::collect();
         // A first token request that fails at each of its attempts.
         let endpoint = Endpoint::new(MISHAPS[0]);
         let client = BearerAuthLayer::new(endpoint.source(method)).layer(api());
@@ -273,7 +270,7 @@ async fn no_event_of_the_http_client_shows_a_secret() {
     let (stop, stopped) = tokio::sync::oneshot::channel();
     let server = std::thread::spawn(move || serve(listener, stopped));
 
-    let (printed, guard) = collect();
+    let (printed, guard) = Printed::collect();
     let client = Client::builder(TokioExecutor::new())
         .http2_only(true)
         .build_http::<Full<Bytes>>();
@@ -422,7 +419,7 @@ async fn no_type_shows_a_secret() {
 /// Law 9 (T18): what a source says as it panics is not repeated.
 #[tokio::test(start_paused = true)]
 async fn the_panic_of_a_source_is_not_repeated() {
-    let (printed, guard) = collect();
+    let (printed, guard) = Printed::collect();
     let held = SECRET.to_owned();
     let source = source_fn(move |_| {
         let held = held.clone();

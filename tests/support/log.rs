@@ -1,9 +1,9 @@
-//! What was printed and logged.
+//! What is printed and logged.
 
 use std::{
     error::Error,
     fmt, io,
-    sync::{Arc, Mutex},
+    sync::{Arc, LazyLock, Mutex},
 };
 
 use tracing::subscriber::DefaultGuard;
@@ -12,13 +12,34 @@ use tracing_subscriber::{
     layer::SubscriberExt,
 };
 
-use crate::support::{enable_tracing, everything};
+use super::everything;
+
+/// Keeps all events and spans enabled for the whole process, so that a subscriber of one thread sees its own ones
+/// whatever others come and go meanwhile: whether anybody cares for an event is remembered for all threads.
+pub fn enable_tracing() {
+    static ENABLED: LazyLock<tracing::Dispatch> =
+        LazyLock::new(|| tracing::Dispatch::new(tracing_subscriber::registry()));
+    LazyLock::force(&ENABLED);
+    tracing::callsite::rebuild_interest_cache();
+}
 
 /// Everything that was printed. Clones are one.
 #[derive(Clone, Default)]
 pub struct Printed(Arc<Mutex<Vec<u8>>>);
 
 impl Printed {
+    /// Begins with all events and spans of this thread, of every target and level.
+    pub fn collect() -> (Self, DefaultGuard) {
+        enable_tracing();
+        let printed = Self::default();
+        let layer = tracing_subscriber::fmt::layer()
+            .with_ansi(false)
+            .with_span_events(FmtSpan::FULL)
+            .with_writer(printed.clone());
+        let guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(layer));
+        (printed, guard)
+    }
+
     pub fn debug(&self, value: &dyn fmt::Debug) {
         self.add(format_args!("{value:?}\n{value:#?}"));
     }
@@ -54,16 +75,4 @@ impl<'a> MakeWriter<'a> for Printed {
     fn make_writer(&'a self) -> Self {
         self.clone()
     }
-}
-
-/// Collects all events and spans of this thread, of every target and level.
-pub fn collect() -> (Printed, DefaultGuard) {
-    enable_tracing();
-    let printed = Printed::default();
-    let layer = tracing_subscriber::fmt::layer()
-        .with_ansi(false)
-        .with_span_events(FmtSpan::FULL)
-        .with_writer(printed.clone());
-    let guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(layer));
-    (printed, guard)
 }

@@ -1,0 +1,118 @@
+//! What the tests share: fakes of the two servers, in memory so that time can be paused, and ways to wait and to look.
+
+mod api;
+mod auth_server;
+mod crowd;
+mod log;
+
+use std::{
+    error::Error,
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::mpsc,
+    task::{Context, Poll, Waker},
+    thread,
+    time::Duration,
+};
+
+use http::Request;
+use tokio::time::{self, Instant};
+use tower::{Service, ServiceExt};
+use tower_bearer::{BoxError, TokenError};
+
+pub use self::{api::*, auth_server::*, crowd::*, log::*};
+
+/// A request to a loopback origin.
+pub fn get() -> Request<String> {
+    Request::get("http://localhost/sims")
+        .body(String::new())
+        .unwrap()
+}
+
+/// A request to this path of a loopback origin.
+pub fn get_path(path: impl fmt::Display) -> Request<String> {
+    Request::get(format!("http://localhost/{path}"))
+        .body(String::new())
+        .unwrap()
+}
+
+/// Waits until a service is ready for requests of [`get`]'s type, where it takes those of any.
+pub async fn ready<S: Service<Request<String>>>(service: &mut S) -> Result<&mut S, S::Error> {
+    service.ready().await
+}
+
+/// Lets every task run until none has anything to do, without time passing.
+pub async fn settle() {
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Runs a future and tells how long it took; one that would never end fails.
+pub async fn timed<F: Future>(future: F) -> (F::Output, Duration) {
+    let start = Instant::now();
+    let output = time::timeout(Duration::from_secs(3_600), future).await;
+    (output.expect("it ends"), start.elapsed())
+}
+
+/// The token failure that this error must be.
+pub fn token_error(error: &BoxError) -> &TokenError {
+    error
+        .downcast_ref()
+        .unwrap_or_else(|| panic!("not a token failure: {error:?}"))
+}
+
+/// Everything that an error says of itself, down to its last source.
+pub fn everything(error: &(dyn Error + 'static)) -> String {
+    std::iter::successors(Some(error), |&error| error.source())
+        .map(|error| format!("{error}\n{error:#}\n{error:?}\n{error:#?}\n"))
+        .collect()
+}
+
+/// Makes what the caches of this thread leave to chance the same in every run.
+pub fn seed(seed: u64) {
+    fastrand::seed(seed);
+}
+
+pub const fn secs(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+pub const fn millis(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+/// Polls once, with a waker that does nothing.
+pub fn poll_once<F: Future + ?Sized>(future: Pin<&mut F>) -> Poll<F::Output> {
+    future.poll(&mut Context::from_waker(Waker::noop()))
+}
+
+/// What a future that does not wait comes to, polled once.
+#[track_caller]
+pub fn now<F: Future>(future: F) -> F::Output {
+    match poll_once(std::pin::pin!(future)) {
+        Poll::Ready(output) => output,
+        Poll::Pending => panic!("it waits"),
+    }
+}
+
+/// Waits until `condition` holds, by a real clock for some seconds at most.
+pub async fn until(condition: impl Fn() -> bool) {
+    for _ in 0..5_000 {
+        if condition() {
+            return;
+        }
+        time::sleep(millis(1)).await;
+    }
+    panic!("it never comes to that");
+}
+
+/// Runs `f` in a thread of its own, and fails if it takes longer than some seconds: it hangs.
+pub fn without_a_hang<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || sender.send(f()));
+    receiver
+        .recv_timeout(secs(10))
+        .expect("it neither hangs nor panics")
+}
