@@ -446,13 +446,14 @@ async fn a_call_says_what_its_token_is_for() {
     let mut request = Request::new(text("hello"));
     request.extensions_mut().insert(scope.clone());
     client.say(request).await.unwrap();
-    assert_eq!(cache.peek_for(&scope).unwrap().expose_secret(), "token-1");
+    let token = cache.peek_for(&scope).unwrap();
+    assert_eq!(token.expose_secret(), "token-sims:write-1");
     assert!(cache.peek().is_none());
 
     let mut request = Request::new(text("hello"));
     request.extensions_mut().insert(WithoutToken);
     client.say(request).await.unwrap();
-    assert_eq!(api.seen(), ["token-1", "anonymous"]);
+    assert_eq!(api.seen(), ["token-sims:write-1", "anonymous"]);
 }
 
 #[tokio::test]

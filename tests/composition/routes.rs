@@ -102,7 +102,7 @@ async fn a_balance_below_sees_signed_requests_alone() {
 #[tokio::test(start_paused = true)]
 async fn a_steer_above_gives_each_target_its_token() {
     let servers = [AuthServer::new(), AuthServer::new()];
-    servers[1].set(Answer::Text("other", secs(300)));
+    servers[1].set(Answer::token("other", secs(300)));
     let services = servers
         .clone()
         .map(|server| BearerAuthLayer::new(server).layer(Api::echoing()));
@@ -294,7 +294,7 @@ async fn a_boxed_inner_service_works() {
 #[tokio::test(start_paused = true)]
 async fn two_layers_with_origins_of_their_own_keep_to_their_origins() {
     let servers = [AuthServer::new(), AuthServer::new()];
-    servers[0].set(Answer::Text("other", secs(300)));
+    servers[0].set(Answer::token("other", secs(300)));
     let [above, below] = servers.clone().map(BearerAuthLayer::new);
     let client = ServiceBuilder::new()
         .layer(above.origins(["https://other.example"]).unwrap())
@@ -319,7 +319,7 @@ async fn two_layers_with_origins_of_their_own_keep_to_their_origins() {
 #[tokio::test(start_paused = true)]
 async fn a_second_layer_below_displaces_the_token() {
     let servers = [AuthServer::new(), AuthServer::new()];
-    servers[0].set(Answer::Text("displaced", secs(300)));
+    servers[0].set(Answer::token("displaced", secs(300)));
     let [above, below] = servers.clone().map(BearerAuthLayer::new);
     let api = Api::new(|_| unauthorized(INVALID_TOKEN));
     let client = ServiceBuilder::new()

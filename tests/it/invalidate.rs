@@ -165,7 +165,7 @@ async fn a_refusal_opens_no_gate() {
 #[tokio::test(start_paused = true)]
 async fn a_server_that_hands_out_the_refused_token_again_is_asked_by_the_cooldown() {
     let server = AuthServer::new();
-    server.set(Answer::Text("same", secs(36_000)));
+    server.set(Answer::token("same", secs(36_000)));
     let cache = TokenCache::new(server.clone());
     for _ in 0..600 {
         let token = cache.get().await.unwrap();

@@ -139,7 +139,7 @@ async fn it_keeps_keys_apart() {
         request
             .extensions_mut()
             .insert(TokenRequest::new().scope("a"));
-        assert_eq!(send_this(&mut service, request).await, "token-2");
+        assert_eq!(send_this(&mut service, request).await, "token-a-1");
         assert_eq!(send_now(&mut service), "token-1");
     }
 }

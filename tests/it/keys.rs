@@ -1,10 +1,6 @@
 //! Requests that name what their token is for, on one cache.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::time::Duration;
 
 use http::{Request, StatusCode, header::AUTHORIZATION};
 use tokio::{
@@ -13,83 +9,14 @@ use tokio::{
 };
 use tower::{Layer, Service, ServiceExt};
 use tower_bearer::{
-    BearerAuthLayer, CloneBody, Fetch, RefreshPolicy, RefreshToken, SharedSource, TokenCache,
-    TokenError, TokenRequest, TokenResponse, TokenSource, WithoutToken,
+    BearerAuthLayer, CloneBody, RefreshPolicy, SharedSource, TokenCache, TokenError, TokenRequest,
+    WithoutToken,
 };
 
 use crate::support::{
     Answer, Api, AuthServer, INVALID_TOKEN, all, get, millis, now, secs, seed, settle, timed,
     unauthorized,
 };
-
-/// An authorization server that answers by the scope that is asked for, with tokens `SCOPE-N`.
-#[derive(Clone, Default)]
-struct ByScope {
-    answers: Arc<Mutex<HashMap<String, Answer>>>,
-    otherwise: Arc<Mutex<Option<Answer>>>,
-    seen: Arc<Mutex<Vec<Seen>>>,
-    latency: Duration,
-}
-
-/// The scope that was asked for and the refresh token that came along.
-type Seen = (String, Option<String>);
-
-impl ByScope {
-    fn set(&self, scope: &str, answer: Answer) {
-        self.answers
-            .lock()
-            .unwrap()
-            .insert(scope.to_owned(), answer);
-    }
-
-    fn set_all(&self, answer: Answer) {
-        *self.otherwise.lock().unwrap() = Some(answer);
-    }
-
-    fn requests(&self) -> usize {
-        self.seen.lock().unwrap().len()
-    }
-
-    fn requests_for(&self, scope: &str) -> usize {
-        let seen = self.seen.lock().unwrap();
-        seen.iter().filter(|(seen, _)| seen == scope).count()
-    }
-
-    fn refresh_tokens(&self) -> Vec<(String, String)> {
-        let seen = self.seen.lock().unwrap();
-        let sent = |(scope, token): &Seen| Some((scope.clone(), token.clone()?));
-        seen.iter().filter_map(sent).collect()
-    }
-}
-
-impl TokenSource for ByScope {
-    async fn fetch(&self, fetch: Fetch) -> Result<TokenResponse, TokenError> {
-        let scope = fetch.request.scopes().collect::<Vec<_>>().join("+");
-        let sent = fetch
-            .refresh_token
-            .map(|token| token.expose_secret().to_owned());
-        let number = {
-            let mut seen = self.seen.lock().unwrap();
-            seen.push((scope.clone(), sent));
-            seen.iter().filter(|(seen, _)| *seen == scope).count()
-        };
-        time::sleep(self.latency).await;
-        let own = self.answers.lock().unwrap().get(&scope).cloned();
-        let answer = own.or_else(|| self.otherwise.lock().unwrap().clone());
-        match answer {
-            None => {
-                let token = TokenResponse::new(format!("{scope}-{number}"))?.expires_in(secs(300));
-                Ok(token.refresh_token(RefreshToken::new(format!("refresh-{scope}-{number}"))))
-            }
-            Some(Answer::Grant(lifetime)) => {
-                Ok(TokenResponse::new(format!("{scope}-{number}"))?.expires_in(lifetime))
-            }
-            Some(Answer::Fail(error)) => Err(error),
-            Some(Answer::Hang) => std::future::pending().await,
-            Some(answer) => panic!("not scripted: {answer:?}"),
-        }
-    }
-}
 
 fn for_scope(scope: &str) -> TokenRequest {
     TokenRequest::new().scope(scope)
@@ -113,10 +40,8 @@ fn refused() -> TokenError {
 /// Law 1, per key: a thousand requests for ten keys cost ten token requests, each with its own token.
 #[tokio::test(start_paused = true)]
 async fn each_key_has_one_flight_and_one_token() {
-    let server = ByScope {
-        latency: millis(50),
-        ..ByScope::default()
-    };
+    let server = AuthServer::new();
+    server.set_latency(millis(50));
     let api = Api::echoing();
     let layer = BearerAuthLayer::new(server.clone());
     let service = layer.layer(api.clone());
@@ -128,7 +53,7 @@ async fn each_key_has_one_flight_and_one_token() {
         let service = service.clone();
         tasks.push(tokio::spawn(async move {
             let answer = service.oneshot(request).await.unwrap();
-            assert_eq!(*answer.body(), format!("{scope}-1"));
+            assert_eq!(*answer.body(), format!("token-{scope}-1"));
         }));
     }
     all(tasks).await;
@@ -139,10 +64,10 @@ async fn each_key_has_one_flight_and_one_token() {
 
 #[tokio::test(start_paused = true)]
 async fn what_is_the_same_is_asked_for_once() {
-    let server = ByScope::default();
+    let server = AuthServer::new();
     let cache = TokenCache::new(server.clone());
-    assert_eq!(text(&cache, "b a").await, "a+b-1");
-    assert_eq!(text(&cache, "a b a").await, "a+b-1");
+    assert_eq!(text(&cache, "b a").await, "token-a+b-1");
+    assert_eq!(text(&cache, "a b a").await, "token-a+b-1");
     // What can change the token makes another key.
     cache
         .get_for(&for_scope("a b").param("audience", "x"))
@@ -165,17 +90,20 @@ async fn what_is_the_same_is_asked_for_once() {
 
 #[tokio::test(start_paused = true)]
 async fn each_key_has_its_own_ladder() {
-    let server = ByScope::default();
+    let server = AuthServer::new();
+    server.set_refresh_tokens(true);
     let cache = TokenCache::new(server.clone());
     for scope in ["a", "b"] {
         text(&cache, scope).await;
     }
     time::sleep(secs(291)).await;
     for scope in ["a", "b"] {
-        assert_eq!(text(&cache, scope).await, format!("{scope}-2"));
+        assert_eq!(text(&cache, scope).await, format!("token-{scope}-2"));
     }
-    let sent = ["a", "b"].map(|scope| (scope.to_owned(), format!("refresh-{scope}-1")));
-    assert_eq!(server.refresh_tokens(), sent);
+    let seen = server.seen().into_iter();
+    let sent = seen.filter_map(|seen| Some((seen.scope, seen.refresh_token?)));
+    let expected = ["a", "b"].map(|scope| (scope.to_owned(), format!("refresh-{scope}-1")));
+    assert_eq!(sent.collect::<Vec<_>>(), expected);
 }
 
 /// A key whose token request hangs, or is refused, costs no other key a moment.
@@ -185,10 +113,10 @@ async fn a_slow_or_refused_key_never_blocks_another() {
     let refusal = Answer::Fail(refused());
     let down = Answer::Fail(TokenError::transient("down"));
     for answer in [hang, refusal, down] {
-        let server = ByScope::default();
+        let server = AuthServer::new();
         let cache = TokenCache::new(server.clone());
         for bad in ["bad-1", "bad-2", "bad-3"] {
-            server.set(bad, answer.clone());
+            server.set_for(bad, answer.clone());
         }
         for round in 0..100 {
             for bad in ["bad-1", "bad-2", "bad-3"] {
@@ -197,7 +125,7 @@ async fn a_slow_or_refused_key_never_blocks_another() {
             }
             let good = format!("good-{round}");
             let (got, took) = timed(text(&cache, &good)).await;
-            assert_eq!(got, format!("{good}-1"), "{answer:?}");
+            assert_eq!(got, format!("token-{good}-1"), "{answer:?}");
             assert_eq!(took, Duration::ZERO, "{answer:?}");
             time::sleep(secs(1)).await;
         }
@@ -213,10 +141,10 @@ async fn a_slow_or_refused_key_never_blocks_another() {
 #[tokio::test(start_paused = true)]
 async fn an_outage_is_shared_by_all_keys() {
     seed(1);
-    let server = ByScope::default();
+    let server = AuthServer::new();
     let cache = TokenCache::new(server.clone());
     let keys: Vec<_> = (0..500).map(|key| format!("key-{key}")).collect();
-    server.set_all(Answer::Fail(TokenError::transient("503")));
+    server.set(Answer::Fail(TokenError::transient("503")));
     let call_all = async || {
         for key in &keys {
             let (cache, key) = (cache.clone(), for_scope(key));
@@ -238,7 +166,7 @@ async fn an_outage_is_shared_by_all_keys() {
     assert!((3..=30).contains(&during), "{during} in a minute");
 
     // After the outage one goes first, and all follow.
-    *server.otherwise.lock().unwrap() = None;
+    server.set(Answer::Grant(secs(300)));
     let recovery = Instant::now();
     while keys
         .iter()
@@ -252,9 +180,9 @@ async fn an_outage_is_shared_by_all_keys() {
 /// A busy server and a refused client hold for all keys at once: other keys would hear the same.
 #[tokio::test(start_paused = true)]
 async fn what_tells_of_the_server_holds_for_every_key() {
-    let server = ByScope::default();
+    let server = AuthServer::new();
     let busy = TokenError::transient("busy").with_retry_after(secs(60));
-    server.set("first", Answer::Fail(busy));
+    server.set_for("first", Answer::Fail(busy));
     let cache = TokenCache::new(server.clone());
     cache.get_for(&for_scope("first")).await.unwrap_err();
     for scope in ["second", "third"] {
@@ -263,17 +191,17 @@ async fn what_tells_of_the_server_holds_for_every_key() {
     }
     assert_eq!(server.requests(), 1);
     time::sleep(secs(67)).await;
-    assert_eq!(text(&cache, "second").await, "second-1");
+    assert_eq!(text(&cache, "second").await, "token-second-1");
 }
 
 /// Law 2: a flight that has attempts left does not make them once another key was told that nobody is to ask.
 #[tokio::test(start_paused = true)]
 async fn a_flight_in_the_air_leaves_a_server_alone_that_has_asked_another_key_for_it() {
-    let server = ByScope::default();
-    server.set("hangs", Answer::Hang);
-    server.set("fails", Answer::Fail(TokenError::transient("down")));
+    let server = AuthServer::new();
+    server.set_for("hangs", Answer::Hang);
+    server.set_for("fails", Answer::Fail(TokenError::transient("down")));
     let busy = TokenError::transient("busy").with_retry_after(secs(60));
-    server.set("busy", Answer::Fail(busy));
+    server.set_for("busy", Answer::Fail(busy));
     let cache = TokenCache::new(server.clone());
     let started = Instant::now();
     let get = |scope: &str| {
@@ -301,10 +229,10 @@ async fn a_flight_in_the_air_leaves_a_server_alone_that_has_asked_another_key_fo
 /// Law 7: nor does it give up for a failure that shuts the gate to those who come, and asks nothing of it.
 #[tokio::test(start_paused = true)]
 async fn a_flight_in_the_air_makes_its_further_attempts_although_another_key_has_failed() {
-    let server = ByScope::default();
-    server.set("fails", Answer::Fail(TokenError::transient("down")));
+    let server = AuthServer::new();
+    server.set_for("fails", Answer::Fail(TokenError::transient("down")));
     let busy = TokenError::transient("busy").with_retry_after(Duration::ZERO);
-    server.set("busy", Answer::Fail(busy));
+    server.set_for("busy", Answer::Fail(busy));
     let cache = TokenCache::new(server.clone());
     let failing = tokio::spawn({
         let cache = cache.clone();
@@ -314,45 +242,57 @@ async fn a_flight_in_the_air_makes_its_further_attempts_although_another_key_has
     settle().await;
     cache.get_for(&for_scope("busy")).await.unwrap_err();
     assert!(now(cache.get_for(&for_scope("third"))).is_err());
-    server.set("fails", Answer::Grant(secs(300)));
-    assert_eq!(failing.await.unwrap().unwrap().expose_secret(), "fails-2");
+    server.set_for("fails", Answer::Grant(secs(300)));
+    assert_eq!(
+        failing.await.unwrap().unwrap().expose_secret(),
+        "token-fails-2"
+    );
 }
 
 /// Law 8, per key: a 401 replaces the token that was sent, and no other key's.
 #[tokio::test(start_paused = true)]
 async fn a_401_is_about_the_token_of_its_key() {
-    let server = ByScope::default();
-    let api = Api::refusing("a-1", || unauthorized(INVALID_TOKEN));
+    let server = AuthServer::new();
+    let api = Api::refusing("token-a-1", || unauthorized(INVALID_TOKEN));
     let layer = BearerAuthLayer::new(server.clone()).replay(CloneBody);
     let service = layer.layer(api.clone());
     let send = |scope: &str| service.clone().oneshot(request_for(&for_scope(scope)));
     // That there is a token for nothing in particular is of no interest to those who wait for another.
     service.clone().oneshot(get()).await.unwrap();
-    assert_eq!(send("b").await.unwrap().body(), "b-1");
-    assert_eq!(send("a").await.unwrap().body(), "a-2");
-    assert_eq!(send("b").await.unwrap().body(), "b-1");
-    assert_eq!(api.tokens(), ["-1", "b-1", "a-1", "a-2", "b-1"]);
+    assert_eq!(send("b").await.unwrap().body(), "token-b-1");
+    assert_eq!(send("a").await.unwrap().body(), "token-a-2");
+    assert_eq!(send("b").await.unwrap().body(), "token-b-1");
+    assert_eq!(
+        api.tokens(),
+        [
+            "token-1",
+            "token-b-1",
+            "token-a-1",
+            "token-a-2",
+            "token-b-1"
+        ]
+    );
     let token = layer.cache().peek_for(&for_scope("b")).unwrap();
     layer.cache().invalidate(&token);
     settle().await;
-    assert_eq!(send("b").await.unwrap().body(), "b-2");
+    assert_eq!(send("b").await.unwrap().body(), "token-b-2");
     assert_eq!(server.requests(), 5);
 }
 
 /// The same of a request that finds its token at once.
 #[tokio::test(start_paused = true)]
 async fn a_401_is_about_the_token_that_was_there() {
-    let server = ByScope::default();
-    let api = Api::refusing("a-1", || unauthorized(INVALID_TOKEN));
+    let server = AuthServer::new();
+    let api = Api::refusing("token-a-1", || unauthorized(INVALID_TOKEN));
     let layer = BearerAuthLayer::new(server.clone());
     let key = for_scope("a");
     layer.cache().get_for(&key).await.unwrap();
     let replaying = layer.clone().replay(CloneBody).layer(api.clone());
     let response = replaying.oneshot(request_for(&key)).await.unwrap();
-    assert_eq!(response.body(), "a-2");
-    assert_eq!(api.tokens(), ["a-1", "a-2"]);
+    assert_eq!(response.body(), "token-a-2");
+    assert_eq!(api.tokens(), ["token-a-1", "token-a-2"]);
 
-    let api = Api::refusing("a-2", || unauthorized(INVALID_TOKEN));
+    let api = Api::refusing("token-a-2", || unauthorized(INVALID_TOKEN));
     let mut once = layer.layer(api.clone());
     // Past the cooldown of the first refusal.
     time::sleep(secs(6)).await;
@@ -360,7 +300,7 @@ async fn a_401_is_about_the_token_that_was_there() {
     assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
     settle().await;
     let response = once.call(request_for(&key)).await.unwrap();
-    assert_eq!(response.body(), "a-3");
+    assert_eq!(response.body(), "token-a-3");
     assert_eq!(server.requests(), 3);
 }
 
@@ -409,9 +349,9 @@ async fn a_tenant_brings_its_own_source() {
 /// As many keys as the policy allows have tokens; one more gets an error, and room once one has died.
 #[tokio::test(start_paused = true)]
 async fn the_number_of_keys_is_bounded() {
-    let server = ByScope::default();
-    server.set_all(Answer::Grant(secs(300)));
-    server.set("short", Answer::Grant(secs(20)));
+    let server = AuthServer::new();
+    server.set(Answer::Grant(secs(300)));
+    server.set_for("short", Answer::Grant(secs(20)));
     let cache = TokenCache::with_policy(server.clone(), RefreshPolicy::new().max_keys(3));
     for scope in ["short", "a", "b"] {
         text(&cache, scope).await;
@@ -420,7 +360,7 @@ async fn the_number_of_keys_is_bounded() {
     assert!(error.is_too_many_keys() && error.is_transient());
     // The token for nothing in particular takes no place, and those who have one keep it.
     cache.get().await.unwrap();
-    assert_eq!(text(&cache, "short").await, "short-1");
+    assert_eq!(text(&cache, "short").await, "token-short-1");
     let service = BearerAuthLayer::new(cache.clone()).layer(Api::echoing());
     let error = service
         .oneshot(request_for(&for_scope("c")))
@@ -434,8 +374,8 @@ async fn the_number_of_keys_is_bounded() {
     );
 
     time::sleep(secs(30)).await;
-    assert_eq!(text(&cache, "c").await, "c-1");
-    assert_eq!(text(&cache, "a").await, "a-1");
+    assert_eq!(text(&cache, "c").await, "token-c-1");
+    assert_eq!(text(&cache, "a").await, "token-a-1");
     assert!(
         now(cache.get_for(&for_scope("short")))
             .unwrap_err()
@@ -447,9 +387,9 @@ async fn the_number_of_keys_is_bounded() {
 /// A key that is waited for, or waits for its gate, keeps its place, and with it its failures.
 #[tokio::test(start_paused = true)]
 async fn a_key_in_use_is_not_evicted() {
-    let server = ByScope::default();
-    server.set("hangs", Answer::Hang);
-    server.set("refused", Answer::Fail(refused()));
+    let server = AuthServer::new();
+    server.set_for("hangs", Answer::Hang);
+    server.set_for("refused", Answer::Fail(refused()));
     let cache = TokenCache::with_policy(server.clone(), RefreshPolicy::new().max_keys(2));
     let waits = tokio::spawn({
         let cache = cache.clone();
@@ -464,7 +404,7 @@ async fn a_key_in_use_is_not_evicted() {
     );
     // The gate of the one opens, while the other still flies.
     time::sleep(secs(6)).await;
-    assert_eq!(text(&cache, "new").await, "new-1");
+    assert_eq!(text(&cache, "new").await, "token-new-1");
     assert_eq!(server.requests_for("hangs"), 1);
     waits.abort();
 }
@@ -500,8 +440,8 @@ async fn twenty_thousand_keys_fit_as_far_as_there_is_room() {
 /// A key that nobody asks for any more costs nothing.
 #[tokio::test(start_paused = true)]
 async fn keep_warm_is_for_the_token_without_a_key() {
-    let server = ByScope::default();
-    server.set_all(Answer::Grant(secs(60)));
+    let server = AuthServer::new();
+    server.set(Answer::Grant(secs(60)));
     let cache = TokenCache::with_policy(server.clone(), RefreshPolicy::new().keep_warm(true));
     cache.get().await.unwrap();
     text(&cache, "a").await;
@@ -513,7 +453,7 @@ async fn keep_warm_is_for_the_token_without_a_key() {
 /// A token that is due while another key goes first after an outage is refreshed later, and not never.
 #[tokio::test(start_paused = true)]
 async fn a_cache_stays_warm_while_another_key_tries_whether_the_server_is_well() {
-    let server = ByScope::default();
+    let server = AuthServer::new();
     let policy = RefreshPolicy::new()
         .keep_warm(true)
         .attempt_timeout(secs(240))
@@ -521,10 +461,10 @@ async fn a_cache_stays_warm_while_another_key_tries_whether_the_server_is_well()
     let cache = TokenCache::with_policy(server.clone(), policy);
     cache.get().await.unwrap();
     let busy = TokenError::transient("busy").with_retry_after(secs(1));
-    server.set("a", Answer::Fail(busy));
+    server.set_for("a", Answer::Fail(busy));
     cache.get_for(&for_scope("a")).await.unwrap_err();
     time::sleep(secs(2)).await;
-    server.set("a", Answer::Hang);
+    server.set_for("a", Answer::Hang);
     let (a, tries) = (for_scope("a"), cache.clone());
     let first = tokio::spawn(async move { tries.get_for(&a).await });
     // The token is due between 105 s and 225 s.

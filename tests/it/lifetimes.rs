@@ -99,7 +99,7 @@ async fn a_token_that_is_dead_on_arrival_is_asked_for_once_a_second_and_served()
     for lifetime in [Duration::ZERO, millis(500), secs(1)] {
         let server = AuthServer::new();
         server.set_latency(millis(20));
-        server.set(Answer::Text("same", lifetime));
+        server.set(Answer::token("same", lifetime));
         let cache = TokenCache::new(server.clone());
         let crowd = Crowd::new(&cache);
         crowd.storm(10, millis(10), secs(60)).await;

@@ -14,35 +14,9 @@ use tower_bearer::{
     TokenRequest, TokenResponse, TokenSource, source_fn,
 };
 
-use crate::support::{Api, get, millis, now, secs, settle, timed, unauthorized, without_a_hang};
-
-/// A source that hands out what it is told to, in order, and keeps what it was asked.
-#[derive(Clone, Default)]
-struct Script {
-    answers: Arc<Mutex<Vec<Result<TokenResponse, TokenError>>>>,
-    asked: Arc<Mutex<Vec<Fetch>>>,
-}
-
-impl Script {
-    fn new(answers: impl IntoIterator<Item = Result<TokenResponse, TokenError>>) -> Self {
-        let script = Self::default();
-        script.answers.lock().unwrap().extend(answers);
-        script.answers.lock().unwrap().reverse();
-        script
-    }
-
-    fn asked(&self) -> usize {
-        self.asked.lock().unwrap().len()
-    }
-}
-
-impl TokenSource for Script {
-    async fn fetch(&self, fetch: Fetch) -> Result<TokenResponse, TokenError> {
-        self.asked.lock().unwrap().push(fetch);
-        let answer = self.answers.lock().unwrap().pop();
-        answer.unwrap_or_else(|| Err(TokenError::transient("the script is over")))
-    }
-}
+use crate::support::{
+    Answer, Api, AuthServer, get, millis, now, secs, settle, timed, unauthorized, without_a_hang,
+};
 
 fn response(text: &str) -> TokenResponse {
     TokenResponse::new(text).unwrap().expires_in(secs(300))
@@ -56,15 +30,16 @@ fn down() -> Result<TokenResponse, TokenError> {
 #[tokio::test(start_paused = true)]
 async fn an_extended_lifetime_bridges_an_outage() {
     let token = || Ok(response("old").ext_expires_in(secs(3_600)));
-    let script = Script::new([token(), down(), down(), down(), down(), Ok(response("new"))]);
+    let server =
+        AuthServer::scripted([token(), down(), down(), down(), down(), Ok(response("new"))]);
     let policy = RefreshPolicy::new().extended_lifetime(true);
-    let cache = TokenCache::with_policy(script.clone(), policy);
+    let cache = TokenCache::with_policy(server.clone(), policy);
     cache.get().await.unwrap();
     time::sleep(secs(400)).await;
     assert!(cache.peek().is_none());
     // Whoever finds out about the outage gets the token instead of the error.
     assert_eq!(cache.get().await.unwrap().expose_secret(), "old");
-    assert_eq!(script.asked(), 4);
+    assert_eq!(server.requests(), 4);
     assert_eq!(now(cache.get()).unwrap().expose_secret(), "old");
     assert!(cache.peek().is_some());
     // The endpoint is asked in the background, at the pace of its gate.
@@ -74,26 +49,26 @@ async fn an_extended_lifetime_bridges_an_outage() {
         time::sleep(millis(100)).await;
     }
     assert_eq!(last, "new");
-    assert_eq!(script.asked(), 6);
+    assert_eq!(server.requests(), 6);
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_extended_lifetime_counts_only_if_allowed_and_ends() {
     let token = || Ok(response("old").ext_expires_in(secs(3_600)));
-    let cache = TokenCache::new(Script::new([token()]));
+    let cache = TokenCache::new(AuthServer::scripted([token()]));
     cache.get().await.unwrap();
     time::sleep(secs(400)).await;
     cache.get().await.unwrap_err();
 
     let policy = RefreshPolicy::new().extended_lifetime(true);
-    let cache = TokenCache::with_policy(Script::new([token()]), policy.clone());
+    let cache = TokenCache::with_policy(AuthServer::scripted([token()]), policy.clone());
     cache.get().await.unwrap();
     time::sleep(secs(3_601)).await;
     cache.get().await.unwrap_err();
 
     // A refusal is no outage.
     let refusal = Err(TokenError::terminal("refused"));
-    let cache = TokenCache::with_policy(Script::new([token(), refusal]), policy);
+    let cache = TokenCache::with_policy(AuthServer::scripted([token(), refusal]), policy);
     cache.get().await.unwrap();
     time::sleep(secs(400)).await;
     cache.get().await.unwrap_err();
@@ -102,14 +77,14 @@ async fn an_extended_lifetime_counts_only_if_allowed_and_ends() {
 /// Keycloak: a rise of `not-before-policy` voids what came before, for every key of the realm.
 #[tokio::test(start_paused = true)]
 async fn a_rise_of_not_before_voids_the_tokens_of_other_keys() {
-    let script = Script::new([
+    let server = AuthServer::scripted([
         Ok(response("a-1").not_before_policy(100)),
         Ok(response("b-1").not_before_policy(100)),
         Ok(response("c-1").not_before_policy(2_000_000_000)),
         Ok(response("a-2").not_before_policy(2_000_000_000)),
         Ok(response("b-2").not_before_policy(100)),
     ]);
-    let cache = TokenCache::new(script.clone());
+    let cache = TokenCache::new(server.clone());
     let [a, b, c] = ["a", "b", "c"].map(|scope| TokenRequest::new().scope(scope));
     let text = async |key: &TokenRequest| {
         let token = cache.get_for(key).await.unwrap();
@@ -126,32 +101,32 @@ async fn a_rise_of_not_before_voids_the_tokens_of_other_keys() {
     assert_eq!(text(&b).await, "b-2");
     assert_eq!(text(&a).await, "a-2");
     assert_eq!(text(&b).await, "b-2");
-    assert_eq!(script.asked(), 5);
+    assert_eq!(server.requests(), 5);
 }
 
 /// Laws 2 and 4: an answer that says nothing of it voids nothing, not even its own token.
 #[tokio::test(start_paused = true)]
 async fn a_token_without_not_before_is_not_void() {
-    let script = Script::new([
+    let server = AuthServer::scripted([
         Ok(response("a-1").not_before_policy(100)),
         Ok(response("b-1")),
         Ok(response("a-2").not_before_policy(200)),
         Ok(response("b-2")),
     ]);
-    let cache = TokenCache::new(script.clone());
+    let cache = TokenCache::new(server.clone());
     let [a, b] = ["a", "b"].map(|scope| TokenRequest::new().scope(scope));
     cache.get_for(&a).await.unwrap();
     cache.get_for(&b).await.unwrap();
     assert_eq!(now(cache.get_for(&b)).unwrap().expose_secret(), "b-1");
     assert_eq!(now(cache.get_for(&a)).unwrap().expose_secret(), "a-1");
-    assert_eq!(script.asked(), 2);
+    assert_eq!(server.requests(), 2);
     // It is as old as the value that held when it came, and so void by a later rise.
     time::sleep(secs(291)).await;
     cache.get_for(&a).await.unwrap();
     assert!(cache.peek_for(&b).is_none());
     cache.get_for(&b).await.unwrap();
     assert_eq!(now(cache.get_for(&b)).unwrap().expose_secret(), "b-2");
-    assert_eq!(script.asked(), 4);
+    assert_eq!(server.requests(), 4);
 }
 
 #[tokio::test(start_paused = true)]
@@ -168,7 +143,7 @@ async fn scopes_that_were_not_granted_are_named() {
             Some(granted) => asked("token").scope(granted),
             None => asked("token"),
         };
-        let cache = TokenCache::new(Script::new([Ok(answer)]));
+        let cache = TokenCache::new(AuthServer::scripted([Ok(answer)]));
         let token = cache.get().await.unwrap();
         assert_eq!(
             token.missing_scopes().collect::<Vec<_>>(),
@@ -189,7 +164,7 @@ fn scopes_without_end_are_read_once() {
         .scope(granted);
     let missing = without_a_hang(move || {
         let runtime = Builder::new_current_thread().enable_all().build().unwrap();
-        let cache = TokenCache::new(Script::new([Ok(answer)]));
+        let cache = TokenCache::new(AuthServer::scripted([Ok(answer)]));
         let token = runtime.block_on(cache.get()).unwrap();
         token
             .missing_scopes()
@@ -204,29 +179,29 @@ fn scopes_without_end_are_read_once() {
 async fn missing_claims_are_asked_for() {
     let claims = r#"{"access_token":{"nbf":{"essential":true,"value":"1700000000"}}}"#;
     let first = response("old").refresh_token(RefreshToken::new("refresh"));
-    let script = Script::new([Ok(first), Ok(response("new"))]);
+    let server = AuthServer::scripted([Ok(first), Ok(response("new"))]);
     let api = Api::refusing("old", move || {
         let claims = BASE64_STANDARD.encode(claims);
         unauthorized(&format!(
             r#"Bearer realm="", error="insufficient_claims", claims="{claims}""#
         ))
     });
-    let service = BearerAuthLayer::new(script.clone())
+    let service = BearerAuthLayer::new(server.clone())
         .replay(CloneBody)
         .layer(api.clone());
     let answer = service.clone().oneshot(get()).await.unwrap();
     assert_eq!(answer.status(), StatusCode::OK);
     assert_eq!(api.tokens(), ["old", "new"]);
-    let asked = script.asked.lock().unwrap();
-    assert_eq!(asked[0].claims, None);
-    assert_eq!(asked[1].claims.as_deref(), Some(claims));
-    assert!(asked[1].refresh_token.is_none());
+    let seen = server.seen();
+    assert_eq!(seen[0].claims, None);
+    assert_eq!(seen[1].claims.as_deref(), Some(claims));
+    assert!(seen[1].refresh_token.is_none());
 }
 
 /// The next token is asked for as ever: claims are for the one that lacked them.
 #[tokio::test(start_paused = true)]
 async fn claims_are_asked_for_once() {
-    let script = Script::new([
+    let server = AuthServer::scripted([
         Ok(response("old")),
         Ok(response("new")),
         Ok(response("newest")),
@@ -234,14 +209,14 @@ async fn claims_are_asked_for_once() {
     let api = Api::refusing("old", || {
         unauthorized(r#"Bearer error="insufficient_claims", claims="e30=""#)
     });
-    let service = BearerAuthLayer::new(script.clone())
+    let service = BearerAuthLayer::new(server.clone())
         .replay(CloneBody)
         .layer(api);
     service.clone().oneshot(get()).await.unwrap();
     time::sleep(secs(400)).await;
     service.oneshot(get()).await.unwrap();
-    let asked = script.asked.lock().unwrap();
-    let claims: Vec<_> = asked.iter().map(|fetch| fetch.claims.as_deref()).collect();
+    let seen = server.seen();
+    let claims: Vec<_> = seen.iter().map(|seen| seen.claims.as_deref()).collect();
     assert_eq!(claims, [None, Some("{}"), None]);
 }
 
@@ -299,14 +274,14 @@ async fn claims_that_cannot_be_had_keep_nobody_from_a_token() {
 #[tokio::test(start_paused = true)]
 async fn claims_of_a_client_that_is_refused_are_not_renounced() {
     let refused = TokenError::terminal("refused").with_oauth_error("invalid_client");
-    let script = Script::new([Ok(response("old")), Err(refused), Ok(response("new"))]);
+    let server = AuthServer::scripted([Ok(response("old")), Err(refused), Ok(response("new"))]);
     let api = Api::refusing("old", || {
         unauthorized(r#"Bearer error="insufficient_claims", claims="e30=""#)
     });
-    let service = BearerAuthLayer::new(script.clone()).layer(api);
+    let service = BearerAuthLayer::new(server.clone()).layer(api);
     service.clone().oneshot(get()).await.unwrap();
     time::sleep(secs(1)).await;
-    assert_eq!(script.asked(), 2);
+    assert_eq!(server.requests(), 2);
 }
 
 /// A secret that was changed clears a refusal of the old one at once, for all keys.
@@ -323,7 +298,7 @@ async fn a_changed_secret_clears_a_refusal() {
             *self.requests.lock().unwrap() += 1;
             match *self.changed.lock().unwrap() {
                 true => Ok(response("token")),
-                false => Err(TokenError::terminal("no").with_oauth_error("invalid_client")),
+                false => Err(refused()),
             }
         }
 
@@ -355,49 +330,59 @@ async fn a_changed_secret_clears_a_refusal() {
     assert_eq!(*client.requests.lock().unwrap(), 4);
 }
 
+/// A source that fails, and says of its credentials what it is told to.
+struct Failing<F> {
+    error: TokenError,
+    has_new_credentials: F,
+    requests: AtomicUsize,
+}
+
+impl<F: Fn() -> bool> Failing<F> {
+    fn new(error: TokenError, has_new_credentials: F) -> Arc<Self> {
+        Arc::new(Self {
+            error,
+            has_new_credentials,
+            requests: AtomicUsize::new(0),
+        })
+    }
+
+    fn requests(&self) -> usize {
+        self.requests.load(Ordering::SeqCst)
+    }
+}
+
+impl<F: Fn() -> bool + Send + Sync + 'static> TokenSource for Failing<F> {
+    async fn fetch(&self, _: Fetch) -> Result<TokenResponse, TokenError> {
+        self.requests.fetch_add(1, Ordering::SeqCst);
+        Err(self.error.clone())
+    }
+
+    fn has_new_credentials(&self) -> bool {
+        (self.has_new_credentials)()
+    }
+}
+
+fn refused() -> TokenError {
+    TokenError::terminal("no").with_oauth_error("invalid_client")
+}
+
 /// A source that says so without cause gains nothing once the client is not refused any more.
 #[tokio::test(start_paused = true)]
 async fn other_failures_wait_for_their_gate_whatever_the_source_says() {
-    struct Eager(Arc<Mutex<usize>>);
-
-    impl TokenSource for Eager {
-        async fn fetch(&self, _: Fetch) -> Result<TokenResponse, TokenError> {
-            *self.0.lock().unwrap() += 1;
-            Err(TokenError::transient("down"))
-        }
-
-        fn has_new_credentials(&self) -> bool {
-            true
-        }
-    }
-
-    let requests = Arc::default();
-    let cache = TokenCache::new(Eager(Arc::clone(&requests)));
+    let source = Failing::new(TokenError::transient("down"), || true);
+    let cache = TokenCache::new(Arc::clone(&source));
     cache.get().await.unwrap_err();
     for _ in 0..100 {
         now(cache.get()).unwrap_err();
     }
-    assert_eq!(*requests.lock().unwrap(), 3);
+    assert_eq!(source.requests(), 3);
 }
 
 /// Law 2: nor does it gain more than a try each time, and ever fewer, while the client is refused.
 #[tokio::test(start_paused = true)]
 async fn a_client_that_is_refused_whatever_it_changes_is_bounded() {
-    struct Eager(Arc<Mutex<usize>>);
-
-    impl TokenSource for Eager {
-        async fn fetch(&self, _: Fetch) -> Result<TokenResponse, TokenError> {
-            *self.0.lock().unwrap() += 1;
-            Err(TokenError::terminal("no").with_oauth_error("invalid_client"))
-        }
-
-        fn has_new_credentials(&self) -> bool {
-            true
-        }
-    }
-
-    let requests = Arc::default();
-    let cache = TokenCache::new(Eager(Arc::clone(&requests)));
+    let source = Failing::new(refused(), || true);
+    let cache = TokenCache::new(Arc::clone(&source));
     let (plain, key) = (TokenRequest::new(), TokenRequest::new().scope("a"));
     for _ in 0..6_000 {
         for request in [&plain, &key] {
@@ -406,26 +391,15 @@ async fn a_client_that_is_refused_whatever_it_changes_is_bounded() {
         time::sleep(millis(10)).await;
     }
     // One per renewal, at 0, 1, 3, 7, 15, 31 s, and one per gate: 9 to 13 by chance.
-    let requests = *requests.lock().unwrap();
+    let requests = source.requests();
     assert!((8..=16).contains(&requests), "{requests}");
 }
 
 /// Law 7: a panic in there is as good as a no.
 #[tokio::test(start_paused = true)]
 async fn a_source_that_panics_over_its_credentials_has_no_new_ones() {
-    struct Panics;
-
-    impl TokenSource for Panics {
-        async fn fetch(&self, _: Fetch) -> Result<TokenResponse, TokenError> {
-            Err(TokenError::terminal("no").with_oauth_error("invalid_client"))
-        }
-
-        fn has_new_credentials(&self) -> bool {
-            panic!("the scripted source panics");
-        }
-    }
-
-    let cache = TokenCache::new(Panics);
+    let source = Failing::new(refused(), || panic!("the scripted source panics"));
+    let cache = TokenCache::new(source);
     for _ in 0..2 {
         let error = cache.get().await.unwrap_err();
         assert_eq!(error.oauth_error(), Some("invalid_client"));
@@ -435,33 +409,23 @@ async fn a_source_that_panics_over_its_credentials_has_no_new_ones() {
 /// Law 7: nor is it asked again for what it asks its own cache meanwhile, which would have no end.
 #[tokio::test(start_paused = true)]
 async fn a_source_that_asks_its_own_cache_over_its_credentials_gets_an_answer() {
-    #[derive(Default)]
-    struct Curious {
-        cache: OnceLock<TokenCache>,
-        asked: AtomicUsize,
-    }
-
-    impl TokenSource for Curious {
-        async fn fetch(&self, _: Fetch) -> Result<TokenResponse, TokenError> {
-            Err(TokenError::terminal("no").with_oauth_error("invalid_client"))
-        }
-
-        fn has_new_credentials(&self) -> bool {
+    let own = Arc::new(OnceLock::<TokenCache>::new());
+    let asked = Arc::new(AtomicUsize::new(0));
+    let source = Failing::new(refused(), {
+        let (own, asked) = (Arc::clone(&own), Arc::clone(&asked));
+        move || {
             // Deeper than any sensible source, and not so deep that the test cannot tell.
-            assert!(self.asked.fetch_add(1, Ordering::SeqCst) < 10);
-            let cache = self.cache.get().expect("it was set");
-            now(cache.get()).is_ok()
+            assert!(asked.fetch_add(1, Ordering::SeqCst) < 10);
+            now(own.get().expect("it was set").get()).is_ok()
         }
-    }
-
-    let source = Arc::new(Curious::default());
-    let cache = TokenCache::new(Arc::clone(&source));
-    assert!(source.cache.set(cache.clone()).is_ok());
+    });
+    let cache = TokenCache::new(source);
+    assert!(own.set(cache.clone()).is_ok());
     for callers in 0..3 {
         let error = cache.get().await.unwrap_err();
         assert_eq!(error.oauth_error(), Some("invalid_client"));
         // Each one looks for a token, and then for one to wait for.
-        assert_eq!(source.asked.load(Ordering::SeqCst), 2 * callers);
+        assert_eq!(asked.load(Ordering::SeqCst), 2 * callers);
     }
     cache.shutdown();
 }
@@ -469,33 +433,17 @@ async fn a_source_that_asks_its_own_cache_over_its_credentials_gets_an_answer() 
 /// A token that was declared void while its replacement was fetched is no last resort.
 #[tokio::test(start_paused = true)]
 async fn a_void_token_is_no_last_resort() {
-    #[derive(Clone, Default)]
-    struct Slow(Arc<Mutex<usize>>);
-
-    impl TokenSource for Slow {
-        async fn fetch(&self, fetch: Fetch) -> Result<TokenResponse, TokenError> {
-            if fetch.request.scopes().any(|scope| scope == "raises") {
-                return Ok(response("other").not_before_policy(200));
-            }
-            let first = {
-                let mut asked = self.0.lock().unwrap();
-                *asked += 1;
-                *asked == 1
-            };
-            if first {
-                let token = response("void").not_before_policy(100);
-                return Ok(token.ext_expires_in(secs(3_600)));
-            }
-            time::sleep(secs(2)).await;
-            Err(TokenError::transient("down"))
-        }
-    }
-
     for void in [false, true] {
+        let first = response("void").not_before_policy(100);
+        let server = AuthServer::scripted([Ok(first.ext_expires_in(secs(3_600)))]);
+        let other = response("other").not_before_policy(200);
+        server.set_for("raises", Answer::Give(other));
         let policy = RefreshPolicy::new().extended_lifetime(true);
-        let cache = TokenCache::with_policy(Slow::default(), policy);
+        let cache = TokenCache::with_policy(server.clone(), policy);
         cache.get().await.unwrap();
         time::sleep(secs(400)).await;
+        // So that the other one comes in the middle of it.
+        server.set_latency(secs(2));
         let (last, _) = tokio::join!(cache.get(), async {
             time::sleep(secs(1)).await;
             if void {

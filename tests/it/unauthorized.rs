@@ -318,7 +318,7 @@ async fn an_api_that_refuses_everything_costs_a_handful_of_token_requests() {
 async fn a_request_is_not_sent_again_with_the_same_text() {
     for refusal in [invalid_token, unexplained] {
         let server = AuthServer::new();
-        server.set(Answer::Text("the-same", LIFETIME));
+        server.set(Answer::token("the-same", LIFETIME));
         let api = Api::refusing("the-same", refusal);
         let response = replaying(&server, &api).oneshot(get()).await.unwrap();
         assert_eq!(response.status(), 401);
@@ -332,7 +332,7 @@ async fn a_request_is_not_sent_again_with_the_same_text() {
 #[tokio::test(start_paused = true)]
 async fn a_late_refusal_is_not_replayed_with_the_same_text() {
     let server = AuthServer::new();
-    server.set(Answer::Text("the-same", LIFETIME));
+    server.set(Answer::token("the-same", LIFETIME));
     let api = Api::refusing("the-same", invalid_token);
     let client = replaying(&server, &api);
     let old = client.cache().get().await.unwrap();
@@ -352,7 +352,7 @@ async fn a_late_refusal_is_not_replayed_with_the_same_text() {
 #[tokio::test(start_paused = true)]
 async fn a_late_refusal_of_the_current_text_counts_without_replay_too() {
     let server = AuthServer::new();
-    server.set(Answer::Text("the-same", LIFETIME));
+    server.set(Answer::token("the-same", LIFETIME));
     let api = Api::refusing("the-same", invalid_token);
     let client = never(&server, &api);
     client.cache().get().await.unwrap();

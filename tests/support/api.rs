@@ -60,9 +60,12 @@ impl Api {
         Self::new(|arrival| echo(arrival.token()))
     }
 
-    /// Refuses `token-1` for invalid, and sends the others' text for a body.
+    /// Refuses the server's first token, of each scope, for invalid, and sends the others' text for a body.
     pub fn refusing_the_first() -> Self {
-        Self::refusing("token-1", || unauthorized(INVALID_TOKEN))
+        Self::new(|arrival| match arrival.token() {
+            Some(token) if token.ends_with("-1") => unauthorized(INVALID_TOKEN),
+            token => echo(token),
+        })
     }
 
     /// `refusal` to requests with this token, and the others' text for a body.

@@ -1,6 +1,7 @@
 //! [`AuthServer`]: a token source that stands in for the authorization server.
 
 use std::{
+    collections::{HashMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
@@ -14,12 +15,13 @@ use tower_bearer::{Fetch, RefreshToken, TokenError, TokenResponse, TokenSource};
 /// What the authorization server does with a token request.
 #[derive(Clone, Debug)]
 pub enum Answer {
-    /// Grants a new token, `token-N` for the Nth request, with this lifetime.
+    /// Grants a new token with this lifetime: `token-N` for the Nth request that asks for no scope, and
+    /// `token-SCOPE-N` for the Nth one that asks for this scope.
     Grant(Duration),
-    /// Grants a new token and names no lifetime.
+    /// The same, and names no lifetime.
     GrantUnnamed,
-    /// Grants this text with this lifetime.
-    Text(&'static str, Duration),
+    /// Grants this.
+    Give(TokenResponse),
     /// Refuses.
     Fail(TokenError),
     /// Never answers.
@@ -28,12 +30,22 @@ pub enum Answer {
     Panic,
 }
 
+impl Answer {
+    /// Grants this text with this lifetime.
+    pub fn token(text: &str, lifetime: Duration) -> Self {
+        Self::Give(TokenResponse::new(text).unwrap().expires_in(lifetime))
+    }
+}
+
 /// One token request as the server saw it.
 #[derive(Clone, Debug)]
 pub struct Seen {
     pub at: Instant,
     pub attempt: u32,
+    /// All scopes in their order with a `+` between; empty without any.
+    pub scope: String,
     pub refresh_token: Option<String>,
+    pub claims: Option<String>,
 }
 
 /// An authorization server in memory. Clones are one server.
@@ -45,10 +57,15 @@ pub struct AuthServer {
 
 struct State {
     answer: Answer,
+    /// What it does first, one answer after the other.
+    script: VecDeque<Answer>,
+    /// What it does with requests for this scope, whatever it does with others.
+    by_scope: HashMap<String, Answer>,
     latency: Duration,
     refresh_tokens: bool,
     refresh_lifetime: Option<Duration>,
     seen: Vec<Seen>,
+    seen_by_scope: HashMap<String, usize>,
     in_flight: usize,
     most_at_once: usize,
 }
@@ -58,10 +75,13 @@ impl AuthServer {
     pub fn new() -> Self {
         let state = State {
             answer: Answer::Grant(Duration::from_secs(300)),
+            script: VecDeque::new(),
+            by_scope: HashMap::new(),
             latency: Duration::ZERO,
             refresh_tokens: false,
             refresh_lifetime: None,
             seen: Vec::new(),
+            seen_by_scope: HashMap::new(),
             in_flight: 0,
             most_at_once: 0,
         };
@@ -71,9 +91,23 @@ impl AuthServer {
         }
     }
 
+    /// A server that answers so, in this order, and then fails.
+    pub fn scripted<const N: usize>(script: [Result<TokenResponse, TokenError>; N]) -> Self {
+        let server = Self::new();
+        server.set(Answer::Fail(TokenError::transient("the script is over")));
+        let answers = script.map(|result| result.map_or_else(Answer::Fail, Answer::Give));
+        server.lock().script = answers.into();
+        server
+    }
+
     /// Sets what it does from now on, with the requests that it holds as well.
     pub fn set(&self, answer: Answer) {
         self.lock().answer = answer;
+    }
+
+    /// Sets the same for requests that ask for this scope.
+    pub fn set_for(&self, scope: &str, answer: Answer) {
+        self.lock().by_scope.insert(scope.to_owned(), answer);
     }
 
     /// Sets how long an answer takes.
@@ -81,7 +115,7 @@ impl AuthServer {
         self.lock().latency = latency;
     }
 
-    /// Sets whether it sends a new refresh token, `refresh-N`, with each answer.
+    /// Sets whether it sends a new refresh token, `refresh-N` or `refresh-SCOPE-N`, with each new token.
     pub fn set_refresh_tokens(&self, yes: bool) {
         self.lock().refresh_tokens = yes;
     }
@@ -105,6 +139,12 @@ impl AuthServer {
         self.lock().seen.len()
     }
 
+    /// How many of them asked for this scope, or for none if it is empty.
+    pub fn requests_for(&self, scope: &str) -> usize {
+        let state = self.lock();
+        state.seen_by_scope.get(scope).copied().unwrap_or_default()
+    }
+
     pub fn seen(&self) -> Vec<Seen> {
         self.lock().seen.clone()
     }
@@ -124,6 +164,16 @@ impl AuthServer {
     }
 }
 
+impl State {
+    fn answer(&mut self, scope: &str) -> Answer {
+        if let Some(answer) = self.by_scope.get(scope) {
+            return answer.clone();
+        }
+        let next = self.script.pop_front();
+        next.unwrap_or_else(|| self.answer.clone())
+    }
+}
+
 impl TokenSource for AuthServer {
     async fn fetch(&self, fetch: Fetch) -> Result<TokenResponse, TokenError> {
         let guest = Guest::enter(self, fetch);
@@ -132,14 +182,13 @@ impl TokenSource for AuthServer {
         }
         let mut open = self.open.subscribe();
         open.wait_for(|open| *open).await.unwrap();
-        let answer = self.lock().answer.clone();
-        let number = guest.number;
+        let answer = self.lock().answer(&guest.scope);
         let response = match answer {
             Answer::Grant(lifetime) => {
-                TokenResponse::new(format!("token-{number}"))?.expires_in(lifetime)
+                TokenResponse::new(guest.new_token("token"))?.expires_in(lifetime)
             }
-            Answer::GrantUnnamed => TokenResponse::new(format!("token-{number}"))?,
-            Answer::Text(text, lifetime) => TokenResponse::new(text)?.expires_in(lifetime),
+            Answer::GrantUnnamed => TokenResponse::new(guest.new_token("token"))?,
+            Answer::Give(response) => return Ok(response),
             Answer::Fail(error) => return Err(error),
             Answer::Hang => std::future::pending().await,
             Answer::Panic => panic!("the scripted server panics"),
@@ -148,7 +197,7 @@ impl TokenSource for AuthServer {
         if !state.refresh_tokens {
             return Ok(response);
         }
-        let token = RefreshToken::new(format!("refresh-{number}"));
+        let token = RefreshToken::new(guest.new_token("refresh"));
         Ok(response.refresh_token(match state.refresh_lifetime {
             Some(lifetime) => token.expires_in(lifetime),
             None => token,
@@ -159,7 +208,8 @@ impl TokenSource for AuthServer {
 /// A token request while the server has it.
 struct Guest<'a> {
     server: &'a AuthServer,
-    /// The number of the request.
+    scope: String,
+    /// The number of the request among those for the same scope.
     number: usize,
     latency: Duration,
 }
@@ -167,18 +217,33 @@ struct Guest<'a> {
 impl<'a> Guest<'a> {
     fn enter(server: &'a AuthServer, fetch: Fetch) -> Self {
         let mut state = server.lock();
+        let scope = fetch.request.scopes().collect::<Vec<_>>().join("+");
         let refresh_token = fetch.refresh_token;
         state.seen.push(Seen {
             at: Instant::now(),
             attempt: fetch.attempt,
+            scope: scope.clone(),
             refresh_token: refresh_token.map(|token| token.expose_secret().to_owned()),
+            claims: fetch.claims,
         });
+        let number = state.seen_by_scope.entry(scope.clone()).or_default();
+        *number += 1;
+        let number = *number;
         state.in_flight += 1;
         state.most_at_once = state.most_at_once.max(state.in_flight);
         Self {
             server,
-            number: state.seen.len(),
+            scope,
+            number,
             latency: state.latency,
+        }
+    }
+
+    fn new_token(&self, kind: &str) -> String {
+        let number = self.number;
+        match &*self.scope {
+            "" => format!("{kind}-{number}"),
+            scope => format!("{kind}-{scope}-{number}"),
         }
     }
 }
