@@ -19,6 +19,10 @@ mod requests;
 mod retries;
 mod routes;
 #[path = "../support/mod.rs"]
-#[expect(dead_code, reason = "the other test binaries need more of it")]
+#[expect(
+    dead_code,
+    unused_imports,
+    reason = "the other test binaries need more of it"
+)]
 mod support;
 mod timeouts;

@@ -1,8 +1,8 @@
 //! How a client proves its identity, and what becomes of credentials that change.
 
 use std::{
-    convert::Infallible,
     fs,
+    future::ready,
     path::PathBuf,
     sync::{
         Arc, Mutex,
@@ -10,61 +10,48 @@ use std::{
     },
 };
 
-use bytes::Bytes;
-use http::{Request, Response};
-use http_body_util::{BodyExt, Full};
-use tower::util::BoxCloneSyncService;
 use tower_bearer::{
     AuthMethod, ClientCredentials, ClientCredentialsBuilder, Credential, Fetch, TokenCache,
     TokenSource,
 };
 
+use crate::support::{TokenEndpoint, reply};
+
 const URL: &str = "https://as.example/token";
 
 /// An authorization server that knows one secret at a time.
-#[derive(Clone, Default)]
 struct Server {
     secret: Arc<Mutex<String>>,
-    bodies: Arc<Mutex<Vec<String>>>,
+    endpoint: TokenEndpoint,
 }
 
 impl Server {
+    fn new(secret: &str) -> Self {
+        let secret = Arc::new(Mutex::new(secret.to_owned()));
+        let known = secret.clone();
+        let endpoint = TokenEndpoint::new(move |request| {
+            let known = format!("&client_secret={}", known.lock().unwrap());
+            ready(match request.body().ends_with(&known) {
+                true => reply(200, r#"{"access_token":"token","token_type":"Bearer"}"#),
+                false => reply(401, r#"{"error":"invalid_client"}"#),
+            })
+        });
+        Self { secret, endpoint }
+    }
+
     fn set_secret(&self, secret: &str) {
         *self.secret.lock().unwrap() = secret.to_owned();
     }
 
     fn bodies(&self) -> Vec<String> {
-        self.bodies.lock().unwrap().clone()
-    }
-
-    fn service(
-        &self,
-    ) -> BoxCloneSyncService<Request<Full<Bytes>>, Response<Full<Bytes>>, Infallible> {
-        let server = self.clone();
-        BoxCloneSyncService::new(tower::service_fn(move |request: Request<Full<Bytes>>| {
-            let server = server.clone();
-            async move {
-                let body = request.into_body().collect().await.unwrap().to_bytes();
-                let body = String::from_utf8(body.to_vec()).unwrap();
-                let secret = server.secret.lock().unwrap().clone();
-                let known = body.ends_with(&format!("&client_secret={secret}"));
-                server.bodies.lock().unwrap().push(body);
-                let (status, answer) = if known {
-                    (200, r#"{"access_token":"token","token_type":"Bearer"}"#)
-                } else {
-                    (401, r#"{"error":"invalid_client"}"#)
-                };
-                let response = Response::builder().status(status);
-                Ok::<_, Infallible>(response.body(Full::from(answer)).unwrap())
-            }
-        }))
+        self.endpoint.bodies()
     }
 
     fn source(&self, secret: impl Into<Credential>) -> ClientCredentials {
         builder()
             .client_secret(secret)
             .auth_method(AuthMethod::ClientSecretPost)
-            .build_with(self.service())
+            .build_with(self.endpoint.clone())
             .unwrap()
     }
 }
@@ -102,8 +89,7 @@ impl Drop for Directory {
 #[tokio::test]
 async fn a_file_that_is_replaced_is_read_for_the_next_token() {
     let directory = Directory::new("replaced");
-    let server = Server::default();
-    server.set_secret("one");
+    let server = Server::new("one");
     let source = server.source(Credential::file(directory.write("secret", "one\n")));
     source.fetch(Fetch::new()).await.unwrap();
     directory.write("secret", "two\n");
@@ -116,8 +102,7 @@ async fn a_file_that_is_replaced_is_read_for_the_next_token() {
 #[tokio::test]
 async fn a_secret_that_the_server_has_replaced_is_asked_for_once() {
     let asked = Arc::new(AtomicUsize::new(0));
-    let server = Server::default();
-    server.set_secret("0");
+    let server = Server::new("0");
     let count = asked.clone();
     let source = server.source(Credential::from_fn(move || {
         let count = count.clone();
@@ -142,8 +127,7 @@ async fn a_secret_that_the_server_has_replaced_is_asked_for_once() {
 #[tokio::test]
 async fn a_wrong_secret_that_was_replaced_is_told() {
     let directory = Directory::new("wrong");
-    let server = Server::default();
-    server.set_secret("right");
+    let server = Server::new("right");
     let source = server.source(Credential::file(directory.write("secret", "wrong")));
     let error = source.fetch(Fetch::new()).await.unwrap_err();
     assert_eq!(error.oauth_error(), Some("invalid_client"));
@@ -156,7 +140,7 @@ async fn a_wrong_secret_that_was_replaced_is_told() {
 
 #[tokio::test]
 async fn a_credential_that_cannot_be_had_sends_nothing() {
-    let server = Server::default();
+    let server = Server::new("secret");
     for credential in [
         Credential::file("/nonexistent/secret"),
         Credential::env("TOWER_BEARER_IS_NOT_SET"),
@@ -173,39 +157,25 @@ async fn a_credential_that_cannot_be_had_sends_nothing() {
 /// RFC 7009: a server that hangs over the one token is asked about the other one all the same.
 #[tokio::test(start_paused = true)]
 async fn a_revocation_that_hangs_does_not_spare_the_other_token() {
-    let revoked: Arc<Mutex<Vec<String>>> = Arc::default();
-    let service = tower::service_fn({
-        let revoked = Arc::clone(&revoked);
-        move |request: Request<Full<Bytes>>| {
-            let revoked = Arc::clone(&revoked);
-            async move {
-                let is_token_request = request.uri().path() == "/token";
-                let body = request.into_body().collect().await.unwrap().to_bytes();
-                if !is_token_request {
-                    let body = String::from_utf8(body.to_vec()).unwrap();
-                    let hangs = body.contains("token=refresh");
-                    revoked.lock().unwrap().push(body);
-                    if hangs {
-                        std::future::pending::<()>().await;
-                    }
-                }
-                let answer =
-                    r#"{"access_token":"access","token_type":"Bearer","refresh_token":"refresh"}"#;
-                Ok::<_, Infallible>(Response::new(Full::<Bytes>::from(answer)))
-            }
+    let endpoint = TokenEndpoint::new(|request| async move {
+        if request.body().contains("token=refresh") {
+            std::future::pending::<()>().await;
         }
+        let answer = r#"{"access_token":"access","token_type":"Bearer","refresh_token":"refresh"}"#;
+        reply(200, answer)
     });
     let source = builder()
         .revocation_url("https://as.example/revoke")
-        .build_with(service)
+        .build_with(endpoint.clone())
         .unwrap();
     let cache = TokenCache::new(source);
     cache.get().await.unwrap();
     let error = cache.shutdown_and_revoke().await.unwrap_err();
     assert!(error.is_timeout());
-    let revoked = revoked.lock().unwrap();
-    assert_eq!(revoked.len(), 2);
-    assert!(revoked[1].contains("token=access&"));
+    let bodies = endpoint.bodies();
+    assert_eq!(bodies.len(), 3);
+    assert!(bodies[1].contains("token=refresh"));
+    assert!(bodies[2].contains("token=access&"));
 }
 
 /// The default client finds the server by itself, and follows it nowhere else.
@@ -269,8 +239,8 @@ mod jwt {
 
     /// A server that leaves it to the test to judge its clients.
     async fn bodies(builder: ClientCredentialsBuilder, fetches: usize) -> Vec<String> {
-        let server = Server::default();
-        let source = builder.build_with(server.service()).unwrap();
+        let server = Server::new("secret");
+        let source = builder.build_with(server.endpoint.clone()).unwrap();
         for _ in 0..fetches {
             source.fetch(Fetch::new()).await.unwrap_err();
         }
@@ -333,14 +303,14 @@ mod jwt {
         let builder = builder()
             .issuer("https://as.example")
             .private_key(Credential::file(path));
-        builder.build_with(server.service()).unwrap()
+        builder.build_with(server.endpoint.clone()).unwrap()
     }
 
     /// Law 7: a broken key is no panic, and is forgotten once it has been replaced.
     #[tokio::test]
     async fn a_key_that_breaks_is_terminal_until_it_is_replaced() {
         let directory = Directory::new("key");
-        let server = Server::default();
+        let server = Server::new("secret");
         let source = with_broken_key(&directory, &server);
         let error = source.fetch(Fetch::new()).await.unwrap_err();
         assert!(!error.is_transient());
@@ -357,7 +327,7 @@ mod jwt {
     #[tokio::test(start_paused = true)]
     async fn a_cache_asks_as_soon_as_a_broken_key_was_replaced() {
         let directory = Directory::new("cache");
-        let server = Server::default();
+        let server = Server::new("secret");
         let source = with_broken_key(&directory, &server);
         let cache = TokenCache::new(source);
         let key = TokenRequest::new().scope("a");

@@ -13,9 +13,7 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
-use http::{Request, Response, StatusCode};
-use http_body_util::{BodyExt, Full};
+use http::{Request, Response};
 use tokio::{
     runtime::{Builder, Runtime},
     sync::Semaphore,
@@ -30,8 +28,8 @@ use tower_bearer::{
 use tracing_subscriber::layer::SubscriberExt;
 
 use crate::support::{
-    Answer, Api, AuthServer, INVALID_TOKEN, caller, enable_tracing, get, millis, now, poll_once,
-    secs, seed, settle, timed, unauthorized, until, without_a_hang,
+    Answer, Api, AuthServer, INVALID_TOKEN, TokenEndpoint, caller, enable_tracing, get, millis,
+    now, poll_once, reply, secs, seed, settle, timed, unauthorized, until, without_a_hang,
 };
 
 fn current_thread() -> Runtime {
@@ -338,11 +336,7 @@ async fn an_answer_that_came_to_a_runtime_that_stood_still_is_an_answer() {
     assert_eq!(error.retry_after(), Some(secs(60)));
     assert_eq!(attempts, 1);
 
-    let down = service_fn(|_: Request<Full<Bytes>>| async {
-        let mut response = Response::new(Full::<Bytes>::default());
-        *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
-        Ok::<_, Infallible>(response)
-    });
+    let down = TokenEndpoint::new(|_| async { reply(503, "") });
     let source = ClientCredentials::builder("https://localhost/token", "id").build_with(down);
     let down = source.unwrap().fetch(Fetch::new()).await.unwrap_err();
     let down = move || down.clone();
@@ -522,25 +516,26 @@ fn a_parked_attempt_that_was_given_up_sends_nothing_more_when_it_is_driven_again
 fn a_parked_refresh_that_was_given_up_does_not_go_on_to_client_credentials() {
     let (refreshes, grants) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
     let gate = Arc::new(Semaphore::new(0));
-    let endpoint = service_fn({
+    let endpoint = TokenEndpoint::new({
         let (refreshes, grants, gate) = (refreshes.clone(), grants.clone(), gate.clone());
-        move |request: Request<Full<Bytes>>| {
+        move |request| {
             let (refreshes, grants, gate) = (refreshes.clone(), grants.clone(), gate.clone());
             async move {
-                let body = request.into_body().collect().await.unwrap().to_bytes();
-                if body.starts_with(b"grant_type=refresh_token") {
+                if request.body().starts_with("grant_type=refresh_token") {
                     refreshes.fetch_add(1, Ordering::SeqCst);
                     gate.acquire().await.unwrap().forget();
-                    return Ok(Response::new(Full::<Bytes>::from("{}")));
+                    return reply(200, "{}");
                 }
                 let number = grants.fetch_add(1, Ordering::SeqCst);
                 // The first token is dead on arrival, and the next one is asked for a second later.
                 let lifetime = if number == 0 { 0 } else { 300 };
-                let answer = format!(
-                    r#"{{"access_token":"t{number}","token_type":"Bearer","expires_in":{lifetime},
-                        "refresh_token":"r{number}"}}"#
-                );
-                Ok::<_, Infallible>(Response::new(Full::from(answer)))
+                reply(
+                    200,
+                    format!(
+                        r#"{{"access_token":"t{number}","token_type":"Bearer","expires_in":{lifetime},
+                            "refresh_token":"r{number}"}}"#
+                    ),
+                )
             }
         }
     });

@@ -12,16 +12,14 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
-use http::{Request, Response};
-use http_body_util::{BodyExt, Full};
+use http::Request;
 use tokio::{
     runtime::Builder,
     time::{self, Instant},
 };
-use tower::{Layer as _, Service, ServiceExt, service_fn};
+use tower::{Layer as _, Service, ServiceExt};
 use tower_bearer::{
-    BearerAuthLayer, BoxError, ClientCredentials, CloneBody, RefreshPolicy, TokenCache, TokenError,
+    BearerAuthLayer, ClientCredentials, CloneBody, RefreshPolicy, TokenCache, TokenError,
     TokenRequest,
 };
 use tracing::{
@@ -37,8 +35,8 @@ use tracing_subscriber::{
 };
 
 use crate::support::{
-    Answer, Api, AuthServer, INVALID_TOKEN, all, caller, enable_tracing, get, millis, poll_once,
-    secs, seed, settle, unauthorized, without_a_hang,
+    Answer, Api, AuthServer, INVALID_TOKEN, TokenEndpoint, all, caller, enable_tracing, get,
+    millis, poll_once, reply, secs, seed, settle, unauthorized, without_a_hang,
 };
 
 type Fields = BTreeMap<String, String>;
@@ -410,17 +408,14 @@ async fn the_log_tells_once_that_requests_wait_for_a_slow_token_request() {
 #[tokio::test(start_paused = true)]
 async fn what_is_told_of_an_answer_says_of_which_token_request() {
     let (log, _guard) = Log::collect();
-    let endpoint = service_fn(|request: Request<Full<Bytes>>| async {
-        let body = request.into_body().collect().await?.to_bytes();
-        let (status, body) = match body.starts_with(b"grant_type=refresh_token") {
-            true => (400, r#"{"error":"invalid_grant"}"#),
-            false => (
+    let endpoint = TokenEndpoint::new(|request| async move {
+        match request.body().starts_with("grant_type=refresh_token") {
+            true => reply(400, r#"{"error":"invalid_grant"}"#),
+            false => reply(
                 200,
                 r#"{"access_token":"a","token_type":"Bearer","refresh_token":"r"}"#,
             ),
-        };
-        let response = Response::builder().status(status);
-        Ok::<_, BoxError>(response.body(Full::<Bytes>::from(body))?)
+        }
     });
     let source = ClientCredentials::builder("https://as.example/token", "client-id")
         .client_secret("secret")

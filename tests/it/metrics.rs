@@ -12,9 +12,7 @@ use std::{
     thread,
 };
 
-use bytes::Bytes;
-use http::{Request, Response};
-use http_body_util::{BodyExt, Full};
+use http::Request;
 use metrics::{
     Counter, Gauge, GaugeFn, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit,
 };
@@ -24,15 +22,15 @@ use metrics_util::{
     debugging::{DebugValue, DebuggingRecorder, Snapshotter},
 };
 use tokio::{runtime::Builder, sync::Semaphore, time};
-use tower::{Layer, Service, ServiceExt, limit::GlobalConcurrencyLimitLayer, service_fn};
+use tower::{Layer, Service, ServiceExt, limit::GlobalConcurrencyLimitLayer};
 use tower_bearer::{
-    BearerAuth, BearerAuthLayer, BoxError, ClientCredentials, CloneBody, Never, RefreshPolicy,
-    TokenCache, TokenError, TokenRequest, WithoutToken,
+    BearerAuth, BearerAuthLayer, ClientCredentials, CloneBody, Never, RefreshPolicy, TokenCache,
+    TokenError, TokenRequest, WithoutToken,
 };
 
 use crate::support::{
-    Answer, Api, AuthServer, all, caller, get, get_path, millis, now, poll_once, secs, settle,
-    token_error,
+    Answer, Api, AuthServer, TokenEndpoint, all, caller, get, get_path, millis, now, poll_once,
+    reply, secs, settle, token_error,
 };
 
 /// The metrics that were recorded since they were read the last time, gauges included.
@@ -223,26 +221,20 @@ async fn a_token_request_that_a_shutdown_ends_has_not_failed() {
 async fn token_requests_are_counted_by_the_grant_that_was_used() {
     let recorder = DebuggingRecorder::new();
     let _guard = metrics::set_default_local_recorder(&recorder);
-    let endpoint = service_fn(|request: Request<Full<Bytes>>| async move {
-        let body = request.into_body().collect().await?.to_bytes();
-        let is_refresh = body.starts_with(b"grant_type=refresh_token");
+    let endpoint = TokenEndpoint::new(|request| async move {
+        let mut pairs = request.body().split('&');
         // The first one is good.
-        let is_bad =
-            is_refresh && !body.ends_with(b"=1") && !body.windows(3).any(|it| it == b"=1&");
-        let (status, body) = match (is_refresh, is_bad) {
-            (_, true) => (400, r#"{"error":"invalid_grant"}"#.to_owned()),
-            (is_refresh, false) => {
-                let next = if is_refresh { 2 } else { 1 };
-                let body = format!(
-                    r#"{{"access_token":"a{next}","token_type":"Bearer","expires_in":300,"refresh_token":"{next}"}}"#
-                );
-                (200, body)
-            }
+        let next = match pairs.find_map(|pair| pair.strip_prefix("refresh_token=")) {
+            None => 1,
+            Some("1") => 2,
+            Some(_) => return reply(400, r#"{"error":"invalid_grant"}"#),
         };
-        let response = Response::builder()
-            .status(status)
-            .body(Full::<Bytes>::from(body));
-        Ok::<_, BoxError>(response?)
+        reply(
+            200,
+            format!(
+                r#"{{"access_token":"a{next}","token_type":"Bearer","expires_in":300,"refresh_token":"{next}"}}"#
+            ),
+        )
     });
     let source = ClientCredentials::builder("https://as.example/token", "client-id")
         .client_secret("secret")

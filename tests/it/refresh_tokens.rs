@@ -2,18 +2,16 @@
 
 use std::{
     collections::HashSet,
+    future::ready,
     io,
     sync::{Arc, Mutex},
 };
 
-use bytes::Bytes;
-use http::{Request, Response};
-use http_body_util::{BodyExt, Full};
+use http::Response;
 use tokio::time::{self, Instant};
-use tower::service_fn;
 use tower_bearer::{BoxError, ClientCredentials, TokenCache, TokenError};
 
-use crate::support::{Answer, AuthServer, millis, now, secs, settle};
+use crate::support::{Answer, AuthServer, TokenEndpoint, millis, now, reply, secs, settle};
 
 /// What each token request since the first carried.
 fn carried(server: &AuthServer) -> Vec<(u32, Option<String>)> {
@@ -162,7 +160,7 @@ struct Realm {
 }
 
 impl Realm {
-    fn answer(&mut self, mode: Mode, body: &str) -> Result<Response<Full<Bytes>>, BoxError> {
+    fn answer(&mut self, mode: Mode, body: &str) -> Result<Response<String>, BoxError> {
         let field = |name| {
             let fields = body.split('&').filter_map(|field| field.split_once('='));
             fields.into_iter().find(|field| field.0 == name)
@@ -186,8 +184,8 @@ impl Realm {
             Mode::Rotates => granted(number, Some(format!("R{number}"))),
             Mode::Omits => granted(number, None),
             Mode::Repeats => granted(number, Some(sent)),
-            Mode::Refuses => answer(400, r#"{"error":"invalid_grant"}"#.to_owned()),
-            Mode::Breaks => answer(503, String::new()),
+            Mode::Refuses => reply(400, r#"{"error":"invalid_grant"}"#),
+            Mode::Breaks => reply(503, ""),
             Mode::Loses => Err(io::Error::from(io::ErrorKind::ConnectionReset).into()),
         }
     }
@@ -198,20 +196,12 @@ impl Realm {
     }
 }
 
-fn granted(
-    number: usize,
-    refresh_token: Option<String>,
-) -> Result<Response<Full<Bytes>>, BoxError> {
+fn granted(number: usize, refresh_token: Option<String>) -> Result<Response<String>, BoxError> {
     let refresh_token = refresh_token.map_or_else(String::new, |token| {
         format!(r#","refresh_token":"{token}","refresh_expires_in":1800"#)
     });
     let token = format!(r#""access_token":"A{number}","token_type":"Bearer","expires_in":300"#);
-    answer(200, format!("{{{token}{refresh_token}}}"))
-}
-
-fn answer(status: u16, body: String) -> Result<Response<Full<Bytes>>, BoxError> {
-    let response = Response::builder().status(status);
-    Ok(response.body(Full::new(Bytes::from(body)))?)
+    reply(200, format!("{{{token}{refresh_token}}}"))
 }
 
 /// T10, over HTTP: one rung after the other, in one attempt.
@@ -227,16 +217,9 @@ async fn whatever_becomes_of_a_refresh_token_its_attempt_brings_a_token_and_no_o
         (Mode::Loses, 10, 10),
     ] {
         let realm = Arc::new(Mutex::new(Realm::default()));
-        let endpoint = service_fn({
+        let endpoint = TokenEndpoint::new({
             let realm = Arc::clone(&realm);
-            move |request: Request<Full<Bytes>>| {
-                let realm = Arc::clone(&realm);
-                async move {
-                    let body = request.into_body().collect().await?.to_bytes();
-                    let body = std::str::from_utf8(&body)?;
-                    realm.lock().unwrap().answer(mode, body)
-                }
-            }
+            move |request| ready(realm.lock().unwrap().answer(mode, request.body()))
         });
         let source = ClientCredentials::builder("http://localhost/token", "client-id")
             .client_secret("secret")

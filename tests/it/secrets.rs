@@ -3,6 +3,7 @@
 use std::{
     convert::Infallible,
     fmt,
+    future::ready,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -25,7 +26,7 @@ use tower_bearer::{
     TokenResponse, TokenSource, source_fn,
 };
 
-use crate::support::{INVALID_TOKEN, Printed, get, settle};
+use crate::support::{INVALID_TOKEN, Printed, TokenEndpoint, get, settle};
 
 /// In every secret of this module; texts are free of it.
 const CANARY: &str = "CANARY";
@@ -92,62 +93,43 @@ const MISHAPS: &[Script] = &[
     |_| (StatusCode::FOUND, String::new()),
 ];
 
-/// A token endpoint in memory. It asserts that nobody on the way would print what it gets.
-#[derive(Clone)]
+/// A token endpoint that asserts that nobody on the way would print what it gets.
 struct Endpoint {
     script: Arc<Mutex<Script>>,
-    requests: Arc<AtomicUsize>,
-    bodies: Arc<Mutex<Vec<String>>>,
+    service: TokenEndpoint,
 }
 
 impl Endpoint {
     fn new(script: Script) -> Self {
-        Self {
-            script: Arc::new(Mutex::new(script)),
-            requests: Arc::default(),
-            bodies: Arc::default(),
-        }
+        let script = Arc::new(Mutex::new(script));
+        let current = script.clone();
+        let requests = AtomicUsize::new(0);
+        let service = TokenEndpoint::new(move |request| {
+            if let Some(credentials) = request.headers().get(AUTHORIZATION) {
+                assert_eq!(credentials, &format!("Basic {BASIC}"));
+                assert!(credentials.is_sensitive());
+            }
+            // What a logging layer would do.
+            tracing::trace!(headers = ?request.headers(), "token request");
+            let number = requests.fetch_add(1, Ordering::SeqCst) + 1;
+            let script = *current.lock().unwrap();
+            let (status, body) = script(number);
+            let mut response = Response::builder().status(status);
+            if status.is_redirection() {
+                response = response.header("location", "https://elsewhere.example/CANARY");
+            }
+            ready(response.body(body).map_err(Into::into))
+        });
+        Self { script, service }
     }
 
     fn set(&self, script: Script) {
         *self.script.lock().unwrap() = script;
     }
 
-    fn service(
-        &self,
-    ) -> impl Service<
-        Request<Full<Bytes>>,
-        Response = Response<Full<Bytes>>,
-        Error = Infallible,
-        Future: Send,
-    > + Clone
-    + Send
-    + use<> {
-        let endpoint = self.clone();
-        service_fn(move |request: Request<Full<Bytes>>| {
-            let endpoint = endpoint.clone();
-            async move {
-                let (head, body) = request.into_parts();
-                if let Some(credentials) = head.headers.get(AUTHORIZATION) {
-                    assert_eq!(credentials, &format!("Basic {BASIC}"));
-                    assert!(credentials.is_sensitive());
-                }
-                // What a logging layer would do.
-                tracing::trace!(headers = ?head.headers, "token request");
-                let body = body.collect().await.unwrap().to_bytes();
-                let body = String::from_utf8(body.into()).unwrap();
-                endpoint.bodies.lock().unwrap().push(body);
-                let number = endpoint.requests.fetch_add(1, Ordering::SeqCst) + 1;
-                let script = *endpoint.script.lock().unwrap();
-                let (status, body) = script(number);
-                let mut response = Response::builder().status(status);
-                if status.is_redirection() {
-                    response = response.header("location", "https://elsewhere.example/CANARY");
-                }
-                let body = Full::new(Bytes::from(body));
-                Ok(response.body(body).unwrap())
-            }
-        })
+    /// How many token requests it has seen.
+    fn requests(&self) -> usize {
+        self.service.bodies().len()
     }
 
     fn builder(&self, method: AuthMethod) -> ClientCredentialsBuilder {
@@ -159,7 +141,9 @@ impl Endpoint {
     }
 
     fn source(&self, method: AuthMethod) -> ClientCredentials {
-        self.builder(method).build_with(self.service()).unwrap()
+        self.builder(method)
+            .build_with(self.service.clone())
+            .unwrap()
     }
 }
 
@@ -202,14 +186,14 @@ async fn no_event_shows_a_secret() {
         // A token, a refusal, a forced refresh and the replay.
         let response = client.clone().oneshot(get()).await.unwrap();
         assert_eq!(response.status(), StatusCode::OK);
-        assert_eq!(endpoint.requests.load(Ordering::SeqCst), 2);
+        assert_eq!(endpoint.requests(), 2);
         // An early refresh by the refresh token, which fails with all that follows it.
         time::sleep(Duration::from_secs(240)).await;
         for (n, &mishap) in MISHAPS.iter().enumerate() {
             endpoint.set(mishap);
             let _ = client.clone().oneshot(get()).await;
             time::sleep(Duration::from_secs(70)).await;
-            assert!(endpoint.requests.load(Ordering::SeqCst) > 2 + n);
+            assert!(endpoint.requests() > 2 + n);
         }
         // An outage that outlives the last token.
         endpoint.set(refused);
@@ -231,7 +215,7 @@ async fn no_event_shows_a_secret() {
         }
 
         // The secrets were there to be printed, and the events too.
-        let bodies = endpoint.bodies.lock().unwrap().join("\n");
+        let bodies = endpoint.service.bodies().join("\n");
         assert!(
             bodies.contains("refresh_token=CANARY-refresh-2"),
             "{bodies}"
@@ -454,11 +438,11 @@ fn no_error_of_the_configuration_shows_a_secret() {
     ] {
         let builder = ClientCredentials::builder(url, "client-id").client_secret(SECRET);
         printed.debug(&builder);
-        printed.error(&builder.build_with(endpoint.service()).unwrap_err());
+        printed.error(&builder.build_with(endpoint.service.clone()).unwrap_err());
     }
     for scope in ["CANARY\n", "CANARY\""] {
         let builder = endpoint.builder(AuthMethod::default()).scope(scope);
-        printed.error(&builder.build_with(endpoint.service()).unwrap_err());
+        printed.error(&builder.build_with(endpoint.service.clone()).unwrap_err());
     }
     assert_clean(&printed);
 }

@@ -4,6 +4,7 @@ mod api;
 mod auth_server;
 mod crowd;
 mod log;
+mod token_endpoint;
 
 use std::{
     error::Error,
@@ -21,7 +22,7 @@ use tokio::time::{self, Instant};
 use tower::{Service, ServiceExt};
 use tower_bearer::{BoxError, TokenError};
 
-pub use self::{api::*, auth_server::*, crowd::*, log::*};
+pub use self::{api::*, auth_server::*, crowd::*, log::*, token_endpoint::*};
 
 /// A request to a loopback origin.
 pub fn get() -> Request<String> {
