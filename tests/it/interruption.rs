@@ -25,10 +25,8 @@ use tower_bearer::{
     TokenResponse, TokenSource, source_fn,
 };
 
-use tracing_subscriber::layer::SubscriberExt;
-
 use crate::support::{
-    Answer, Api, AuthServer, INVALID_TOKEN, TokenEndpoint, caller, enable_tracing, get, millis,
+    Answer, Api, AuthServer, INVALID_TOKEN, PanickingLog, TokenEndpoint, Told, caller, get, millis,
     now, poll_once, reply, secs, seed, settle, timed, unauthorized, until, without_a_hang,
 };
 
@@ -102,18 +100,8 @@ async fn a_panic_in_fetch_itself_is_shared_and_the_next_flight_succeeds() {
 /// Law 7: a log that panics at each event, also at the one that tells of its panic, ends neither process nor cache.
 #[tokio::test(start_paused = true)]
 async fn a_log_that_panics_loses_a_flight_and_no_more() {
-    struct Broken(Arc<AtomicBool>);
-
-    impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Broken {
-        fn on_event(&self, _: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
-            assert!(!self.0.load(Ordering::SeqCst), "the log panics");
-        }
-    }
-
-    enable_tracing();
-    let broken = Arc::new(AtomicBool::new(true));
-    let log = tracing_subscriber::registry().with(Broken(Arc::clone(&broken)));
-    let _guard = tracing::subscriber::set_default(log);
+    let (panics, _guard) = PanickingLog::collect(&[Told::Event]);
+    panics.store(true, Ordering::SeqCst);
     let server = AuthServer::new();
     let cache = TokenCache::new(server.clone());
     let waiting = caller(&cache);
@@ -122,7 +110,7 @@ async fn a_log_that_panics_loses_a_flight_and_no_more() {
     assert!(waiting.await.unwrap_err().is_panic());
     assert_eq!(server.requests(), 0);
 
-    broken.store(false, Ordering::SeqCst);
+    panics.store(false, Ordering::SeqCst);
     time::sleep(millis(560)).await;
     assert_eq!(cache.get().await.unwrap().expose_secret(), "token-1");
 }
@@ -577,45 +565,11 @@ async fn a_panic_of_the_source_does_not_end_the_watch_of_a_warm_cache() {
     assert!(cache.peek().is_some());
 }
 
-/// A log that panics at each event, or at each span.
-struct PanickingLog {
-    panics: Arc<AtomicBool>,
-    at_spans: bool,
-}
-
-impl PanickingLog {
-    fn hear(&self, is_span: bool) {
-        let panics = self.at_spans == is_span && self.panics.load(Ordering::SeqCst);
-        assert!(!panics, "the log panics");
-    }
-}
-
-impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for PanickingLog {
-    fn on_event(&self, _: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
-        self.hear(false);
-    }
-
-    fn on_new_span(
-        &self,
-        _: &tracing::span::Attributes<'_>,
-        _: &tracing::Id,
-        _: tracing_subscriber::layer::Context<'_, S>,
-    ) {
-        self.hear(true);
-    }
-}
-
 /// Law 7.
 #[tokio::test(start_paused = true)]
 async fn a_panic_of_the_log_does_not_end_the_watch_of_a_warm_cache() {
-    enable_tracing();
-    for at_spans in [false, true] {
-        let panics = Arc::new(AtomicBool::new(false));
-        let log = tracing_subscriber::registry().with(PanickingLog {
-            panics: Arc::clone(&panics),
-            at_spans,
-        });
-        let _guard = tracing::subscriber::set_default(log);
+    for at in [&[Told::Event], &[Told::NewSpan]] {
+        let (panics, _guard) = PanickingLog::collect(at);
         let server = AuthServer::new();
         let cache = TokenCache::with_policy(server, RefreshPolicy::new().keep_warm(true));
         cache.get().await.unwrap();
@@ -623,7 +577,7 @@ async fn a_panic_of_the_log_does_not_end_the_watch_of_a_warm_cache() {
         time::sleep(secs(250)).await;
         panics.store(false, Ordering::SeqCst);
         time::sleep(secs(3_600)).await;
-        assert!(cache.peek().is_some(), "at spans: {at_spans}");
+        assert!(cache.peek().is_some(), "{at:?}");
     }
 }
 

@@ -3,10 +3,7 @@
 use std::{
     future::Future,
     pin::pin,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, atomic::Ordering},
     task::{Context, Wake, Waker},
 };
 
@@ -20,10 +17,8 @@ use tower_bearer::{
     TokenEvent, TokenRequest, TokenResponse, TokenSource,
 };
 
-use tracing_subscriber::layer::{self, SubscriberExt};
-
 use crate::support::{
-    Answer, Api, AuthServer, caller, enable_tracing, get, millis, now, poll_once, secs, settle,
+    Answer, Api, AuthServer, PanickingLog, Told, caller, get, millis, now, poll_once, secs, settle,
     timed, token_error,
 };
 
@@ -225,27 +220,7 @@ async fn what_is_dead_is_not_revoked() {
 /// A log that panics keeps no token from its revocation, and nobody who listens from the end.
 #[tokio::test(start_paused = true)]
 async fn a_log_that_panics_leaves_no_shutdown_half_done() {
-    struct Broken(Arc<AtomicBool>);
-
-    impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Broken {
-        fn on_event(&self, _: &tracing::Event<'_>, _: layer::Context<'_, S>) {
-            assert!(!self.0.load(Ordering::SeqCst), "the log panics");
-        }
-
-        fn on_record(
-            &self,
-            _: &tracing::Id,
-            _: &tracing::span::Record<'_>,
-            _: layer::Context<'_, S>,
-        ) {
-            assert!(!self.0.load(Ordering::SeqCst), "the log panics");
-        }
-    }
-
-    enable_tracing();
-    let panics = Arc::new(AtomicBool::new(false));
-    let log = tracing_subscriber::registry().with(Broken(Arc::clone(&panics)));
-    let _guard = tracing::subscriber::set_default(log);
+    let (panics, _guard) = PanickingLog::collect(&[Told::Event, Told::Record]);
     let source = Revoking::default();
     let cache = TokenCache::new(source.clone());
     let keys = ["1", "2"].map(|scope| TokenRequest::new().scope(scope));

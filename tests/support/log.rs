@@ -3,13 +3,21 @@
 use std::{
     error::Error,
     fmt, io,
-    sync::{Arc, LazyLock, Mutex},
+    sync::{
+        Arc, LazyLock, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
-use tracing::subscriber::DefaultGuard;
+use tracing::{
+    Event, Id, Subscriber,
+    span::{Attributes, Record},
+    subscriber::DefaultGuard,
+};
 use tracing_subscriber::{
+    Layer,
     fmt::{MakeWriter, format::FmtSpan},
-    layer::SubscriberExt,
+    layer::{Context, SubscriberExt},
 };
 
 use super::everything;
@@ -74,5 +82,53 @@ impl<'a> MakeWriter<'a> for Printed {
 
     fn make_writer(&'a self) -> Self {
         self.clone()
+    }
+}
+
+/// A log that panics at what it is told, while it is told to.
+pub struct PanickingLog {
+    panics: Arc<AtomicBool>,
+    at: &'static [Told],
+}
+
+/// What a log is told of.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Told {
+    Event,
+    NewSpan,
+    /// More of a span.
+    Record,
+}
+
+impl PanickingLog {
+    /// Makes one the log of this thread, and returns its switch, which is off.
+    pub fn collect(at: &'static [Told]) -> (Arc<AtomicBool>, DefaultGuard) {
+        enable_tracing();
+        let panics = Arc::new(AtomicBool::new(false));
+        let log = Self {
+            panics: Arc::clone(&panics),
+            at,
+        };
+        let guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(log));
+        (panics, guard)
+    }
+
+    fn hear(&self, told: Told) {
+        let panics = self.at.contains(&told) && self.panics.load(Ordering::SeqCst);
+        assert!(!panics, "the log panics");
+    }
+}
+
+impl<S: Subscriber> Layer<S> for PanickingLog {
+    fn on_event(&self, _: &Event<'_>, _: Context<'_, S>) {
+        self.hear(Told::Event);
+    }
+
+    fn on_new_span(&self, _: &Attributes<'_>, _: &Id, _: Context<'_, S>) {
+        self.hear(Told::NewSpan);
+    }
+
+    fn on_record(&self, _: &Id, _: &Record<'_>, _: Context<'_, S>) {
+        self.hear(Told::Record);
     }
 }
