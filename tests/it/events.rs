@@ -11,7 +11,7 @@ use tokio::{task, time};
 use tokio_stream::StreamExt;
 use tower_bearer::{Events, RefreshPolicy, TokenCache, TokenError, TokenEvent, TokenRequest};
 
-use crate::support::{Answer, AuthServer, millis, now, poll_once, secs, settle};
+use crate::support::{Answer, AuthServer, millis, now, poll_once, secs, settle, stand_still};
 
 /// What the stream has to say now.
 fn told(events: &mut Events) -> Vec<TokenEvent> {
@@ -229,7 +229,7 @@ async fn a_flight_that_oversleeps_its_first_attempt_is_lost() {
     time::sleep(secs(226)).await;
     let mut events = cache.events();
     now(cache.get()).unwrap();
-    let _ = poll_once(pin!(time::advance(secs(30))));
+    stand_still(secs(30));
     settle().await;
     assert_eq!(names(&told(&mut events)), ["FlightStarted", "FlightLost"]);
     assert_eq!(server.requests(), 1);

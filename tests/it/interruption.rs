@@ -27,7 +27,8 @@ use tower_bearer::{
 
 use crate::support::{
     Answer, Api, AuthServer, INVALID_TOKEN, PanickingLog, TokenEndpoint, Told, caller, get, millis,
-    now, poll_once, reply, secs, seed, settle, timed, unauthorized, until, without_a_hang,
+    now, poll_once, reply, secs, seed, settle, stand_still, timed, unauthorized, until,
+    without_a_hang,
 };
 
 fn current_thread() -> Runtime {
@@ -266,8 +267,7 @@ fn no_request_fails_on_a_runtime_that_stands_still_between_requests() {
         let client = BearerAuthLayer::new(source).layer(api);
         for _ in 0..(3_600 / pause) {
             let (answer, took) = runtime.block_on(async {
-                // The clock goes on, and no task does.
-                let _ = poll_once(pin!(time::advance(secs(pause))));
+                stand_still(secs(pause));
                 timed(client.clone().oneshot(get())).await
             });
             assert!(answer.is_ok(), "every {pause} s: {answer:?}");
@@ -300,7 +300,7 @@ async fn stopped_within_each_attempt(
         while asked.load(Ordering::SeqCst) < attempt && !waiting.is_finished() {
             time::sleep(millis(1)).await;
         }
-        let _ = poll_once(pin!(time::advance(stop)));
+        stand_still(stop);
     }
     let error = waiting.await.unwrap().unwrap_err();
     (error, asked.load(Ordering::SeqCst))
@@ -367,7 +367,7 @@ async fn a_failure_of_its_own_is_no_matter_of_the_runtime() {
             move |_| {
                 let attempt = asked.fetch_add(1, Ordering::SeqCst) + 1;
                 async move {
-                    let _ = poll_once(pin!(time::advance(secs(blocks))));
+                    stand_still(secs(blocks));
                     if takes > 0 && attempt == 1 {
                         time::sleep(millis(takes)).await;
                     }
@@ -378,7 +378,7 @@ async fn a_failure_of_its_own_is_no_matter_of_the_runtime() {
         let policy = RefreshPolicy::new().attempts(2);
         let waiting = caller(&TokenCache::with_policy(source, policy));
         settle().await;
-        let _ = poll_once(pin!(time::advance(secs(stop))));
+        stand_still(secs(stop));
         let error = waiting.await.unwrap().unwrap_err();
         assert!(!error.is_interrupted() && !error.is_timeout(), "{error:?}");
         assert_eq!(asked.load(Ordering::SeqCst), attempts);
@@ -400,8 +400,7 @@ async fn a_refusal_is_the_answer_if_the_token_request_for_it_is_lost() {
     let refused = tokio::spawn(client.oneshot(get()));
     settle().await;
     assert_eq!(server.in_flight(), 1);
-    // The clock goes on, and no task does.
-    let _ = poll_once(pin!(time::advance(secs(60))));
+    stand_still(secs(60));
     server.release();
     let (answer, took) = timed(refused).await;
     assert_eq!(answer.unwrap().unwrap().status(), 401);
@@ -426,8 +425,8 @@ async fn no_request_fails_if_the_runtime_stands_still_before_a_token_request_is_
         if waits {
             settle().await;
         }
-        // The clock goes on, and no task does; then the flight's is the first one.
-        let _ = poll_once(pin!(time::advance(secs(60))));
+        // Then the flight's task is the first one.
+        stand_still(secs(60));
         settle().await;
         assert!(waiting.await.is_ok(), "waits: {waits}");
         assert_eq!(server.requests(), 1 + usize::from(waits));
@@ -444,8 +443,7 @@ async fn an_outage_is_one_although_the_runtime_stands_still_at_times() {
     let waiting = caller(&cache);
     for _ in 0..5 {
         time::sleep(secs(5)).await;
-        // The clock goes on, and no task does.
-        let _ = poll_once(pin!(time::advance(secs(2))));
+        stand_still(secs(2));
     }
     assert!(waiting.await.unwrap().unwrap_err().is_timeout());
     assert_eq!(server.requests(), 3);

@@ -10,7 +10,7 @@ use std::{
     error::Error,
     fmt,
     future::Future,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::mpsc,
     task::{Context, Poll, Waker},
     thread,
@@ -84,6 +84,11 @@ pub const fn millis(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
+/// Lets the paused clock go on and no task with it, as on a runtime that stands still.
+pub fn stand_still(duration: Duration) {
+    let _ = poll_once(pin!(time::advance(duration)));
+}
+
 /// Polls once, with a waker that does nothing.
 pub fn poll_once<F: Future + ?Sized>(future: Pin<&mut F>) -> Poll<F::Output> {
     future.poll(&mut Context::from_waker(Waker::noop()))
@@ -92,7 +97,7 @@ pub fn poll_once<F: Future + ?Sized>(future: Pin<&mut F>) -> Poll<F::Output> {
 /// What a future that does not wait comes to, polled once.
 #[track_caller]
 pub fn now<F: Future>(future: F) -> F::Output {
-    match poll_once(std::pin::pin!(future)) {
+    match poll_once(pin!(future)) {
         Poll::Ready(output) => output,
         Poll::Pending => panic!("it waits"),
     }
