@@ -1,7 +1,6 @@
 //! Any caller may be dropped at any point: the token request goes on, and the others have its token.
 
 use std::{
-    convert::Infallible,
     future::Future,
     pin::pin,
     sync::Arc,
@@ -10,15 +9,13 @@ use std::{
 
 use http::{Request, Response};
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    sync::{OwnedSemaphorePermit, Semaphore},
     time,
 };
-use tower::{Layer, Service, ServiceExt, limit::ConcurrencyLimit, service_fn};
+use tower::{Layer, Service, ServiceExt, limit::ConcurrencyLimit};
 use tower_bearer::{BearerAuthLayer, BoxError, CloneBody, RefreshPolicy, TokenCache};
 
-use crate::support::{
-    Api, AuthServer, bearer, caller, echo, get, millis, now, poll_once, ready, secs, settle,
-};
+use crate::support::{Api, AuthServer, caller, get, millis, now, poll_once, ready, secs, settle};
 
 const LIMIT: u32 = 8;
 
@@ -28,7 +25,7 @@ struct Course {
     /// The inner service is ready for so many.
     permits: Arc<Semaphore>,
     taken: Option<OwnedSemaphorePermit>,
-    answers: watch::Sender<bool>,
+    api: Api,
 }
 
 impl Course {
@@ -38,11 +35,13 @@ impl Course {
     fn new() -> Self {
         let server = AuthServer::new();
         server.hold();
+        let api = Api::echoing();
+        api.hold();
         Self {
             server,
+            api,
             permits: Arc::new(Semaphore::new(LIMIT as usize)),
             taken: None,
-            answers: watch::Sender::new(false),
         }
     }
 
@@ -56,15 +55,7 @@ impl Course {
     > + Clone
     + Send
     + 'static {
-        let answers = self.answers.clone();
-        let api = service_fn(move |request: Request<String>| {
-            let response = echo(bearer(&request));
-            let mut open = answers.subscribe();
-            async move {
-                open.wait_for(|open| *open).await.unwrap();
-                Ok::<_, Infallible>(response)
-            }
-        });
+        let api = self.api.clone();
         let api = ConcurrencyLimit::with_semaphore(api, Arc::clone(&self.permits));
         BearerAuthLayer::new(self.server.clone()).layer(api)
     }
@@ -79,7 +70,7 @@ impl Course {
             }
             2 => self.server.release(),
             3 => self.taken = None,
-            4 => _ = self.answers.send_replace(true),
+            4 => self.api.release(),
             _ => {}
         }
         settle().await;
