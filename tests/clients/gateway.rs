@@ -30,7 +30,7 @@ use hyper_util::{
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
     sync::mpsc,
     time,
 };
@@ -41,7 +41,10 @@ use tower_bearer::{
     TokenError,
 };
 
-use crate::support::{Answer, AuthServer, INVALID_TOKEN, until};
+use crate::{
+    serve,
+    support::{Answer, AuthServer, INVALID_TOKEN, until},
+};
 
 /// An API that sends bodies back as they come, unless it refuses the token. Clones are one API.
 #[derive(Clone, Default)]
@@ -134,13 +137,6 @@ async fn explain(error: BoxError, retry_in: Option<Duration>) -> Response {
     let seconds = retry_in.map_or(1, |pause| pause.as_secs() + 1);
     let headers = [(RETRY_AFTER, seconds.to_string())];
     (StatusCode::SERVICE_UNAVAILABLE, headers).into_response()
-}
-
-async fn serve(app: Router) -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move { axum::serve(listener, app).await });
-    address
 }
 
 /// A gateway, its cache, and its upstream.

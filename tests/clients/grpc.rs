@@ -37,6 +37,7 @@ use tower_bearer::{
 use crate::{
     closed,
     echo::{EchoClient, EchoServer},
+    serve,
     support::{Answer, AuthServer, INVALID_TOKEN, until},
 };
 
@@ -284,9 +285,7 @@ async fn a_401_in_place_of_a_grpc_answer_replaces_the_token() {
             false => (StatusCode::FORBIDDEN, [("x-seen", "token-2")]),
         }
     });
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let endpoint = format!("http://{}", listener.local_addr().unwrap());
-    tokio::spawn(async move { axum::serve(listener, app).await });
+    let endpoint = format!("http://{}", serve(app).await);
     let auth = AuthServer::new();
     let channel = Endpoint::from_shared(endpoint).unwrap().connect_lazy();
     let channel = ServiceBuilder::new()

@@ -20,6 +20,14 @@ mod reqwest;
 )]
 mod support;
 
+/// Serves `app` on this machine until the test ends, and returns where.
+async fn serve(app: axum::Router) -> std::net::SocketAddr {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    address
+}
+
 /// An address of this machine at which nobody listens any more.
 async fn closed() -> std::net::SocketAddr {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -24,7 +24,6 @@ use hyper_util::{client::legacy, rt::TokioExecutor};
 use reqwest::{Body, Client, Proxy, Request, Response, Url, redirect};
 use serde_json::{Value, json};
 use tokio::{
-    net::TcpListener,
     task::JoinSet,
     time::{self, Sleep},
 };
@@ -39,7 +38,7 @@ use tower_bearer::{
 };
 
 use crate::{
-    closed,
+    closed, serve,
     support::{INVALID_TOKEN, everything, token_error},
 };
 
@@ -72,17 +71,13 @@ struct Arrival {
 
 impl Site {
     async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let site = Self {
-            address: listener.local_addr().unwrap(),
-            tables: Arc::default(),
-        };
+        let tables = Arc::default();
         let router = Router::new()
             .route("/token", post(grant))
             .route("/{*path}", any(answer))
-            .with_state(site.clone());
-        tokio::spawn(async move { axum::serve(listener, router).await });
-        site
+            .with_state(Arc::clone(&tables));
+        let address = serve(router).await;
+        Self { address, tables }
     }
 
     fn lock(&self) -> MutexGuard<'_, Tables> {
@@ -127,9 +122,12 @@ impl Site {
     }
 }
 
-async fn grant(State(site): State<Site>, form: String) -> (StatusCode, Json<Value>) {
+async fn grant(
+    State(tables): State<Arc<Mutex<Tables>>>,
+    form: String,
+) -> (StatusCode, Json<Value>) {
     let (number, fails, latency) = {
-        let mut tables = site.lock();
+        let mut tables = tables.lock().unwrap();
         let scope = form.split('&').find_map(|pair| pair.strip_prefix("scope="));
         tables.asked.push(scope.unwrap_or_default().to_owned());
         let fails = tables.failing > 0;
@@ -147,7 +145,7 @@ async fn grant(State(site): State<Site>, form: String) -> (StatusCode, Json<Valu
 
 /// Answers with the token of the request.
 async fn answer(
-    State(site): State<Site>,
+    State(tables): State<Arc<Mutex<Tables>>>,
     uri: Uri,
     headers: HeaderMap,
     body: Bytes,
@@ -156,7 +154,7 @@ async fn answer(
     let value = headers.get(AUTHORIZATION);
     let token = value.map(|value| value.to_str().unwrap().replace("Bearer ", ""));
     let refused = {
-        let mut tables = site.lock();
+        let mut tables = tables.lock().unwrap();
         tables.arrivals.push(Arrival {
             path: path.clone(),
             token: token.clone(),
