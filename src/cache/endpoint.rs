@@ -70,17 +70,12 @@ impl Endpoint {
 
     /// Forgets that the client was refused if it has new credentials now.
     pub(super) fn apply_new_credentials(&self, now: Now) {
-        let held = {
-            let gate = self.gate.lock();
-            gate.remembered()
-                .filter(|_| gate.is_renewable(now))
-                .cloned()
-        };
+        let is_renewable = self.gate.lock().is_renewable(now);
         // The source and the forgotten error are foreign code: neither may run under the lock, and a panic must not
         // reach whoever asks for a token.
         let is_renewed = || self.source().has_new_credentials();
         // A source that asks its own cache meanwhile would be asked again, without end.
-        if held.is_none() || self.asking.swap(true, Ordering::SeqCst) {
+        if !is_renewable || self.asking.swap(true, Ordering::SeqCst) {
             return;
         }
         let is_renewed = panic::catch_unwind(AssertUnwindSafe(is_renewed)).unwrap_or(false);
