@@ -263,10 +263,9 @@
 //! | `scope_narrowed` | WARN | `cache`, `missing` | the server granted less than was asked for |
 //! | `token_refused` | INFO, DEBUG | `cache`, `complaint`, `decision`, `flight` | by the API; INFO if that starts a token request, which is rate-limited |
 //! | `replayed` | DEBUG | | the request is sent once more |
-//!
 //! | `waited` | DEBUG | `flight`, `took`, `outcome` | by a request: `token`, `old_token`, `failed`, `lost` or `dropped` |
-//! | `invalidated`, `shut_down` | DEBUG | | by the program |
-//! | `keys_evicted`, `keys_full` | DEBUG, WARN | `count`; `cache`, `limit` | |
+//! | `invalidated`, `shut_down` | DEBUG | ; `cache` | by the program |
+//! | `keys_evicted`, `keys_full` | DEBUG, WARN | `cache`; `count`, `limit` | |
 //!
 //! Each flight has a span `token_flight` at DEBUG, which contains its events and what its client logs. Its fields are
 //! `cache` ([`RefreshPolicy::name`]), `flight` (a number, unique within the process), `key`, `grant`, `forced`, `attempts`,

@@ -56,12 +56,12 @@ impl Outlets {
     }
 
     pub(super) fn keys_evicted(&self, count: usize) {
-        telemetry::keys_evicted(count);
+        telemetry::keys_evicted(self.name, count);
         self.bus.send(|| TokenEvent::KeysEvicted { count });
     }
 
     pub(super) fn shut_down(&self) {
-        swallow_panics(telemetry::shut_down);
+        swallow_panics(|| telemetry::shut_down(self.name));
         swallow_panics(|| self.bus.send(|| TokenEvent::ShutDown));
         self.bus.close();
     }

@@ -504,18 +504,20 @@ pub(crate) fn keys_full(cache: &'static str, limit: usize) {
 }
 
 /// This many idle keys were evicted.
-pub(crate) fn keys_evicted(count: usize) {
+pub(crate) fn keys_evicted(cache: &'static str, count: usize) {
     emit!(
         DEBUG "keys_evicted",
+        cache,
         count,
         "keys without a token were dropped to make room for others",
     );
 }
 
 /// The cache was shut down.
-pub(crate) fn shut_down() {
+pub(crate) fn shut_down(cache: &'static str) {
     emit!(
         DEBUG "shut_down",
+        cache,
         "the token cache was shut down",
     );
 }

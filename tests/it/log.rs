@@ -495,7 +495,9 @@ async fn a_flights_span_says_what_became_of_it() {
     let waited = log.named("waited");
     let outcomes = ["failed", "failed", "token", "failed", "dropped"].map(Some);
     assert!(waited.iter().map(|line| line.field("outcome")).eq(outcomes));
-    assert_eq!(log.named("shut_down").len(), 1);
+    let ends = log.named("shut_down");
+    assert_eq!(ends.len(), 1);
+    assert_eq!(ends[0].field("cache"), Some("default"));
 }
 
 /// A runtime that ends takes its flight with it.
