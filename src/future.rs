@@ -178,7 +178,7 @@ where
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Result<S::Response, BoxError>> {
-        let StateProj::Sending { response, .. } = self.as_mut().project().state.project() else {
+        let StateProj::Sending { response } = self.as_mut().project().state.project() else {
             unreachable!("the request has left");
         };
         match ready!(response.poll(cx)) {
