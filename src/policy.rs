@@ -110,8 +110,8 @@ impl RefreshPolicy {
     /// Sets how many attempts are made before waiting callers see an error: default 3, at least 1.
     ///
     /// Another attempt follows only after a transient error, unless the error has a `Retry-After` or is a panic of the
-    /// source. The pause before it is up to 200 ms, doubling to up to 5 s. While there is a token that lives for longer
-    /// than 4 s, nobody waits, and the pause is 0.5 s to 1 s, doubling to up to 5 s. After a failed token request, each
+    /// source. The pause before it is up to 200 ms, doubling to up to 5 s. It is 0.5 s to 1 s, doubling to up to 5 s,
+    /// after a `429`, and while there is a token that lives for longer than 4 s, since nobody waits then. After a failed token request, each
     /// further one has a single attempt until one succeeds. No attempt follows if
     /// [`flight_timeout`](Self::flight_timeout) leaves no time for it, or if another key has learned that the server
     /// wants to be left alone or refuses the client.
@@ -278,9 +278,9 @@ pub(crate) fn gate_times(
 }
 
 /// How long to pause after the `attempt`th attempt of a flight.
-pub(crate) fn pause(attempt: u32, in_background: bool, rng: &mut Rng) -> Duration {
-    match in_background {
-        true => doubled(BACKGROUND_PAUSE, attempt, PAUSE_CAP).mul_f64(0.5 + rng.f64() / 2.0),
+pub(crate) fn pause(attempt: u32, is_patient: bool, rng: &mut Rng) -> Duration {
+    match is_patient {
+        true => doubled(PATIENT_PAUSE, attempt, PAUSE_CAP).mul_f64(0.5 + rng.f64() / 2.0),
         false => doubled(PAUSE, attempt, PAUSE_CAP).mul_f64(rng.f64()),
     }
 }
@@ -324,7 +324,7 @@ const BACKOFF_CAP: Duration = Duration::from_secs(10);
 const TERMINAL: Duration = Duration::from_secs(5);
 const TERMINAL_CAP: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_millis(200);
-const BACKGROUND_PAUSE: Duration = Duration::from_secs(1);
+const PATIENT_PAUSE: Duration = Duration::from_secs(1);
 const PAUSE_CAP: Duration = Duration::from_secs(5);
 const COOLDOWN: Duration = Duration::from_secs(5);
 const COOLDOWN_CAP: Duration = Duration::from_secs(60);

@@ -30,6 +30,7 @@ use std::{
 };
 
 use fastrand::Rng;
+use http::StatusCode;
 use pin_project_lite::pin_project;
 use slab::Slab;
 use tokio::{
@@ -423,7 +424,9 @@ async fn attempts(ending: &Ending, mut plan: Plan) -> Outcome {
         // The claims are the API's wish: better a token without them than none.
         let without_claims = may_be_of_claims(&error) && plan.claims.take().is_some();
         let is_last = !without_claims && (!retry || attempt >= plan.attempts);
-        let pause = policy::pause(attempt, plan.in_background, &mut Rng::new());
+        let is_limited = error.status() == Some(StatusCode::TOO_MANY_REQUESTS);
+        let is_patient = plan.in_background || is_limited;
+        let pause = policy::pause(attempt, is_patient, &mut Rng::new());
         let is_late = Now::read().monotonic + pause >= plan.deadline;
         if is_last || is_late || ending.entry.is_held_back() {
             return failed(error, stood_still);

@@ -1,11 +1,19 @@
 //! What a dead authorization server costs: it, and those who want a token.
 
-use std::{error::Error, ops::RangeInclusive, time::Duration};
+use std::{
+    error::Error,
+    future,
+    ops::RangeInclusive,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use tokio::time::{self, Instant};
-use tower_bearer::{TokenCache, TokenError};
+use tower_bearer::{ClientCredentials, TokenCache, TokenError};
 
-use crate::support::{Answer, AuthServer, Crowd, caller, millis, now, secs, seed, settle};
+use crate::support::{
+    Answer, AuthServer, Crowd, TokenEndpoint, caller, millis, now, reply, secs, seed, settle,
+};
 
 fn down() -> Answer {
     Answer::Fail(TokenError::transient("down"))
@@ -48,6 +56,32 @@ const BACKOFF: [RangeInclusive<u64>; 6] = [
     4_000..=8_000,
     5_000..=10_000,
 ];
+
+/// A server that lets a client have one token request in a second, as some do, and does not say so.
+#[tokio::test(start_paused = true)]
+async fn a_first_flight_outlasts_a_rate_limit_without_a_retry_after() {
+    let sent = Mutex::new(Vec::new());
+    let sent = Arc::new(sent);
+    let endpoint = TokenEndpoint::new({
+        let sent = Arc::clone(&sent);
+        let started = Instant::now();
+        move |_| {
+            let at = started.elapsed();
+            sent.lock().unwrap().push(at);
+            let answer = match at < secs(1) {
+                true => reply(429, ""),
+                false => reply(200, r#"{"access_token":"token","token_type":"Bearer"}"#),
+            };
+            future::ready(answer)
+        }
+    });
+    let source = ClientCredentials::builder("http://localhost/token", "client-id")
+        .build_with(endpoint)
+        .unwrap();
+    TokenCache::new(source).get().await.unwrap();
+    let sent = sent.lock().unwrap();
+    assert!(sent[1] >= millis(500) && sent.len() <= 3, "{sent:?}");
+}
 
 /// Laws 2, 3 and 4 (T4).
 #[tokio::test(start_paused = true)]
