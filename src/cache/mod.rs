@@ -34,7 +34,7 @@ pub use self::{
     status::{Status, TokenState},
 };
 use crate::{
-    error::{Kind, Request, TokenError},
+    error::{Kind, RequestKind, TokenError},
     policy::RefreshPolicy,
     source::{Revocation, SharedSource, TokenRequest, TokenSource},
     telemetry::{self, Meters},
@@ -258,7 +258,7 @@ impl TokenCache {
                     let limit = entry.policy().attempt_timeout;
                     let revoked = time::timeout(limit, entry.source().revoke(revocation)).await;
                     revoked.unwrap_or_else(|_| {
-                        Err(TokenError::new(Kind::Timeout).with_request(Request::Revocation))
+                        Err(TokenError::new(Kind::Timeout).with_request(RequestKind::Revocation))
                     })
                 });
             }

@@ -36,7 +36,7 @@ pub struct TokenError(Arc<Inner>);
 #[derive(Clone)]
 struct Inner {
     kind: Kind,
-    request: Request,
+    request: RequestKind,
     status: Option<StatusCode>,
     oauth_error: Option<Box<str>>,
     retry_after: Option<Duration>,
@@ -45,13 +45,13 @@ struct Inner {
 
 /// The kind of request that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Request {
+pub(crate) enum RequestKind {
     Token,
     Metadata,
     Revocation,
 }
 
-impl fmt::Display for Request {
+impl fmt::Display for RequestKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Token => "token",
@@ -160,13 +160,13 @@ impl TokenError {
 
     /// Nobody was asked to revoke a token, since there is no way to.
     pub(crate) fn no_revocation(reason: &'static str) -> Self {
-        Self::terminal(reason).with_request(Request::Revocation)
+        Self::terminal(reason).with_request(RequestKind::Revocation)
     }
 
     pub(crate) fn new(kind: Kind) -> Self {
         Self(Arc::new(Inner {
             kind,
-            request: Request::Token,
+            request: RequestKind::Token,
             status: None,
             oauth_error: None,
             retry_after: None,
@@ -178,7 +178,7 @@ impl TokenError {
         self.map(|inner| inner.source = Some(Arc::from(source.into())))
     }
 
-    pub(crate) fn with_request(self, request: Request) -> Self {
+    pub(crate) fn with_request(self, request: RequestKind) -> Self {
         self.map(|inner| inner.request = request)
     }
 
@@ -364,10 +364,10 @@ impl fmt::Display for TokenError {
                 write!(f, "the authorization server refused the {request} request")
             }
             Kind::Unavailable => write!(f, "the {request} endpoint is not available"),
-            Kind::Malformed | Kind::Custom { .. } if request == Request::Metadata => {
+            Kind::Malformed | Kind::Custom { .. } if request == RequestKind::Metadata => {
                 f.write_str("the authorization server's metadata cannot be used")
             }
-            Kind::Custom { .. } if request == Request::Revocation => {
+            Kind::Custom { .. } if request == RequestKind::Revocation => {
                 f.write_str("tokens cannot be revoked")
             }
             Kind::Malformed => {

@@ -22,7 +22,7 @@ use super::{
     within,
 };
 use crate::{
-    error::{self, ConfigError, Kind, TokenError},
+    error::{ConfigError, Kind, RequestKind, TokenError},
     telemetry,
     token::AccessToken,
 };
@@ -336,7 +336,7 @@ impl TokenSource for ClientCredentials {
                 .exchange(request, endpoints, Answer::into_revoked);
             // A request that hangs leaves some of its caller's time for the other token.
             let revoked = within(REVOCATION_LIMIT, revoking).await;
-            let revoked = revoked.map_err(|error| error.with_request(error::Request::Revocation));
+            let revoked = revoked.map_err(|error| error.with_request(RequestKind::Revocation));
             outcome = outcome.and(revoked);
         }
         outcome

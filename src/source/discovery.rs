@@ -14,7 +14,7 @@ use super::{
     within,
 };
 use crate::{
-    error::{self, ConfigError, Kind, TokenError},
+    error::{ConfigError, Kind, RequestKind, TokenError},
     sync::Mutex,
 };
 
@@ -88,7 +88,7 @@ impl Issuer {
                 .await
                 .and_then(Answer::into_metadata);
             let endpoints = metadata.and_then(|metadata| self.read(&metadata));
-            match endpoints.map_err(|error| error.with_request(error::Request::Metadata)) {
+            match endpoints.map_err(|error| error.with_request(RequestKind::Metadata)) {
                 Ok(endpoints) => return Ok(endpoints),
                 // The other documents are on the same host.
                 Err(error)
