@@ -17,10 +17,10 @@ use tower_service::Service;
 use super::assertion::{AssertionAudience, SigningAlgorithm};
 use super::{
     AuthMethod, ClientCredentials, Credential,
-    asked::{Asked, names, pairs},
     auth::{ClientAuth, OAuth2Auth},
     client_credentials::Inner,
     discovery::{Discovery, Issuer},
+    params::{RequestParams, pairs, param_names},
     refused::Refused,
     server::{Endpoints, Server, check_url, parse_url},
     transport::Transport,
@@ -404,7 +404,7 @@ impl ClientCredentialsBuilder {
             auth.inherit(oauth2);
         }
         auth.check(server.configured())?;
-        let asked = Asked::new(
+        let params = RequestParams::new(
             self.scopes.iter().map(String::as_str),
             self.resources.iter().map(String::as_str),
             pairs(&self.params),
@@ -412,7 +412,7 @@ impl ClientCredentialsBuilder {
         Ok(Inner {
             client_id,
             server,
-            asked,
+            params,
             auth,
             refused: Refused::new(),
             transport,
@@ -428,7 +428,7 @@ impl fmt::Debug for ClientCredentialsBuilder {
         f.debug_struct("ClientCredentialsBuilder")
             .field("scopes", &self.scopes)
             .field("resources", &self.resources)
-            .field("params", &names(pairs(&self.params)))
+            .field("params", &param_names(pairs(&self.params)))
             .field("plain_http", &self.plain_http)
             .finish_non_exhaustive()
     }

@@ -11,9 +11,9 @@ use tokio::time::Instant;
 use super::https;
 use super::{
     AuthMethod, Fetch, RefreshToken, Revocation, TokenResponse, TokenSource,
-    asked::{Asked, names},
     auth::{ClientAuth, Credentials, OAuth2Auth, Proof},
     builder::{ClientCredentialsBuilder, Target},
+    params::{RequestParams, param_names},
     refused::Refused,
     request::{Request, secret_in_body},
     response::Answer,
@@ -67,7 +67,7 @@ pub struct ClientCredentials {
 pub(super) struct Inner {
     pub(super) client_id: String,
     pub(super) server: Server,
-    pub(super) asked: Asked,
+    pub(super) params: RequestParams,
     pub(super) auth: ClientAuth,
     pub(super) refused: Refused,
     pub(super) transport: Transport,
@@ -280,10 +280,10 @@ impl ClientCredentials {
 
 impl TokenSource for ClientCredentials {
     async fn fetch(&self, fetch: Fetch) -> Result<TokenResponse, TokenError> {
-        let asked = self
+        let params = self
             .inner
-            .asked
-            .of(&fetch.request, fetch.claims.as_deref())?;
+            .params
+            .for_request(&fetch.request, fetch.claims.as_deref())?;
         let limit = fetch.timeout / 4;
         let endpoints = &*self.inner.endpoints(limit).await?;
         let ask = |request| self.inner.exchange(request, endpoints, Answer::into_token);
@@ -291,20 +291,21 @@ impl TokenSource for ClientCredentials {
             // A session is as it is; claims that the API misses in its tokens come with a new one.
             Some(token) if fetch.claims.is_none() => {
                 // Half of the time is left for the other grant, should this one hang.
-                match within(fetch.timeout / 2, ask(Request::RefreshToken(token, &asked))).await {
+                let refreshing = ask(Request::RefreshToken(token, &params));
+                match within(fetch.timeout / 2, refreshing).await {
                     Ok(response) => TokenResponse {
                         grant: Some(telemetry::REFRESH_TOKEN),
                         ..response
                     },
                     Err(error) => {
                         let _ = fetch.refresh_error.set(error);
-                        ask(Request::ClientCredentials(&asked)).await?
+                        ask(Request::ClientCredentials(&params)).await?
                     }
                 }
             }
-            _ => ask(Request::ClientCredentials(&asked)).await?,
+            _ => ask(Request::ClientCredentials(&params)).await?,
         };
-        Ok(match asked.scope() {
+        Ok(match params.scope() {
             Some(scope) => response.requested_scope(scope),
             None => response,
         })
@@ -356,7 +357,7 @@ impl fmt::Debug for ClientCredentials {
         let Inner {
             client_id,
             server,
-            asked,
+            params,
             ..
         } = &*self.inner;
         let kind = match server {
@@ -366,8 +367,8 @@ impl fmt::Debug for ClientCredentials {
         f.debug_struct("ClientCredentials")
             .field(kind, &server.name())
             .field("client_id", client_id)
-            .field("scopes", &asked.scopes)
-            .field("params", &names(asked.params()))
+            .field("scopes", &params.scopes)
+            .field("params", &param_names(params.extra_params()))
             .finish_non_exhaustive()
     }
 }

@@ -1,10 +1,9 @@
 //! Where tokens come from: the [`TokenSource`] trait and its implementations.
 //!
-//! What the `builder` has checked, [`ClientCredentials`] turn into token requests: `server` says where one goes, `asked`
+//! What the `builder` has checked, [`ClientCredentials`] turn into token requests: `server` says where one goes, `params`
 //! what for, `auth` proves who asks, `request` is what is sent and `response` what comes back, over a `transport`.
 //! `refused` remembers what an answer says of the client's credentials.
 
-mod asked;
 #[cfg(feature = "jwt")]
 mod assertion;
 mod auth;
@@ -14,6 +13,7 @@ mod credential;
 mod discovery;
 #[cfg(feature = "rustls")]
 mod https;
+mod params;
 mod refused;
 mod request;
 mod response;

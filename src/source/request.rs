@@ -16,16 +16,16 @@ use oauth2::{
 use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
 
-use super::{RefreshToken, asked::Asked, auth::Proof};
+use super::{RefreshToken, auth::Proof, params::RequestParams};
 use crate::error::TokenError;
 
 /// What a client asks of the authorization server.
 #[derive(Clone, Copy)]
 pub(super) enum Request<'a> {
     /// RFC 6749 section 4.4.2.
-    ClientCredentials(&'a Asked),
+    ClientCredentials(&'a RequestParams),
     /// RFC 6749 section 6.
-    RefreshToken(&'a RefreshToken, &'a Asked),
+    RefreshToken(&'a RefreshToken, &'a RequestParams),
     /// RFC 7009 section 2.1.
     Revocation {
         url: &'a Url,
@@ -59,11 +59,11 @@ impl Request<'_> {
             .iter()
             .map(|(name, value)| (*name, value.expose_secret()));
         let mut request = match self {
-            Self::ClientCredentials(asked) => {
-                client_credentials(&client, &asked.scopes, proof.chain(asked.params()))
+            Self::ClientCredentials(params) => {
+                client_credentials(&client, &params.scopes, proof.chain(params.extra_params()))
             }
-            Self::RefreshToken(token, asked) => {
-                refresh_token(&client, token, proof.chain(asked.params()))
+            Self::RefreshToken(token, params) => {
+                refresh_token(&client, token, proof.chain(params.extra_params()))
             }
             Self::Revocation { url, token, hint } => {
                 let params = [("token", token), ("token_type_hint", hint)];

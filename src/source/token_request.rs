@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     SharedSource,
-    asked::{names, pairs},
+    params::{pairs, param_names},
 };
 
 /// What a request's token is for, if that differs from what the source asks for by default.
@@ -167,7 +167,7 @@ impl fmt::Debug for TokenRequest {
         f.debug_struct("TokenRequest")
             .field("scopes", &self.0.names.scopes)
             .field("resources", &self.0.names.resources)
-            .field("params", &names(self.params()))
+            .field("params", &param_names(self.params()))
             .finish_non_exhaustive()
     }
 }

@@ -10,13 +10,13 @@ use crate::error::{ConfigError, TokenError};
 
 /// What a token request asks for, checked.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Asked {
+pub(super) struct RequestParams {
     pub(super) scopes: Vec<Scope>,
     resources: Vec<String>,
     params: Vec<(String, String)>,
 }
 
-impl Asked {
+impl RequestParams {
     /// Checks what a source or a request asks for.
     ///
     /// A parameter `resource` is a resource, whichever way it was named; but as a parameter it may be any text. That of
@@ -26,7 +26,7 @@ impl Asked {
         resources: impl Iterator<Item = &'a str>,
         params: impl Iterator<Item = (&'a str, &'a str)>,
     ) -> Result<Self, ConfigError> {
-        let mut asked = Self {
+        let mut checked = Self {
             scopes: scopes
                 .flat_map(|scope| scope.split(' '))
                 .map(scope_token)
@@ -37,12 +37,12 @@ impl Asked {
         for (name, value) in params {
             check_param(name)?;
             if name == "resource" {
-                asked.resources.push(value.to_owned());
+                checked.resources.push(value.to_owned());
             } else {
-                asked.params.push((name.to_owned(), value.to_owned()));
+                checked.params.push((name.to_owned(), value.to_owned()));
             }
         }
-        Ok(asked)
+        Ok(checked)
     }
 
     /// What is asked for `request`: whatever it names takes the place of its like.
@@ -50,7 +50,7 @@ impl Asked {
     /// # Errors
     ///
     /// A terminal one if the request names something that cannot be asked for.
-    pub(super) fn of(
+    pub(super) fn for_request(
         &self,
         request: &TokenRequest,
         claims: Option<&str>,
@@ -63,29 +63,29 @@ impl Asked {
         }
         let own = Self::new(request.scopes(), request.resources(), request.params())
             .map_err(TokenError::terminal)?;
-        let mut asked = self.clone();
+        let mut params = self.clone();
         if !own.scopes.is_empty() {
-            asked.scopes = own.scopes;
+            params.scopes = own.scopes;
         }
         if !own.resources.is_empty() {
-            asked.resources = own.resources;
+            params.resources = own.resources;
         }
         // RFC 6749 section 3.2: none twice, so one name's values are either the source's or the request's.
-        asked
+        params
             .params
             .retain(|(name, _)| !own.params.iter().any(|(other, _)| other == name));
-        asked.params.extend(own.params);
+        params.params.extend(own.params);
         if let Some(claims) = claims {
-            asked.demand(claims);
+            params.add_claims(claims);
         }
-        Ok(Cow::Owned(asked))
+        Ok(Cow::Owned(params))
     }
 
     /// Adds claims that the API demands to those that are asked for anyway.
     ///
     /// The latter name the client's capabilities, without which the server would not answer the demand. What
     /// is no JSON object comes from no API that knows the protocol, and is left out.
-    fn demand(&mut self, claims: &str) {
+    fn add_claims(&mut self, claims: &str) {
         let Ok(demanded) = serde_json::from_str::<Map<String, Value>>(claims) else {
             return;
         };
@@ -112,7 +112,7 @@ impl Asked {
     }
 
     /// The parameters that go with either grant.
-    pub(super) fn params(&self) -> impl Iterator<Item = (&str, &str)> {
+    pub(super) fn extra_params(&self) -> impl Iterator<Item = (&str, &str)> {
         let resources = self.resources.iter().map(|uri| ("resource", uri.as_str()));
         resources.chain(pairs(&self.params))
     }
@@ -172,7 +172,9 @@ pub(super) fn pairs(params: &[(String, String)]) -> impl ExactSizeIterator<Item 
 }
 
 /// The names of parameters, whose values may be secret.
-pub(super) fn names<'a>(params: impl IntoIterator<Item = (&'a str, &'a str)>) -> Vec<&'a str> {
+pub(super) fn param_names<'a>(
+    params: impl IntoIterator<Item = (&'a str, &'a str)>,
+) -> Vec<&'a str> {
     params.into_iter().map(|(name, _)| name).collect()
 }
 
@@ -193,8 +195,8 @@ const OWN_PARAMS: [&str; 7] = [
 mod tests {
     use super::*;
 
-    fn asked(resources: &[&str], params: &[(&str, &str)]) -> Result<Asked, ConfigError> {
-        Asked::new(
+    fn checked(resources: &[&str], params: &[(&str, &str)]) -> Result<RequestParams, ConfigError> {
+        RequestParams::new(
             ["configured"].into_iter(),
             resources.iter().copied(),
             params.iter().copied(),
@@ -216,17 +218,20 @@ mod tests {
             (" https://api.example.com", false),
             ("https://api.example.com/\n", false),
         ] {
-            assert_eq!(asked(&[uri], &[]).is_ok(), good, "{uri:?}");
+            assert_eq!(checked(&[uri], &[]).is_ok(), good, "{uri:?}");
         }
     }
 
     #[test]
     fn a_parameter_of_that_name_is_a_resource_of_any_form() {
         let guid = "2ff814a6-3304-4ab8-85cb-cd0e6f879c1d";
-        let of_source = asked(&[], &[("resource", guid)]).unwrap();
+        let of_source = checked(&[], &[("resource", guid)]).unwrap();
         let of = |request| {
-            let asked = of_source.of(&request, None).unwrap();
-            let params: Vec<_> = asked.params().map(|(n, v)| format!("{n}={v}")).collect();
+            let params = of_source.for_request(&request, None).unwrap();
+            let params: Vec<_> = params
+                .extra_params()
+                .map(|(n, v)| format!("{n}={v}"))
+                .collect();
             params.join("&")
         };
         assert_eq!(of(TokenRequest::new()), format!("resource={guid}"));
@@ -260,17 +265,17 @@ mod tests {
                 .into_iter()
                 .collect();
             // Whether the source or the request brings them.
-            let of_source = asked(&[], &params).unwrap();
+            let of_source = checked(&[], &params).unwrap();
             let plain = TokenRequest::new();
             let request = params
                 .iter()
                 .fold(plain.clone(), |request, (n, v)| request.param(*n, *v));
-            let of_request = asked(&[], &[]).unwrap();
-            for asked in [
-                of_source.of(&plain, Some(demanded)).unwrap(),
-                of_request.of(&request, Some(demanded)).unwrap(),
+            let of_request = checked(&[], &[]).unwrap();
+            for params in [
+                of_source.for_request(&plain, Some(demanded)).unwrap(),
+                of_request.for_request(&request, Some(demanded)).unwrap(),
             ] {
-                let claims: Vec<_> = asked.params().map(|(_, value)| value).collect();
+                let claims: Vec<_> = params.extra_params().map(|(_, value)| value).collect();
                 assert_eq!(claims, expected.into_iter().collect::<Vec<_>>());
             }
         }
