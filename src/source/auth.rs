@@ -9,7 +9,7 @@ use zeroize::Zeroizing;
 #[cfg(feature = "jwt")]
 use super::assertion;
 use super::{
-    credential::{Credential, Given},
+    credential::{Credential, CredentialValue},
     server::Endpoints,
 };
 use crate::error::{ConfigError, TokenError};
@@ -234,7 +234,7 @@ impl ClientAuth {
         credentials: &Credentials,
         endpoints: &Endpoints,
     ) -> Result<Proof, ConfigError> {
-        let text = credentials.key.as_ref().map_or("", Given::text);
+        let text = credentials.key.as_ref().map_or("", CredentialValue::text);
         Ok(match method {
             AuthMethod::ClientSecretBasic => Proof::Header(basic(client_id, text, self.raw_basic)),
             AuthMethod::ClientSecretPost => Proof::Params(vec![("client_secret", text.into())]),
@@ -271,34 +271,34 @@ pub(super) enum Proof {
 #[derive(Clone, Default)]
 pub(super) struct Credentials {
     /// The secret or the private key.
-    key: Option<Given>,
-    pub(super) certificate: Option<(Given, Given)>,
+    key: Option<CredentialValue>,
+    pub(super) certificate: Option<(CredentialValue, CredentialValue)>,
 }
 
 impl Credentials {
     /// Has another token request ask for others.
     pub(super) fn refuse(&self) {
-        self.iter().for_each(Given::refuse);
+        self.iter().for_each(CredentialValue::refuse);
     }
 
     /// Has another token request ask for another certificate.
     #[cfg(feature = "rustls")]
     pub(super) fn refuse_certificate(&self) {
-        self.certificates().for_each(Given::refuse);
+        self.certificates().for_each(CredentialValue::refuse);
     }
 
     pub(super) fn is_as(&self, other: &Self) -> bool {
         self.iter()
-            .map(Given::text)
-            .eq(other.iter().map(Given::text))
+            .map(CredentialValue::text)
+            .eq(other.iter().map(CredentialValue::text))
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Given> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &CredentialValue> {
         self.key.iter().chain(self.certificates())
     }
 
     /// The chain and its key.
-    fn certificates(&self) -> impl Iterator<Item = &Given> {
+    fn certificates(&self) -> impl Iterator<Item = &CredentialValue> {
         let pair = self.certificate.iter();
         pair.flat_map(|(chain, key)| [chain, key])
     }

@@ -16,7 +16,7 @@ use std::{
 use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
 
-use super::{response::without_mark, turn::Turn};
+use super::{response::without_bom, turn::Turn};
 use crate::{
     error::{BoxError, Kind, TokenError},
     sync::Mutex,
@@ -62,15 +62,15 @@ enum Origin {
 }
 
 struct Function {
-    ask: Box<dyn Fn() -> Asking + Send + Sync>,
-    kept: Mutex<Kept>,
+    call: Box<dyn Fn() -> Call + Send + Sync>,
+    cached: Mutex<Cached>,
     /// Held while the function is asked, so that many token requests ask it once.
     turn: Turn,
 }
 
 /// What a function gave last.
 #[derive(Clone, Default)]
-struct Kept {
+struct Cached {
     text: Option<Text>,
     /// Whether the server has refused it, so that the next token request asks for another one.
     refused: bool,
@@ -78,7 +78,7 @@ struct Kept {
 
 type Text = Arc<SecretString>;
 
-type Asking = Pin<Box<dyn Future<Output = Result<String, BoxError>> + Send>>;
+type Call = Pin<Box<dyn Future<Output = Result<String, BoxError>> + Send>>;
 
 impl Credential {
     /// Creates a credential that is read from a file for every token request: a Kubernetes mount, for example.
@@ -108,8 +108,8 @@ impl Credential {
         Fut: Future<Output = Result<String, BoxError>> + Send + 'static,
     {
         Self(Arc::new(Origin::Function(Function {
-            ask: Box::new(move || Box::pin(f())),
-            kept: Mutex::new(Kept::default()),
+            call: Box::new(move || Box::pin(f())),
+            cached: Mutex::new(Cached::default()),
             turn: Turn::new(),
         })))
     }
@@ -128,20 +128,20 @@ impl Credential {
     }
 
     /// What a token request is to be sent with now.
-    pub(super) async fn get(&self) -> Result<Given, TokenError> {
-        let (text, stamp) = match &*self.0 {
+    pub(super) async fn get(&self) -> Result<CredentialValue, TokenError> {
+        let (text, version) = match &*self.0 {
             Origin::Constant(text) => (text.clone(), None),
             Origin::File(path) => {
-                let (text, stamp) = read_off_runtime(path.clone()).await?;
-                (Arc::new(text), Some(stamp))
+                let (text, version) = read_off_runtime(path.clone()).await?;
+                (Arc::new(text), Some(version))
             }
             Origin::Env(name) => (Arc::new(read_env(name)?), None),
             Origin::Function(function) => (function.get().await?, None),
         };
-        Ok(Given {
+        Ok(CredentialValue {
             credential: self.clone(),
             text,
-            stamp,
+            version,
         })
     }
 }
@@ -173,13 +173,13 @@ impl fmt::Debug for Credential {
 
 /// What a credential gave for one token request.
 #[derive(Clone)]
-pub(super) struct Given {
+pub(super) struct CredentialValue {
     credential: Credential,
     text: Text,
-    stamp: Option<Stamp>,
+    version: Option<FileVersion>,
 }
 
-impl Given {
+impl CredentialValue {
     pub(super) fn text(&self) -> &str {
         self.text.expose_secret()
     }
@@ -191,9 +191,9 @@ impl Given {
     /// Has the next token request ask for another one, since the server refused this one.
     pub(super) fn refuse(&self) {
         if let Origin::Function(function) = &*self.credential.0 {
-            let mut kept = function.kept.lock();
-            if kept.is(&self.text) {
-                kept.refused = true;
+            let mut cached = function.cached.lock();
+            if cached.holds(&self.text) {
+                cached.refused = true;
             }
         }
     }
@@ -202,29 +202,29 @@ impl Given {
     pub(super) fn is_outdated(&self) -> bool {
         match &*self.credential.0 {
             Origin::Constant(_) => false,
-            Origin::File(path) => Stamp::of(fs::metadata(path)) != self.stamp,
+            Origin::File(path) => FileVersion::of(fs::metadata(path)) != self.version,
             Origin::Env(name) => env::var_os(name)
                 .is_some_and(|value| value.as_encoded_bytes() != self.text().as_bytes()),
             // Text that was given again is no other text, and one that was refused too is of no use.
             Origin::Function(function) => {
-                let kept = function.kept.lock().usable();
-                kept.is_some_and(|kept| kept.expose_secret() != self.text())
+                let cached = function.cached.lock().usable();
+                cached.is_some_and(|cached| cached.expose_secret() != self.text())
             }
         }
     }
 }
 
-impl fmt::Debug for Given {
+impl fmt::Debug for CredentialValue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.credential.fmt(f)
     }
 }
 
-impl Kept {
-    fn is(&self, text: &Text) -> bool {
+impl Cached {
+    fn holds(&self, text: &Text) -> bool {
         self.text
             .as_ref()
-            .is_some_and(|kept| Arc::ptr_eq(kept, text))
+            .is_some_and(|cached| Arc::ptr_eq(cached, text))
     }
 
     fn usable(&self) -> Option<Text> {
@@ -234,23 +234,23 @@ impl Kept {
 
 impl Function {
     async fn get(&self) -> Result<Text, TokenError> {
-        let kept = self.kept.lock().usable();
-        if let Some(text) = kept {
+        let cached = self.cached.lock().usable();
+        if let Some(text) = cached {
             return Ok(text);
         }
         let _turn = self.turn.take().await;
         // Whoever had the turn before may have got it.
-        let kept = self.kept.lock().usable();
-        if let Some(text) = kept {
+        let cached = self.cached.lock().usable();
+        if let Some(text) = cached {
             return Ok(text);
         }
-        let text = (self.ask)().await.map_err(missing)?;
+        let text = (self.call)().await.map_err(missing)?;
         if text.is_empty() {
             // Nothing to be kept: the next token request asks again.
             return Err(missing("the function gave an empty text"));
         }
         let text = Arc::new(SecretString::from(text));
-        *self.kept.lock() = Kept {
+        *self.cached.lock() = Cached {
             text: Some(text.clone()),
             refused: false,
         };
@@ -260,7 +260,7 @@ impl Function {
 
 /// By what a file's change is told without reading it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Stamp {
+struct FileVersion {
     modified: Option<SystemTime>,
     length: u64,
     /// A file that was put in the place of another is told from it whatever the resolution of the clock.
@@ -268,7 +268,7 @@ struct Stamp {
     inode: u64,
 }
 
-impl Stamp {
+impl FileVersion {
     fn new(metadata: &Metadata) -> Self {
         Self {
             modified: metadata.modified().ok(),
@@ -283,7 +283,7 @@ impl Stamp {
     }
 }
 
-async fn read_off_runtime(path: PathBuf) -> Result<(SecretString, Stamp), TokenError> {
+async fn read_off_runtime(path: PathBuf) -> Result<(SecretString, FileVersion), TokenError> {
     let reading = tokio::task::spawn_blocking(move || {
         read_file(&path).map_err(|error| {
             let problem = format!("the file {path:?} cannot be read");
@@ -297,18 +297,18 @@ async fn read_off_runtime(path: PathBuf) -> Result<(SecretString, Stamp), TokenE
     }
 }
 
-fn read_file(path: &Path) -> io::Result<(SecretString, Stamp)> {
+fn read_file(path: &Path) -> io::Result<(SecretString, FileVersion)> {
     let file = File::open(path)?;
     // Before its content: what changes in between counts as a change.
-    let stamp = Stamp::new(&file.metadata()?);
+    let version = FileVersion::new(&file.metadata()?);
     // Of one size from the start, since a buffer that grows leaves its content behind.
-    let capacity = stamp.length.min(FILE_LIMIT) as usize + 1;
+    let capacity = version.length.min(FILE_LIMIT) as usize + 1;
     let mut text = Zeroizing::new(Vec::with_capacity(capacity));
     file.take(FILE_LIMIT + 1).read_to_end(&mut text)?;
     if text.len() as u64 > FILE_LIMIT {
         return Err(io::Error::other("it is larger than 1 MiB"));
     }
-    let text = std::str::from_utf8(without_mark(&text));
+    let text = std::str::from_utf8(without_bom(&text));
     // The error would quote nothing, but hold the bytes.
     let text = text.map_err(|_| io::Error::other("it is not UTF-8"))?;
     let text = text.trim_end_matches(['\r', '\n']);
@@ -316,7 +316,7 @@ fn read_file(path: &Path) -> io::Result<(SecretString, Stamp)> {
         // A file that is being written.
         return Err(io::Error::other("it is empty"));
     }
-    Ok((SecretString::from(text), stamp))
+    Ok((SecretString::from(text), version))
 }
 
 fn read_env(name: &OsStr) -> Result<SecretString, TokenError> {
@@ -358,9 +358,9 @@ mod tests {
 
     /// A function that hangs when it is asked for the first time.
     fn hanging_at_first() -> Credential {
-        let asked = AtomicUsize::new(0);
+        let calls = AtomicUsize::new(0);
         Credential::from_fn(move || {
-            let first = asked.fetch_add(1, Ordering::Relaxed) == 0;
+            let first = calls.fetch_add(1, Ordering::Relaxed) == 0;
             async move {
                 if first {
                     std::future::pending::<()>().await;
@@ -403,14 +403,14 @@ mod tests {
             file.write(written);
             assert_eq!(text(&credential).await, read);
         }
-        let given = credential.get().await.unwrap();
-        assert!(!given.is_outdated());
+        let value = credential.get().await.unwrap();
+        assert!(!value.is_outdated());
         file.write("another length");
-        assert!(given.is_outdated());
+        assert!(value.is_outdated());
     }
 
     #[tokio::test]
-    async fn what_cannot_be_read_is_transient_and_shows_no_content() {
+    async fn an_unreadable_credential_is_transient_and_its_content_is_not_shown() {
         let file = Temporary::new("broken");
         for broken in [None, Some(&b""[..]), Some(b"\n"), Some(b"CANARY\xFF")] {
             if let Some(content) = broken {
@@ -436,15 +436,15 @@ mod tests {
     async fn a_variable_is_read_as_it_is() {
         // Cargo sets it for every test.
         let credential = Credential::env("CARGO_PKG_NAME");
-        let given = credential.get().await.unwrap();
-        assert_eq!(given.text(), "tower-bearer");
-        assert!(!given.is_outdated());
+        let value = credential.get().await.unwrap();
+        assert_eq!(value.text(), "tower-bearer");
+        assert!(!value.is_outdated());
     }
 
     #[tokio::test]
-    async fn a_function_is_asked_once_until_what_it_gave_is_refused() {
-        let asked = Arc::new(AtomicUsize::new(0));
-        let count = asked.clone();
+    async fn a_function_is_called_once_until_its_result_is_refused() {
+        let calls = Arc::new(AtomicUsize::new(0));
+        let count = calls.clone();
         let credential = Credential::from_fn(move || {
             let count = count.clone();
             async move {
@@ -466,14 +466,14 @@ mod tests {
         // Another token request that was sent with the old one finds the new one.
         also_first.refuse();
         assert_eq!(text(&credential).await, "secret-1");
-        assert_eq!(asked.load(Ordering::Relaxed), 2);
+        assert_eq!(calls.load(Ordering::Relaxed), 2);
     }
 
     #[tokio::test]
-    async fn an_empty_text_is_not_kept() {
-        let asked = AtomicUsize::new(0);
+    async fn an_empty_text_is_not_cached() {
+        let calls = AtomicUsize::new(0);
         let credential = Credential::from_fn(move || {
-            let first = asked.fetch_add(1, Ordering::Relaxed) == 0;
+            let first = calls.fetch_add(1, Ordering::Relaxed) == 0;
             async move { Ok(if first { "" } else { "secret" }.to_owned()) }
         });
         assert!(credential.get().await.unwrap_err().is_transient());
@@ -482,7 +482,7 @@ mod tests {
 
     /// Law 5: whoever is dropped while it asks leaves the turn to the next.
     #[tokio::test(start_paused = true)]
-    async fn a_function_that_hangs_is_asked_again_by_the_next() {
+    async fn a_function_that_hangs_is_called_again_by_the_next_request() {
         let credential = hanging_at_first();
         let limit = std::time::Duration::from_secs(1);
         assert!(tokio::time::timeout(limit, credential.get()).await.is_err());
@@ -491,7 +491,7 @@ mod tests {
 
     /// Law 2: what was refused as well is no reason to ask the server again.
     #[tokio::test]
-    async fn a_function_gave_nothing_new_if_that_was_refused_too() {
+    async fn a_new_result_that_was_refused_too_is_no_change() {
         let count = AtomicUsize::new(0);
         let credential = Credential::from_fn(move || {
             let count = count.fetch_add(1, Ordering::Relaxed);
@@ -507,7 +507,7 @@ mod tests {
 
     /// Law 6: a runtime that is parked keeps the turn for as long as an attempt, and not for ever.
     #[tokio::test(start_paused = true)]
-    async fn a_function_that_is_asked_on_a_parked_runtime_is_asked_again() {
+    async fn a_function_that_hangs_on_a_parked_runtime_is_called_again() {
         let credential = hanging_at_first();
         let mut parked = std::pin::pin!(credential.get());
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
@@ -530,8 +530,8 @@ mod tests {
     #[tokio::test]
     async fn nothing_shows_the_text() {
         let credential = Credential::from("CANARY");
-        let given = credential.get().await.unwrap();
-        assert!(!format!("{credential:?} {given:?}").contains("CANARY"));
+        let value = credential.get().await.unwrap();
+        assert!(!format!("{credential:?} {value:?}").contains("CANARY"));
         let file = format!("{:?}", Credential::file("/a/b"));
         assert_eq!(file, "Credential(\"/a/b\")");
     }

@@ -19,7 +19,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use secrecy::{ExposeSecret, SecretString};
 use tower::ServiceExt;
 
-use super::{auth::Certificate, response::without_mark, transport::Transport};
+use super::{auth::Certificate, response::without_bom, transport::Transport};
 use crate::{
     error::{ConfigError, Unresolved},
     sync::Mutex,
@@ -210,7 +210,7 @@ fn no_roots(problems: Vec<rustls_native_certs::Error>) -> ConfigError {
 /// Unlike the system's roots these were named one by one, so each has to be good.
 fn add_pem(roots: &mut RootCertStore, pem: &[u8]) -> Result<(), ConfigError> {
     let before = roots.len();
-    for (certificate, number) in CertificateDer::pem_slice_iter(without_mark(pem)).zip(1..) {
+    for (certificate, number) in CertificateDer::pem_slice_iter(without_bom(pem)).zip(1..) {
         // PEM errors quote the text they stumbled over, which may be the key of a bundle.
         let certificate = certificate.map_err(|_| {
             ConfigError::new(format!("root certificate {number} of its PEM is malformed"))

@@ -74,7 +74,7 @@ impl Refused {
         };
         let changed = credentials
             .iter()
-            .any(|given| (look || !given.is_of_file()) && given.is_outdated());
+            .any(|value| (look || !value.is_of_file()) && value.is_outdated());
         if changed {
             let mut refusal = self.0.lock();
             // Unless other credentials have been refused meanwhile.

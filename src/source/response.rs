@@ -77,7 +77,7 @@ impl Answer {
     pub(super) fn into_metadata(self) -> Result<Map<String, Value>, TokenError> {
         let status = self.response.status();
         let metadata = if status.is_success() {
-            let body = without_mark(self.response.body());
+            let body = without_bom(self.response.body());
             serde_json::from_slice(body).map_err(|error| {
                 let problem = describe_json_error(&error);
                 malformed(format!("the metadata cannot be read: {problem}"))
@@ -131,7 +131,7 @@ struct Document {
 
 impl Document {
     fn parse(body: &[u8]) -> Result<Self, TokenError> {
-        let body = without_mark(body);
+        let body = without_bom(body);
         // serde would fill a struct from an array as well.
         if !body.trim_ascii_start().starts_with(b"{") {
             return Err(malformed("the answer is not a JSON object"));
@@ -336,7 +336,7 @@ fn describe_json_error(error: &serde_json::Error) -> String {
 }
 
 /// Leaves out the byte order mark that some editors and servers begin a text with.
-pub(super) fn without_mark(text: &[u8]) -> &[u8] {
+pub(super) fn without_bom(text: &[u8]) -> &[u8] {
     text.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(text)
 }
 
