@@ -128,22 +128,22 @@ impl ClientAuth {
         }
         let supported = endpoints.and_then(|endpoints| endpoints.auth_methods.as_deref());
         let method = self.method(supported).map_err(ConfigError::new)?;
-        let takes = |credential: &Option<Credential>, name| match credential {
+        let needs = |credential: &Option<Credential>, name| match credential {
             Some(_) => Ok(()),
-            None => Err(lacking(method, name)),
+            None => Err(missing_setting(method, name)),
         };
         match method {
             AuthMethod::ClientSecretBasic | AuthMethod::ClientSecretPost => {
-                takes(&self.secret, "client_secret")
+                needs(&self.secret, "client_secret")
             }
             #[cfg(feature = "jwt")]
             AuthMethod::ClientSecretJwt => {
-                takes(&self.secret, "client_secret")?;
+                needs(&self.secret, "client_secret")?;
                 self.assertion.check(None, endpoints)
             }
             #[cfg(feature = "jwt")]
             AuthMethod::PrivateKeyJwt => {
-                takes(&self.private_key, "private_key")?;
+                needs(&self.private_key, "private_key")?;
                 self.assertion.check(self.private_key.as_ref(), endpoints)
             }
             AuthMethod::None if self.secret.is_some() || self.private_key.is_some() => {
@@ -162,7 +162,7 @@ impl ClientAuth {
     pub(super) fn certificate(&self) -> Result<Option<&Certificate>, ConfigError> {
         match (&self.certificate, self.method) {
             (None, Some(method)) if self.presents_certificate() => {
-                Err(lacking(method, "client_certificate"))
+                Err(missing_setting(method, "client_certificate"))
             }
             (certificate, _) => Ok(certificate.as_ref()),
         }
@@ -183,12 +183,12 @@ impl ClientAuth {
         if self.secret.is_some() {
             // RFC 8414 section 2: a list that is left out stands for the first one. One that names no way to prove
             // an identity was not written with clients that have a secret in mind.
-            let names_a_way =
+            let names_a_method =
                 supported.is_some_and(|names| names.iter().any(|name| name != "none"));
-            if !names_a_way {
+            if !names_a_method {
                 return Ok(AuthMethod::ClientSecretBasic);
             }
-            return BY_SECRET
+            return SECRET_METHODS
                 .iter()
                 .copied()
                 .find(|method| supports(*method))
@@ -204,7 +204,7 @@ impl ClientAuth {
     }
 
     /// Asks for the credentials that `method` takes.
-    pub(super) async fn gather(&self, method: AuthMethod) -> Result<Credentials, TokenError> {
+    pub(super) async fn obtain(&self, method: AuthMethod) -> Result<Credentials, TokenError> {
         let key = match method {
             AuthMethod::ClientSecretBasic | AuthMethod::ClientSecretPost => &self.secret,
             #[cfg(feature = "jwt")]
@@ -227,17 +227,21 @@ impl ClientAuth {
     }
 
     /// Makes the proof that goes with one token request.
-    pub(super) fn prove(
+    pub(super) fn authenticate(
         &self,
         method: AuthMethod,
         client_id: &str,
         credentials: &Credentials,
         endpoints: &Endpoints,
-    ) -> Result<Proof, ConfigError> {
+    ) -> Result<Authentication, ConfigError> {
         let text = credentials.key.as_ref().map_or("", CredentialValue::text);
         Ok(match method {
-            AuthMethod::ClientSecretBasic => Proof::Header(basic(client_id, text, self.raw_basic)),
-            AuthMethod::ClientSecretPost => Proof::Params(vec![("client_secret", text.into())]),
+            AuthMethod::ClientSecretBasic => {
+                Authentication::Header(basic(client_id, text, self.raw_basic))
+            }
+            AuthMethod::ClientSecretPost => {
+                Authentication::Params(vec![("client_secret", text.into())])
+            }
             #[cfg(feature = "jwt")]
             AuthMethod::ClientSecretJwt | AuthMethod::PrivateKeyJwt => {
                 let key = match method {
@@ -245,7 +249,7 @@ impl ClientAuth {
                     _ => assertion::Key::of_secret(text),
                 };
                 let assertion = self.assertion.sign(&key, client_id, endpoints)?;
-                Proof::Params(vec![
+                Authentication::Params(vec![
                     ("client_assertion_type", assertion::TYPE.into()),
                     ("client_assertion", assertion),
                 ])
@@ -253,14 +257,14 @@ impl ClientAuth {
             AuthMethod::TlsClientAuth | AuthMethod::SelfSignedTlsClientAuth | AuthMethod::None => {
                 // Only assertions speak of their audience.
                 let _ = endpoints;
-                Proof::Params(Vec::new())
+                Authentication::Params(Vec::new())
             }
         })
     }
 }
 
 /// What goes into a request to prove who sends it.
-pub(super) enum Proof {
+pub(super) enum Authentication {
     /// The `Authorization` header, which names the client as well.
     Header(HeaderValue),
     /// Parameters beside the client's id.
@@ -287,7 +291,7 @@ impl Credentials {
         self.certificates().for_each(CredentialValue::refuse);
     }
 
-    pub(super) fn is_as(&self, other: &Self) -> bool {
+    pub(super) fn same_text(&self, other: &Self) -> bool {
         self.iter()
             .map(CredentialValue::text)
             .eq(other.iter().map(CredentialValue::text))
@@ -304,7 +308,7 @@ impl Credentials {
     }
 }
 
-fn lacking(method: AuthMethod, setting: &str) -> ConfigError {
+fn missing_setting(method: AuthMethod, setting: &str) -> ConfigError {
     let method = method.name();
     ConfigError::new(format!("the auth_method {method} takes a {setting}"))
 }
@@ -334,7 +338,7 @@ fn form_encoded(text: &str) -> Zeroizing<String> {
 }
 
 /// In the order in which they are chosen.
-const BY_SECRET: &[AuthMethod] = &[
+const SECRET_METHODS: &[AuthMethod] = &[
     AuthMethod::ClientSecretBasic,
     AuthMethod::ClientSecretPost,
     #[cfg(feature = "jwt")]

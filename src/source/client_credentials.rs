@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::https;
 use super::{
     AuthMethod, Fetch, RefreshToken, Revocation, TokenResponse, TokenSource,
-    auth::{ClientAuth, Credentials, OAuth2Auth, Proof},
+    auth::{Authentication, ClientAuth, Credentials, OAuth2Auth},
     builder::{ClientCredentialsBuilder, Target},
     params::{RequestParams, param_names},
     refused::Refused,
@@ -95,7 +95,7 @@ impl Inner {
             self.server.suspect();
             TokenError::terminal(problem)
         })?;
-        let first = self.auth.gather(method).await?;
+        let first = self.auth.obtain(method).await?;
         let outcome = self.send(request, endpoints, method, &first, judge).await;
         // A refresh token is sent once: RFC 6749 does not say whether it survives a request that failed.
         let is_sent_once = matches!(request, Request::RefreshToken(..));
@@ -103,8 +103,8 @@ impl Inner {
         if is_sent_once || !are_refused {
             return outcome;
         }
-        let newer = self.auth.gather(method).await?;
-        if newer.is_as(&first) {
+        let newer = self.auth.obtain(method).await?;
+        if newer.same_text(&first) {
             newer.refuse();
             return outcome;
         }
@@ -120,10 +120,11 @@ impl Inner {
         credentials: &Credentials,
         judge: fn(Answer) -> Result<T, TokenError>,
     ) -> Result<T, TokenError> {
-        let outcome = match self.equip(method, credentials, endpoints) {
-            Ok((proof, transport)) => {
+        let outcome = match self.prepare(method, credentials, endpoints) {
+            Ok((authentication, transport)) => {
                 let watch = self.server.watch();
-                let answer = match request.build(&self.client_id, proof, &endpoints.token_url) {
+                let request = request.build(&self.client_id, authentication, &endpoints.token_url);
+                let answer = match request {
                     Ok(request) => transport.send(request).await,
                     Err(error) => Err(error),
                 };
@@ -139,21 +140,21 @@ impl Inner {
     }
 
     /// Makes the proof of one request, and the way that it takes.
-    fn equip(
+    fn prepare(
         &self,
         method: AuthMethod,
         credentials: &Credentials,
         endpoints: &Endpoints,
-    ) -> Result<(Proof, Transport), ConfigError> {
-        let proof = self
-            .auth
-            .prove(method, &self.client_id, credentials, endpoints)?;
+    ) -> Result<(Authentication, Transport), ConfigError> {
+        let authentication =
+            self.auth
+                .authenticate(method, &self.client_id, credentials, endpoints)?;
         #[cfg(feature = "rustls")]
         if let Some(mutual) = &self.mutual {
-            let (chain, key) = credentials.certificate.as_ref().expect("it was gathered");
-            return Ok((proof, mutual.transport(chain.text(), key.text())?));
+            let (chain, key) = credentials.certificate.as_ref().expect("it was obtained");
+            return Ok((authentication, mutual.transport(chain.text(), key.text())?));
         }
-        Ok((proof, self.transport.clone()))
+        Ok((authentication, self.transport.clone()))
     }
 }
 

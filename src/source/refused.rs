@@ -80,7 +80,7 @@ impl Refused {
             // Unless other credentials have been refused meanwhile.
             if let Some(refusal) = refusal
                 .as_mut()
-                .filter(|now| now.credentials.is_as(&credentials))
+                .filter(|now| now.credentials.same_text(&credentials))
             {
                 refusal.changed = true;
             }

@@ -16,7 +16,7 @@ use oauth2::{
 use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
 
-use super::{RefreshToken, auth::Proof, params::RequestParams};
+use super::{RefreshToken, auth::Authentication, params::RequestParams};
 use crate::error::TokenError;
 
 /// What a client asks of the authorization server.
@@ -39,15 +39,15 @@ impl Request<'_> {
     pub(super) fn build(
         self,
         client_id: &str,
-        proof: Proof,
+        authentication: Authentication,
         token_url: &TokenUrl,
     ) -> Result<HttpRequest, TokenError> {
         let client = BasicClient::new(ClientId::new(client_id.to_owned()))
             .set_token_uri(token_url.clone())
             .set_auth_type(AuthType::RequestBody);
-        let (client, header, proof) = match proof {
-            Proof::Params(params) => (client, None, params),
-            Proof::Header(header) => {
+        let (client, header, auth) = match authentication {
+            Authentication::Params(params) => (client, None, params),
+            Authentication::Header(header) => {
                 // So that the id stays out of the body. The header that comes of it is replaced.
                 let client = client
                     .set_auth_type(AuthType::BasicAuth)
@@ -55,19 +55,19 @@ impl Request<'_> {
                 (client, Some(header), Vec::new())
             }
         };
-        let proof = proof
+        let auth = auth
             .iter()
             .map(|(name, value)| (*name, value.expose_secret()));
         let mut request = match self {
             Self::ClientCredentials(params) => {
-                client_credentials(&client, &params.scopes, proof.chain(params.extra_params()))
+                client_credentials(&client, &params.scopes, auth.chain(params.extra_params()))
             }
             Self::RefreshToken(token, params) => {
-                refresh_token(&client, token, proof.chain(params.extra_params()))
+                refresh_token(&client, token, auth.chain(params.extra_params()))
             }
             Self::Revocation { url, token, hint } => {
                 let params = [("token", token), ("token_type_hint", hint)];
-                client_credentials(&client, &[], proof.chain(params))
+                client_credentials(&client, &[], auth.chain(params))
                     .map(|request| divert(request, url))
             }
         }?;
