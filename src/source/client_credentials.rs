@@ -135,7 +135,7 @@ impl Inner {
             // A certificate and a key that were replaced between the reading of both, for example.
             Err(error) => Err(TokenError::new(Kind::Credentials).with_source(error)),
         };
-        self.refused.note(credentials, outcome.as_ref().err());
+        self.refused.record(credentials, outcome.as_ref().err());
         outcome
     }
 

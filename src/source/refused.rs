@@ -14,7 +14,7 @@ pub(super) struct Refused(Mutex<Option<Refusal>>);
 struct Refusal {
     credentials: Credentials,
     /// When the files were looked at last.
-    looked: Option<Instant>,
+    files_checked: Option<Instant>,
     changed: bool,
 }
 
@@ -24,7 +24,7 @@ impl Refused {
     }
 
     /// Takes note of what came of a request that was sent with these.
-    pub(super) fn note(&self, credentials: &Credentials, failure: Option<&TokenError>) {
+    pub(super) fn record(&self, credentials: &Credentials, failure: Option<&TokenError>) {
         match failure {
             None => *self.0.lock() = None,
             Some(error) if error.is_of_credentials() => {
@@ -32,7 +32,7 @@ impl Refused {
                 if !error.is_transient() {
                     *self.0.lock() = Some(Refusal {
                         credentials: credentials.clone(),
-                        looked: None,
+                        files_checked: None,
                         changed: false,
                     });
                 }
@@ -56,7 +56,7 @@ impl Refused {
     /// Whether there is something else by now. Files are looked at ten times a second at most, and not under
     /// the lock.
     pub(super) fn has_changed(&self, now: Instant) -> bool {
-        let (credentials, look) = {
+        let (credentials, check_files) = {
             let mut refusal = self.0.lock();
             let Some(refusal) = &mut *refusal else {
                 return false;
@@ -64,23 +64,23 @@ impl Refused {
             if refusal.changed {
                 return true;
             }
-            let look = refusal
-                .looked
-                .is_none_or(|looked| now.duration_since(looked) >= LOOK_EVERY);
-            if look {
-                refusal.looked = Some(now);
+            let check_files = refusal
+                .files_checked
+                .is_none_or(|checked| now.duration_since(checked) >= FILE_CHECK_INTERVAL);
+            if check_files {
+                refusal.files_checked = Some(now);
             }
-            (refusal.credentials.clone(), look)
+            (refusal.credentials.clone(), check_files)
         };
         let changed = credentials
             .iter()
-            .any(|value| (look || !value.is_of_file()) && value.is_outdated());
+            .any(|value| (check_files || !value.is_of_file()) && value.is_outdated());
         if changed {
             let mut refusal = self.0.lock();
             // Unless other credentials have been refused meanwhile.
             if let Some(refusal) = refusal
                 .as_mut()
-                .filter(|now| now.credentials.same_text(&credentials))
+                .filter(|current| current.credentials.same_text(&credentials))
             {
                 refusal.changed = true;
             }
@@ -91,4 +91,4 @@ impl Refused {
 
 /// How often the files of refused credentials are looked at. A token of seconds has a fraction of one left when its
 /// refresh is refused, and a look costs some microseconds.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+const FILE_CHECK_INTERVAL: Duration = Duration::from_millis(100);
