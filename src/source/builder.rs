@@ -377,8 +377,8 @@ impl ClientCredentialsBuilder {
                 if self.issuer.is_some() {
                     return Err(ConfigError::new("the issuer is set twice"));
                 }
-                let mutual = self.auth.presents_certificate();
-                let issuer = Issuer::new(issuer, plain_http, mutual, revocation_url)?;
+                let presents_certificate = self.auth.presents_certificate();
+                let issuer = Issuer::new(issuer, plain_http, presents_certificate, revocation_url)?;
                 Ok(Server::Discovered(Box::new(Discovery::new(issuer))))
             }
         }

@@ -92,7 +92,7 @@ impl Inner {
         let supported = endpoints.auth_methods.as_deref();
         let method = self.auth.method(supported).map_err(|problem| {
             // The next attempt looks whether the server supports more by then.
-            self.server.suspect();
+            self.server.mark_stale();
             TokenError::terminal(problem)
         })?;
         let first = self.auth.obtain(method).await?;
@@ -122,14 +122,14 @@ impl Inner {
     ) -> Result<T, TokenError> {
         let outcome = match self.prepare(method, credentials, endpoints) {
             Ok((authentication, transport)) => {
-                let watch = self.server.watch();
+                let guard = self.server.guard();
                 let request = request.build(&self.client_id, authentication, &endpoints.token_url);
                 let answer = match request {
                     Ok(request) => transport.send(request).await,
                     Err(error) => Err(error),
                 };
                 let outcome = answer.and_then(judge);
-                watch.end(outcome.as_ref().err());
+                guard.finish(outcome.as_ref().err());
                 outcome
             }
             // A certificate and a key that were replaced between the reading of both, for example.

@@ -26,7 +26,7 @@ pub(super) struct Issuer {
     documents: Vec<Url>,
     plain_http: bool,
     /// Whether a client certificate is presented, which some servers have other endpoints for.
-    mutual: bool,
+    presents_certificate: bool,
     /// What was set goes before what the server says.
     pub(super) revocation_url: Option<Url>,
 }
@@ -35,7 +35,7 @@ impl Issuer {
     pub(super) fn new(
         identifier: &str,
         plain_http: bool,
-        mutual: bool,
+        presents_certificate: bool,
         revocation_url: Option<Url>,
     ) -> Result<Self, ConfigError> {
         let url = parse_url(identifier, "issuer", plain_http)?;
@@ -64,7 +64,7 @@ impl Issuer {
             identifier: identifier.to_owned(),
             documents,
             plain_http,
-            mutual,
+            presents_certificate,
             revocation_url,
         })
     }
@@ -75,7 +75,7 @@ impl Issuer {
         &self.documents[0]
     }
 
-    async fn ask(&self, transport: &Transport) -> Result<Endpoints, TokenError> {
+    async fn fetch(&self, transport: &Transport) -> Result<Endpoints, TokenError> {
         let mut refusal = None;
         let mut failure = None;
         for url in &self.documents {
@@ -119,7 +119,7 @@ impl Issuer {
             return Err(TokenError::new(Kind::OtherIssuer));
         }
         let aliases = match metadata.get("mtls_endpoint_aliases") {
-            Some(Value::Object(aliases)) if self.mutual => Some(aliases),
+            Some(Value::Object(aliases)) if self.presents_certificate => Some(aliases),
             _ => None,
         };
         let endpoint = |name| {
@@ -160,9 +160,9 @@ struct State {
     /// What came of asking the server, once it was asked.
     outcome: Option<Result<Arc<Endpoints>, TokenError>>,
     /// Whether the endpoints have failed, so that they may have moved.
-    suspect: bool,
+    stale: bool,
     /// How often the server was asked.
-    rounds: u64,
+    fetches: u64,
 }
 
 impl Discovery {
@@ -175,8 +175,8 @@ impl Discovery {
     }
 
     /// Has the server asked again before the next request to its endpoints.
-    pub(super) fn suspect(&self) {
-        self.state.lock().suspect = true;
+    pub(super) fn mark_stale(&self) {
+        self.state.lock().stale = true;
     }
 
     /// Returns what is known, or finds it out over `transport`. `limit` bounds the search for something newer.
@@ -185,33 +185,33 @@ impl Discovery {
         transport: &Transport,
         limit: Duration,
     ) -> Result<Arc<Endpoints>, TokenError> {
-        let rounds = {
+        let fetches = {
             let state = self.state.lock();
-            if let (Some(Ok(endpoints)), false) = (&state.outcome, state.suspect) {
+            if let (Some(Ok(endpoints)), false) = (&state.outcome, state.stale) {
                 return Ok(endpoints.clone());
             }
-            state.rounds
+            state.fetches
         };
         let _turn = self.turn.take().await;
         let has_endpoints = {
             let state = self.state.lock();
             match &state.outcome {
                 // Also a failure is shared, or all who wait would repeat it one after the other.
-                Some(outcome) if state.rounds != rounds => return outcome.clone(),
+                Some(outcome) if state.fetches != fetches => return outcome.clone(),
                 outcome => matches!(outcome, Some(Ok(_))),
             }
         };
-        let asking = self.issuer.ask(transport);
+        let fetching = self.issuer.fetch(transport);
         let found = match has_endpoints {
-            true => within(limit, asking).await,
+            true => within(limit, fetching).await,
             // There is nothing else to do within the attempt.
-            false => asking.await,
+            false => fetching.await,
         };
         let mut state = self.state.lock();
-        state.rounds += 1;
+        state.fetches += 1;
         let outcome = match (found, &state.outcome) {
             (Ok(endpoints), _) => {
-                state.suspect = false;
+                state.stale = false;
                 Ok(Arc::new(endpoints))
             }
             // Those that were good once are better than none.
@@ -223,28 +223,28 @@ impl Discovery {
 }
 
 /// A request to the endpoints that is under way. If it is dropped before its end, as by a timeout, they are suspect.
-pub(super) struct Watch<'a>(pub(super) Option<&'a Discovery>);
+pub(super) struct MetadataGuard<'a>(pub(super) Option<&'a Discovery>);
 
-impl Watch<'_> {
+impl MetadataGuard<'_> {
     /// Ends the watch with what came of the request.
-    pub(super) fn end(mut self, failure: Option<&TokenError>) {
-        if !failure.is_some_and(speaks_of_endpoint) {
+    pub(super) fn finish(mut self, failure: Option<&TokenError>) {
+        if !failure.is_some_and(suggests_stale_metadata) {
             self.0 = None;
         }
     }
 }
 
-impl Drop for Watch<'_> {
+impl Drop for MetadataGuard<'_> {
     fn drop(&mut self) {
         if let Some(discovery) = self.0 {
-            discovery.suspect();
+            discovery.mark_stale();
         }
     }
 }
 
 /// Whether an error may mean that an endpoint has moved, or wants another method of authentication than it said. One
 /// that says that it is busy has done neither.
-fn speaks_of_endpoint(error: &TokenError) -> bool {
+fn suggests_stale_metadata(error: &TokenError) -> bool {
     let unknown = error.is_of_unknown_client();
     let gone = matches!(
         error.status(),
@@ -384,7 +384,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn metadata_are_looked_for_at_all_places_and_kept() {
+    async fn metadata_are_looked_for_in_all_places_and_cached() {
         for (place, expected) in [
             (OAUTH, &[OAUTH, "/token", "/token"][..]),
             (OPENID, &[OAUTH, OPENID, "/token", "/token"]),
@@ -460,7 +460,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn metadata_that_cannot_be_had_or_read_are_transient() {
+    async fn metadata_that_cannot_be_fetched_or_read_are_transient() {
         let without_endpoint = json!({"issuer": ISSUER}).to_string();
         let large = format!("\"{}\"", "a".repeat(1024 * 1024));
         for (status, body) in [
@@ -484,7 +484,7 @@ mod tests {
 
     /// Or an operator looks for what is wrong at an endpoint that was never asked.
     #[tokio::test]
-    async fn what_is_wrong_with_metadata_is_not_told_of_the_token_endpoint() {
+    async fn a_metadata_error_does_not_name_the_token_endpoint() {
         let other = json!({"issuer": "https://other.example"}).to_string();
         for (status, body, expected) in [
             (
@@ -589,7 +589,7 @@ mod tests {
 
     #[cfg(feature = "jwt")]
     #[tokio::test]
-    async fn the_issuer_is_whom_assertions_are_addressed_to() {
+    async fn assertions_are_addressed_to_the_issuer() {
         let mut metadata = metadata();
         metadata["token_endpoint_auth_methods_supported"] = json!(["client_secret_jwt"]);
         metadata["token_endpoint_auth_signing_alg_values_supported"] = json!(["HS384"]);
@@ -619,7 +619,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn many_keys_ask_once_and_share_a_failure() {
+    async fn many_keys_fetch_metadata_once_and_share_a_failure() {
         for found in [true, false] {
             let server = Server::new();
             if found {
@@ -643,7 +643,7 @@ mod tests {
 
     /// Law 5: whoever is dropped while it asks takes nobody along.
     #[tokio::test(start_paused = true)]
-    async fn a_discovery_that_is_dropped_leaves_the_turn_to_the_next() {
+    async fn a_dropped_discovery_does_not_block_the_next() {
         let server = Server::with(OAUTH, &metadata());
         let source = server.source(builder());
         server.0.lock().hanging = true;
@@ -655,7 +655,7 @@ mod tests {
 
     /// Law 6: a runtime that is parked keeps the turn for as long as an attempt, and not for ever.
     #[tokio::test(start_paused = true)]
-    async fn a_discovery_on_a_parked_runtime_is_passed_over() {
+    async fn a_discovery_on_a_parked_runtime_does_not_block_the_next() {
         let server = Server::with(OAUTH, &metadata());
         let source = server.source(builder());
         server.0.lock().hanging = true;
@@ -669,7 +669,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn endpoints_that_fail_are_looked_up_again() {
+    async fn metadata_are_fetched_anew_when_the_endpoints_fail() {
         for (status, body, moved) in [
             (404, r#"{"error":"not_found"}"#, true),
             (405, "", true),
@@ -719,7 +719,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_token_request_that_was_cut_makes_its_endpoint_suspect() {
+    async fn a_dropped_token_request_makes_the_metadata_stale() {
         let server = Server::with(OAUTH, &metadata());
         let mut slow = metadata();
         slow["token_endpoint"] = "https://as.example/slow".into();
@@ -778,7 +778,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_token_that_cannot_be_revoked_does_not_spare_the_other() {
+    async fn a_failed_revocation_does_not_keep_the_other_token_from_revocation() {
         let builder = ClientCredentials::builder("https://as.example/token", "id");
         let server = Server::new();
         server.answer("/revoke", 400, r#"{"error":"unsupported_token_type"}"#);
@@ -797,7 +797,7 @@ mod tests {
 
     /// The secret that was changed is found for this as well.
     #[tokio::test]
-    async fn a_revocation_asks_for_a_new_secret() {
+    async fn a_refused_revocation_obtains_a_new_secret() {
         let count = std::sync::atomic::AtomicUsize::new(0);
         let secret = Credential::from_fn(move || {
             let count = count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);

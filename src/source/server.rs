@@ -6,7 +6,7 @@ use http::Uri;
 use oauth2::{TokenUrl, url::Url};
 
 use super::{
-    discovery::{Discovery, Watch},
+    discovery::{Discovery, MetadataGuard},
     transport::Transport,
 };
 use crate::{
@@ -43,17 +43,17 @@ impl Server {
     }
 
     /// Has a discovered server asked again before the next request to its endpoints.
-    pub(super) fn suspect(&self) {
+    pub(super) fn mark_stale(&self) {
         if let Self::Discovered(discovery) = self {
-            discovery.suspect();
+            discovery.mark_stale();
         }
     }
 
     /// Watches one request to the endpoints.
-    pub(super) fn watch(&self) -> Watch<'_> {
+    pub(super) fn guard(&self) -> MetadataGuard<'_> {
         match self {
-            Self::Configured(_) => Watch(None),
-            Self::Discovered(discovery) => Watch(Some(discovery)),
+            Self::Configured(_) => MetadataGuard(None),
+            Self::Discovered(discovery) => MetadataGuard(Some(discovery)),
         }
     }
 
