@@ -292,19 +292,22 @@ impl ClientCredentialsBuilder {
             true => https::Tls::Needed,
             false => otherwise,
         };
-        let dialer = self.https.dialer(tls)?;
-        let transport = dialer.transport(None)?;
-        let mutual = match self.auth.certificate()? {
+        let factory = self.https.factory(tls)?;
+        let transport = factory.transport(None)?;
+        let mutual_tls = match self.auth.certificate()? {
             None => None,
             Some(_) if !uses_tls => {
                 return Err(ConfigError::new(
                     "a client_certificate can be presented to an https URL only",
                 ));
             }
-            Some(certificate) => Some(https::Mutual::new(dialer, certificate)?),
+            Some(certificate) => Some(https::MutualTls::new(factory, certificate)?),
         };
         let inner = self.inner(server, transport)?;
-        Ok(ClientCredentials::new(Inner { mutual, ..inner }))
+        Ok(ClientCredentials::new(Inner {
+            mutual_tls,
+            ..inner
+        }))
     }
 
     /// Builds the source with any HTTP service as the client for the token endpoint.
@@ -417,7 +420,7 @@ impl ClientCredentialsBuilder {
             refused: Refused::new(),
             transport,
             #[cfg(feature = "rustls")]
-            mutual: None,
+            mutual_tls: None,
         })
     }
 }

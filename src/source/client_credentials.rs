@@ -73,7 +73,7 @@ pub(super) struct Inner {
     pub(super) transport: Transport,
     /// Takes its place if the client presents a certificate.
     #[cfg(feature = "rustls")]
-    pub(super) mutual: Option<https::Mutual>,
+    pub(super) mutual_tls: Option<https::MutualTls>,
 }
 
 impl Inner {
@@ -150,9 +150,10 @@ impl Inner {
             self.auth
                 .authenticate(method, &self.client_id, credentials, endpoints)?;
         #[cfg(feature = "rustls")]
-        if let Some(mutual) = &self.mutual {
+        if let Some(mutual_tls) = &self.mutual_tls {
             let (chain, key) = credentials.certificate.as_ref().expect("it was obtained");
-            return Ok((authentication, mutual.transport(chain.text(), key.text())?));
+            let transport = mutual_tls.transport(chain.text(), key.text())?;
+            return Ok((authentication, transport));
         }
         Ok((authentication, self.transport.clone()))
     }

@@ -34,13 +34,13 @@ pub(super) struct Settings {
 
 impl Settings {
     /// Makes what makes clients; with TLS if they are to speak to an `https` URL, or may come to.
-    pub(super) fn dialer(&self, tls: Tls) -> Result<Dialer, ConfigError> {
+    pub(super) fn factory(&self, tls: Tls) -> Result<TransportFactory, ConfigError> {
         // Plain http must work where there are no roots, and reading the system's takes a while.
         let roots = match tls {
             Tls::Needed | Tls::Possible => self.trusted_roots(tls, load_native_certs())?,
             Tls::Unused => RootCertStore::empty(),
         };
-        Ok(Dialer {
+        Ok(TransportFactory {
             connect_timeout: self.connect_timeout,
             roots: Arc::new(roots),
         })
@@ -78,12 +78,12 @@ pub(super) enum Tls {
 /// A token every five minutes gains nothing from a pool, and a pooled connection is wedged when the
 /// runtime that drives it is parked.
 #[derive(Clone)]
-pub(super) struct Dialer {
+pub(super) struct TransportFactory {
     connect_timeout: Duration,
     roots: Arc<RootCertStore>,
 }
 
-impl Dialer {
+impl TransportFactory {
     /// Makes a client that presents `certificate`: a chain and its key, both in PEM.
     pub(super) fn transport(
         &self,
@@ -143,40 +143,43 @@ const AGENT: HeaderValue =
 /// The client that presents a certificate, made anew when that has changed.
 ///
 /// It keeps no connection, so a new client is all that a new certificate takes.
-pub(super) struct Mutual {
-    dialer: Dialer,
-    last: Mutex<Option<Presenting>>,
+pub(super) struct MutualTls {
+    factory: TransportFactory,
+    cached: Mutex<Option<CachedTransport>>,
 }
 
-struct Presenting {
+struct CachedTransport {
     chain: SecretString,
     key: SecretString,
     transport: Transport,
 }
 
-impl Mutual {
+impl MutualTls {
     /// Tries the certificate at once if it is known: constants are of use by now or never.
-    pub(super) fn new(dialer: Dialer, certificate: &Certificate) -> Result<Self, ConfigError> {
-        let mutual = Self {
-            dialer,
-            last: Mutex::new(None),
+    pub(super) fn new(
+        factory: TransportFactory,
+        certificate: &Certificate,
+    ) -> Result<Self, ConfigError> {
+        let mutual_tls = Self {
+            factory,
+            cached: Mutex::new(None),
         };
         let Certificate { chain, key } = certificate;
         if let (Some(chain), Some(key)) = (chain.constant(), key.constant()) {
-            mutual.transport(chain.expose_secret(), key.expose_secret())?;
+            mutual_tls.transport(chain.expose_secret(), key.expose_secret())?;
         }
-        Ok(mutual)
+        Ok(mutual_tls)
     }
 
     pub(super) fn transport(&self, chain: &str, key: &str) -> Result<Transport, ConfigError> {
-        let mut last = self.last.lock();
-        if let Some(last) = &*last {
-            if last.chain.expose_secret() == chain && last.key.expose_secret() == key {
-                return Ok(last.transport.clone());
+        let mut cached = self.cached.lock();
+        if let Some(cached) = &*cached {
+            if cached.chain.expose_secret() == chain && cached.key.expose_secret() == key {
+                return Ok(cached.transport.clone());
             }
         }
-        let transport = self.dialer.transport(Some((chain, key)))?;
-        *last = Some(Presenting {
+        let transport = self.factory.transport(Some((chain, key)))?;
+        *cached = Some(CachedTransport {
             chain: chain.into(),
             key: key.into(),
             transport: transport.clone(),
@@ -297,7 +300,7 @@ mod tests {
 
     #[test]
     fn plain_http_needs_no_roots() {
-        let dialer = Settings::default().dialer(Tls::Unused).unwrap();
-        assert!(dialer.transport(None).is_ok());
+        let factory = Settings::default().factory(Tls::Unused).unwrap();
+        assert!(factory.transport(None).is_ok());
     }
 }
