@@ -19,7 +19,7 @@ use super::{
     response::Answer,
     server::{Endpoints, Server},
     transport::Transport,
-    within,
+    with_timeout,
 };
 use crate::{
     error::{ConfigError, Kind, RequestKind, TokenError},
@@ -294,7 +294,7 @@ impl TokenSource for ClientCredentials {
             Some(token) if fetch.claims.is_none() => {
                 // Half of the time is left for the other grant, should this one hang.
                 let refreshing = ask(Request::RefreshToken(token, &params));
-                match within(fetch.timeout / 2, refreshing).await {
+                match with_timeout(fetch.timeout / 2, refreshing).await {
                     Ok(response) => TokenResponse {
                         grant: Some(telemetry::REFRESH_TOKEN),
                         ..response
@@ -338,7 +338,7 @@ impl TokenSource for ClientCredentials {
                 .inner
                 .exchange(request, endpoints, Answer::into_revoked);
             // A request that hangs leaves some of its caller's time for the other token.
-            let revoked = within(REVOCATION_LIMIT, revoking).await;
+            let revoked = with_timeout(REVOCATION_LIMIT, revoking).await;
             let revoked = revoked.map_err(|error| error.with_request(RequestKind::Revocation));
             outcome = outcome.and(revoked);
         }

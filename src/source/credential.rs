@@ -16,7 +16,7 @@ use std::{
 use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
 
-use super::{response::without_bom, turn::Turn};
+use super::{lease::LeasedLock, response::without_bom};
 use crate::{
     error::{BoxError, Kind, TokenError},
     sync::Mutex,
@@ -65,7 +65,7 @@ struct Function {
     call: Box<dyn Fn() -> Call + Send + Sync>,
     cached: Mutex<Cached>,
     /// Held while the function is asked, so that many token requests ask it once.
-    turn: Turn,
+    lock: LeasedLock,
 }
 
 /// What a function gave last.
@@ -110,7 +110,7 @@ impl Credential {
         Self(Arc::new(Origin::Function(Function {
             call: Box::new(move || Box::pin(f())),
             cached: Mutex::new(Cached::default()),
-            turn: Turn::new(),
+            lock: LeasedLock::new(),
         })))
     }
 
@@ -238,7 +238,7 @@ impl Function {
         if let Some(text) = cached {
             return Ok(text);
         }
-        let _turn = self.turn.take().await;
+        let _guard = self.lock.acquire().await;
         // Whoever had the turn before may have got it.
         let cached = self.cached.lock().usable();
         if let Some(text) = cached {

@@ -7,11 +7,11 @@ use oauth2::{TokenUrl, url::Url};
 use serde_json::{Map, Value};
 
 use super::{
+    lease::LeasedLock,
     response::{Answer, malformed},
     server::{Endpoints, check_url, parse_url},
     transport::Transport,
-    turn::Turn,
-    within,
+    with_timeout,
 };
 use crate::{
     error::{ConfigError, Kind, RequestKind, TokenError},
@@ -152,7 +152,7 @@ pub(super) struct Discovery {
     pub(super) issuer: Issuer,
     state: Mutex<State>,
     /// Held while the server is asked, so that the token requests of many keys ask it once.
-    turn: Turn,
+    lock: LeasedLock,
 }
 
 #[derive(Default)]
@@ -170,7 +170,7 @@ impl Discovery {
         Self {
             issuer,
             state: Mutex::new(State::default()),
-            turn: Turn::new(),
+            lock: LeasedLock::new(),
         }
     }
 
@@ -192,7 +192,7 @@ impl Discovery {
             }
             state.fetches
         };
-        let _turn = self.turn.take().await;
+        let _guard = self.lock.acquire().await;
         let has_endpoints = {
             let state = self.state.lock();
             match &state.outcome {
@@ -203,7 +203,7 @@ impl Discovery {
         };
         let fetching = self.issuer.fetch(transport);
         let found = match has_endpoints {
-            true => within(limit, fetching).await,
+            true => with_timeout(limit, fetching).await,
             // There is nothing else to do within the attempt.
             false => fetching.await,
         };

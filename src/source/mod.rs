@@ -13,6 +13,7 @@ mod credential;
 mod discovery;
 #[cfg(feature = "rustls")]
 mod https;
+mod lease;
 mod params;
 mod refused;
 mod request;
@@ -21,7 +22,6 @@ mod server;
 mod shared;
 mod token_request;
 mod transport;
-mod turn;
 
 use std::{
     fmt,
@@ -402,7 +402,7 @@ where
 }
 
 /// Gives a request to the authorization server this much time.
-async fn within<T>(
+async fn with_timeout<T>(
     limit: Duration,
     request: impl Future<Output = Result<T, TokenError>>,
 ) -> Result<T, TokenError> {
