@@ -40,25 +40,25 @@ use super::{
 /// Nothing is checked here. If it names something that cannot be asked for, such as a scope with a quote in it, the
 /// token request fails without being sent.
 #[derive(Clone, Default, PartialEq, Eq)]
-pub struct TokenRequest(Arc<Named>);
+pub struct TokenRequest(Arc<Hashed>);
 
 /// What is named, and the hash of it once somebody has asked.
 #[derive(Clone, Default)]
-struct Named {
-    names: Names,
+struct Hashed {
+    fields: Fields,
     hash: OnceLock<u64>,
 }
 
-impl PartialEq for Named {
+impl PartialEq for Hashed {
     fn eq(&self, other: &Self) -> bool {
-        self.names == other.names
+        self.fields == other.fields
     }
 }
 
-impl Eq for Named {}
+impl Eq for Hashed {}
 
 #[derive(Clone, Default, PartialEq, Eq, Hash)]
-struct Names {
+struct Fields {
     /// Sorted, each one once.
     scopes: Vec<String>,
     /// Sorted, each one once.
@@ -80,9 +80,9 @@ impl TokenRequest {
     /// The scopes named here take the place of those that the source was built with.
     #[must_use]
     pub fn scope(self, scope: impl AsRef<str>) -> Self {
-        self.map(|names| {
+        self.map(|fields| {
             for scope in scope.as_ref().split(' ') {
-                insert(&mut names.scopes, scope);
+                insert(&mut fields.scopes, scope);
             }
         })
     }
@@ -92,7 +92,7 @@ impl TokenRequest {
     /// The resources named here take the place of those that the source was built with.
     #[must_use]
     pub fn resource(self, uri: impl AsRef<str>) -> Self {
-        self.map(|names| insert(&mut names.resources, uri.as_ref()))
+        self.map(|fields| insert(&mut fields.resources, uri.as_ref()))
     }
 
     /// Adds a parameter to the body of the token request, such as `audience`.
@@ -102,52 +102,52 @@ impl TokenRequest {
     #[must_use]
     pub fn param(self, name: impl Into<String>, value: impl Into<String>) -> Self {
         let name = name.into();
-        self.map(|names| {
-            let place = names.params.partition_point(|(other, _)| *other <= name);
-            names.params.insert(place, (name, value.into()));
+        self.map(|fields| {
+            let place = fields.params.partition_point(|(other, _)| *other <= name);
+            fields.params.insert(place, (name, value.into()));
         })
     }
 
     /// Has the token fetched by this source instead of the cache's own: a tenant's, for example.
     #[must_use]
     pub fn source(self, source: SharedSource) -> Self {
-        self.map(|names| names.source = Some(source))
+        self.map(|fields| fields.source = Some(source))
     }
 
     /// Returns the scopes, sorted and each one once; none for those of the source.
     pub fn scopes(&self) -> impl ExactSizeIterator<Item = &str> {
-        self.0.names.scopes.iter().map(String::as_str)
+        self.0.fields.scopes.iter().map(String::as_str)
     }
 
     /// Returns the resources, sorted and each one once; none for those of the source.
     pub fn resources(&self) -> impl ExactSizeIterator<Item = &str> {
-        self.0.names.resources.iter().map(String::as_str)
+        self.0.fields.resources.iter().map(String::as_str)
     }
 
     /// Returns the further parameters, sorted by their names.
     pub fn params(&self) -> impl ExactSizeIterator<Item = (&str, &str)> {
-        pairs(&self.0.names.params)
+        pairs(&self.0.fields.params)
     }
 
     pub(crate) fn own_source(&self) -> Option<&SharedSource> {
-        self.0.names.source.as_ref()
+        self.0.fields.source.as_ref()
     }
 
     /// Whether this asks for what the cache's own source asks for by itself.
     pub(crate) fn is_plain(&self) -> bool {
-        let Names {
+        let Fields {
             scopes,
             resources,
             params,
             source,
-        } = &self.0.names;
+        } = &self.0.fields;
         scopes.is_empty() && resources.is_empty() && params.is_empty() && source.is_none()
     }
 
-    fn map(mut self, change: impl FnOnce(&mut Names)) -> Self {
-        let named = Arc::make_mut(&mut self.0);
-        named.hash.take();
-        change(&mut named.names);
+    fn map(mut self, change: impl FnOnce(&mut Fields)) -> Self {
+        let hashed = Arc::make_mut(&mut self.0);
+        hashed.hash.take();
+        change(&mut hashed.fields);
         self
     }
 }
@@ -157,7 +157,7 @@ impl Hash for TokenRequest {
     fn hash<H: Hasher>(&self, state: &mut H) {
         // Random, since names may come from outside: with a hash that is known, many could be made to collide.
         static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
-        let hash = self.0.hash.get_or_init(|| KEYS.hash_one(&self.0.names));
+        let hash = self.0.hash.get_or_init(|| KEYS.hash_one(&self.0.fields));
         state.write_u64(*hash);
     }
 }
@@ -165,8 +165,8 @@ impl Hash for TokenRequest {
 impl fmt::Debug for TokenRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TokenRequest")
-            .field("scopes", &self.0.names.scopes)
-            .field("resources", &self.0.names.resources)
+            .field("scopes", &self.0.fields.scopes)
+            .field("resources", &self.0.fields.resources)
             .field("params", &param_names(self.params()))
             .finish_non_exhaustive()
     }
