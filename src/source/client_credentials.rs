@@ -268,7 +268,7 @@ impl ClientCredentials {
         let token_url = Target::TokenUrl(client.token_uri().to_string());
         let client = client.set_auth_type(AuthType::RequestBody);
         let secret =
-            secret_in_body(|catcher| client.exchange_client_credentials().request(catcher));
+            secret_in_body(|capture| client.exchange_client_credentials().request(capture));
         ClientCredentialsBuilder::new(client.client_id().to_string(), token_url)
             .inherit(OAuth2Auth { secret, in_body })
     }

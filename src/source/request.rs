@@ -2,7 +2,7 @@
 //!
 //! `oauth2` would send it as well. But its reading of the answers is strict, loses status and headers, and keeps the
 //! body of what it cannot read in its error, where `Debug` shows the token. So it gets an HTTP client that sends
-//! nothing, [`Catcher`], and the rest is for [`transport`](super::transport) and [`response`](super::response).
+//! nothing, [`Capture`], and the rest is for [`transport`](super::transport) and [`response`](super::response).
 
 use std::{cell::Cell, fmt};
 
@@ -92,7 +92,7 @@ fn client_credentials<'a>(
     for (name, value) in params {
         request = request.add_extra_param(name, value);
     }
-    built(|catcher| request.request(catcher))
+    captured(|capture| request.request(capture))
 }
 
 /// Without a scope, which means the one that was granted: to ask for more is an error.
@@ -106,7 +106,7 @@ fn refresh_token<'a>(
     for (name, value) in params {
         request = request.add_extra_param(name, value);
     }
-    built(|catcher| request.request(catcher))
+    captured(|capture| request.request(capture))
 }
 
 /// Turns a token request into one to another endpoint, without a grant.
@@ -124,9 +124,9 @@ fn divert(mut request: HttpRequest, url: &Url) -> HttpRequest {
 
 /// Keeps the request that it was to send.
 #[derive(Default)]
-pub(super) struct Catcher(Cell<Option<HttpRequest>>);
+pub(super) struct Capture(Cell<Option<HttpRequest>>);
 
-impl SyncHttpClient for Catcher {
+impl SyncHttpClient for Capture {
     type Error = fmt::Error;
 
     fn call(&self, request: HttpRequest) -> Result<HttpResponse, fmt::Error> {
@@ -136,16 +136,16 @@ impl SyncHttpClient for Catcher {
 }
 
 /// Returns the request that `send` was to send.
-fn built<T>(send: impl FnOnce(&Catcher) -> T) -> Result<HttpRequest, TokenError> {
-    let catcher = Catcher::default();
-    send(&catcher);
-    let request = catcher.0.take();
+fn captured<T>(send: impl FnOnce(&Capture) -> T) -> Result<HttpRequest, TokenError> {
+    let capture = Capture::default();
+    send(&capture);
+    let request = capture.0.take();
     request.ok_or_else(|| TokenError::terminal("the token request could not be built"))
 }
 
 /// Returns the secret in the body of the request that `send` was to send. A client of `oauth2` tells it in no other way.
-pub(super) fn secret_in_body<T>(send: impl FnOnce(&Catcher) -> T) -> Option<SecretString> {
-    let body = Zeroizing::new(built(send).ok()?.into_body());
+pub(super) fn secret_in_body<T>(send: impl FnOnce(&Capture) -> T) -> Option<SecretString> {
+    let body = Zeroizing::new(captured(send).ok()?.into_body());
     let secret = form_urlencoded::parse(&body).find(|(name, _)| name == "client_secret");
     secret.map(|(_, secret)| secret.into_owned().into())
 }
