@@ -62,7 +62,7 @@ pub enum SigningAlgorithm {
 
 impl SigningAlgorithm {
     /// Whether this is its registered name.
-    fn is_called(self, name: &str) -> bool {
+    fn has_name(self, name: &str) -> bool {
         Algorithm::from_str(name).is_ok_and(|algorithm| algorithm == self.to_jose())
     }
 
@@ -118,15 +118,17 @@ impl Settings {
         private_key: Option<&Credential>,
         endpoints: Option<&Endpoints>,
     ) -> Result<(), ConfigError> {
-        let nameless = endpoints.is_some_and(|endpoints| endpoints.issuer.is_none());
-        if nameless && self.audience == AssertionAudience::Issuer {
+        let issuer_is_unknown = endpoints.is_some_and(|endpoints| endpoints.issuer.is_none());
+        if issuer_is_unknown && self.audience == AssertionAudience::Issuer {
             return Err(ConfigError::new(
                 "a client assertion is addressed to the issuer, which takes the setting issuer; \
                  AssertionAudience::TokenEndpoint is for older servers",
             ));
         }
         let Some(private_key) = private_key else {
-            return Key::of_secret("").algorithm(self.algorithm, None).map(drop);
+            return Key::from_secret("")
+                .algorithm(self.algorithm, None)
+                .map(drop);
         };
         if let Some(text) = private_key.constant() {
             let key = Key::parse(text.expose_secret())?;
@@ -201,7 +203,7 @@ pub(super) struct Key {
 }
 
 impl Key {
-    pub(super) fn of_secret(secret: &str) -> Self {
+    pub(super) fn from_secret(secret: &str) -> Self {
         Self::new(EncodingKey::from_secret(secret.as_bytes()), HMAC)
     }
 
@@ -257,8 +259,8 @@ impl Key {
                 let (n, e) = (member(&jwk.n)?, member(&jwk.e)?);
                 let pair = rsa::KeyPair::from_components(&rsa::KeyPairComponents {
                     public_key: rsa::PublicKeyComponents {
-                        n: without_zeros(&n),
-                        e: without_zeros(&e),
+                        n: without_leading_zeros(&n),
+                        e: without_leading_zeros(&e),
                     },
                     d: &**member(&jwk.d)?,
                     p: &**member(&jwk.p)?,
@@ -290,7 +292,7 @@ impl Key {
         }?;
         key.id = jwk.kid.get().map(str::to_owned);
         if let Some(name) = jwk.alg.get() {
-            let known = key.algorithms.iter().find(|known| known.is_called(name));
+            let known = key.algorithms.iter().find(|known| known.has_name(name));
             key.own_algorithm =
                 Some(*known.ok_or_else(|| unusable("its alg is not supported or does not fit"))?);
         }
@@ -348,7 +350,7 @@ impl Key {
             return Ok(algorithm);
         }
         let is_supported = |algorithm: &&SigningAlgorithm| {
-            supported.is_none_or(|names| names.iter().any(|name| algorithm.is_called(name)))
+            supported.is_none_or(|names| names.iter().any(|name| algorithm.has_name(name)))
         };
         // A server that names none of them may be wrong about itself.
         let supported = self.algorithms.iter().find(is_supported);
@@ -403,7 +405,7 @@ fn member(text: &Text) -> Result<Zeroizing<Vec<u8>>, ConfigError> {
 }
 
 /// RFC 7518 section 2 wants none of them in an integer, and the parser insists on it.
-fn without_zeros(mut number: &[u8]) -> &[u8] {
+fn without_leading_zeros(mut number: &[u8]) -> &[u8] {
     while let [0, rest @ ..] = number {
         number = rest;
     }
@@ -530,7 +532,7 @@ mod tests {
                 0x82 => (usize::from(tail[0]) << 8 | usize::from(tail[1]), &tail[2..]),
                 short => (usize::from(*short), tail),
             };
-            integers.push(base64url(without_zeros(&tail[..length])));
+            integers.push(base64url(without_leading_zeros(&tail[..length])));
             rest = &tail[length..];
         }
         let names = ["n", "e", "d", "p", "q", "dp", "dq", "qi"];
@@ -667,7 +669,7 @@ mod tests {
             };
             let endpoints = endpoints(supported);
             let assertion = settings
-                .sign(&Key::of_secret("secret"), "id", &endpoints)
+                .sign(&Key::from_secret("secret"), "id", &endpoints)
                 .unwrap();
             verified(&assertion, expected, &DecodingKey::from_secret(b"secret"));
         }
@@ -675,7 +677,7 @@ mod tests {
 
     /// RFC 7523 section 3 and RFC 10070.
     #[test]
-    fn an_assertion_is_addressed_to_the_issuer_alone_and_good_for_once() {
+    fn an_assertion_is_addressed_to_the_issuer_alone_and_is_unique() {
         let (pair, [text, ..]) = ec_key(CURVES[0], 32);
         let key = DecodingKey::from_ec_der(pair.public_key().as_ref());
         let settings = Settings {
@@ -717,7 +719,7 @@ mod tests {
         endpoints.issuer = None;
         settings.check(None, Some(&endpoints)).unwrap();
         let assertion = settings
-            .sign(&Key::of_secret("secret"), "id", &endpoints)
+            .sign(&Key::from_secret("secret"), "id", &endpoints)
             .unwrap();
         let key = DecodingKey::from_secret(b"secret");
         let (header, claims) = verified(&assertion, Algorithm::HS256, &key);
@@ -726,7 +728,7 @@ mod tests {
     }
 
     #[test]
-    fn a_jwk_says_its_id_and_its_algorithm() {
+    fn the_kid_and_alg_of_a_jwk_are_used() {
         let (pair, [.., jwk]) = rsa_key();
         let key = DecodingKey::from_rsa_der(pair.public_key().as_ref());
         let jwk = jwk.replacen('{', r#"{"kid":"of-jwk","alg":"PS256","#, 1);

@@ -246,7 +246,7 @@ impl ClientAuth {
             AuthMethod::ClientSecretJwt | AuthMethod::PrivateKeyJwt => {
                 let key = match method {
                     AuthMethod::PrivateKeyJwt => assertion::Key::parse(text)?,
-                    _ => assertion::Key::of_secret(text),
+                    _ => assertion::Key::from_secret(text),
                 };
                 let assertion = self.assertion.sign(&key, client_id, endpoints)?;
                 Authentication::Params(vec![

@@ -493,7 +493,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn basic_credentials_are_sent_raw_to_servers_that_decode_nothing() {
+    async fn raw_basic_credentials_are_not_encoded() {
         let raw = builder("i%d")
             .client_secret("s+ é:")
             .raw_basic_credentials(true);
@@ -506,7 +506,7 @@ mod tests {
 
     /// Its secret is not told, but is in the requests that it builds.
     #[tokio::test]
-    async fn a_client_of_oauth2_sends_its_secret_in_our_way() {
+    async fn the_secret_of_an_oauth2_client_is_sent_like_any_other() {
         let client = || {
             BasicClient::new(ClientId::new("i%d".to_owned()))
                 .set_client_secret(ClientSecret::new("s+ é".to_owned()))
@@ -584,7 +584,7 @@ mod tests {
     const REFUSED: (u16, &str) = (401, r#"{"error":"invalid_client"}"#);
 
     #[tokio::test]
-    async fn a_secret_that_was_changed_is_sent_within_the_same_attempt() {
+    async fn a_changed_secret_is_sent_within_the_same_attempt() {
         let builder = post(giving(&["old", "new"]));
         let (endpoint, source) = Endpoint::with(
             builder,
@@ -649,7 +649,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_secret_that_is_still_the_same_is_not_sent_again() {
+    async fn an_unchanged_secret_is_not_sent_again() {
         let builder = post(giving(&["one", "one", "two", "two"]));
         let refused_with_400 = (400, REFUSED.1);
         let (endpoint, source) = Endpoint::with(builder, &[refused_with_400, REFUSED]);
@@ -682,7 +682,7 @@ mod tests {
 
     /// Law 7: a refused secret keeps nobody out once it has been changed, and asks nobody until then.
     #[tokio::test(start_paused = true)]
-    async fn a_changed_file_is_told_within_a_tenth_of_a_second() {
+    async fn a_changed_file_is_noticed_within_a_tenth_of_a_second() {
         let path = std::env::temp_dir().join(format!("tower-bearer-{}", std::process::id()));
         std::fs::write(&path, "old\n").unwrap();
         let builder = post(crate::Credential::file(&path));
@@ -759,7 +759,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_a_request_names_takes_the_place_of_the_settings() {
+    async fn what_a_request_names_replaces_the_settings() {
         let builder = builder("id")
             .scope("s")
             .resource("urn:s1")
@@ -798,7 +798,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_cannot_be_asked_for_is_not_sent() {
+    async fn an_invalid_token_request_is_not_sent() {
         let (endpoint, source) = Endpoint::with(builder("id"), &[]);
         let request = TokenRequest::new;
         for request in [
@@ -821,7 +821,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn demanded_claims_take_a_new_session() {
+    async fn demanded_claims_need_a_new_session() {
         let (endpoint, source) =
             Endpoint::with(builder("id").param("claims", "{}"), &[(200, TOKEN)]);
         let mut fetch = with_refresh_token("r1");
@@ -832,7 +832,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_refreshed_token_was_asked_for_with_the_same_scope() {
+    async fn a_refreshed_token_has_the_same_requested_scope() {
         let (endpoint, source) = Endpoint::with(builder("id").scope("a b"), &[(200, TOKEN)]);
         let response = source.fetch(with_refresh_token("r1")).await.unwrap();
         assert_eq!(response.requested_scope.as_deref(), Some("a b"));
@@ -840,7 +840,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_refresh_token_that_works_spares_the_credentials() {
+    async fn a_refresh_token_that_works_needs_no_other_grant() {
         let refreshed = r#"{"access_token":"refreshed","token_type":"Bearer","expires_in":300,
             "refresh_token":"r2","refresh_expires_in":1800}"#;
         let (endpoint, source) =
@@ -856,7 +856,7 @@ mod tests {
 
     /// Law 7: no failure of a refresh token stands between the client and its own credentials.
     #[tokio::test]
-    async fn any_failure_of_a_refresh_token_goes_on_to_the_credentials() {
+    async fn any_failure_of_a_refresh_token_falls_back_to_client_credentials() {
         for failure in [
             (400, r#"{"error":"invalid_grant"}"#),
             (401, r#"{"error":"invalid_client"}"#),

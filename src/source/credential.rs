@@ -528,7 +528,7 @@ mod tests {
 
     /// Law 9.
     #[tokio::test]
-    async fn nothing_shows_the_text() {
+    async fn debug_shows_no_secret() {
         let credential = Credential::from("CANARY");
         let value = credential.get().await.unwrap();
         assert!(!format!("{credential:?} {value:?}").contains("CANARY"));

@@ -778,7 +778,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_failed_revocation_does_not_keep_the_other_token_from_revocation() {
+    async fn a_failed_revocation_does_not_stop_the_other() {
         let builder = ClientCredentials::builder("https://as.example/token", "id");
         let server = Server::new();
         server.answer("/revoke", 400, r#"{"error":"unsupported_token_type"}"#);

@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn a_system_without_roots_says_what_kept_them_away() {
+    fn the_error_for_missing_system_roots_names_the_cause() {
         let native = |file| load_certs_from_paths(Some(Path::new(file)), None);
         let missing = native("/no/such/file");
         let trust = |native| Settings::default().trusted_roots(Tls::Needed, native);

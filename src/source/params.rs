@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn a_parameter_of_that_name_is_a_resource_of_any_form() {
+    fn a_parameter_named_resource_may_be_any_text() {
         let guid = "2ff814a6-3304-4ab8-85cb-cd0e6f879c1d";
         let of_source = checked(&[], &[("resource", guid)]).unwrap();
         let of = |request| {

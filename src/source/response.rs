@@ -437,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn a_success_that_is_no_token_is_malformed_and_may_heal() {
+    fn a_success_without_a_token_is_malformed_and_transient() {
         let deep = format!(r#"{{"x":{}"#, "[".repeat(200_000));
         let deep_known = format!(r#"{{"access_token":{}"#, "[".repeat(200_000));
         for body in [
@@ -513,7 +513,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refresh_token_without_limit_is_one_with_no_or_zero_lifetime() {
+    fn a_refresh_token_with_no_or_zero_lifetime_does_not_expire() {
         for (member, lifetime) in [
             (r#""refresh_token":"r""#, None),
             (r#""refresh_token":"r","refresh_expires_in":0"#, None),
@@ -604,7 +604,7 @@ mod tests {
     }
 
     #[test]
-    fn a_code_of_another_form_than_the_registered_ones_is_no_word_of_an_oauth_server() {
+    fn a_code_of_another_form_than_the_registered_ones_is_no_oauth_error() {
         let long = "a".repeat(41);
         for code in ["Invalid_client", "s3cr3t", "a b", "é", &long] {
             let error = read(401, &format!(r#"{{"error":"{code}"}}"#)).unwrap_err();

@@ -185,7 +185,7 @@ mod tests {
     use crate::source::{TokenResponse, source_fn};
 
     #[test]
-    fn what_cannot_change_the_token_does_not_tell_requests_apart() {
+    fn requests_for_the_same_token_are_equal() {
         let one = TokenRequest::new()
             .scope("b a")
             .scope("c a")
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_change_the_token_does() {
+    fn requests_for_different_tokens_differ() {
         let new = TokenRequest::new;
         let [one, other] = ["one", "other"].map(|text| {
             SharedSource::new(source_fn(move |_| async move { TokenResponse::new(text) }))
@@ -239,7 +239,7 @@ mod tests {
 
     /// Law 1: a key that is looked for in the wrong place would get a second flight.
     #[test]
-    fn what_is_the_same_has_the_same_hash_however_it_was_made() {
+    fn equal_requests_have_equal_hashes() {
         let hasher = RandomState::new();
         let one = TokenRequest::new().scope("a");
         let hash = hasher.hash_one(&one);
