@@ -1,4 +1,4 @@
-//! Signed assertions of a client's identity: RFC 7523 section 2.2, as RFC 10070 has tightened it.
+//! Signed assertions of a client's identity: RFC 7523 section 2.2, as tightened by RFC 10070.
 
 use std::{
     str::FromStr,
@@ -27,18 +27,17 @@ use crate::{error::ConfigError, time::Now};
 /// The algorithm that client assertions are signed with, by the names of RFC 7518 section 3.1 and RFC 8037
 /// section 3.1.
 ///
-/// It has to fit the key. Without
-/// [`signing_algorithm`](crate::ClientCredentialsBuilder::signing_algorithm) it is the one that a JWK names as its
-/// `alg`, or else follows from the key: RS256, ES256, ES384 or EdDSA, and HS256 for a secret. A server whose metadata
-/// name others, such as PS256 alone, gets one of those.
+/// It has to fit the key. Without [`signing_algorithm`](crate::ClientCredentialsBuilder::signing_algorithm) it is the
+/// `alg` of a JWK, or else depends on the key: RS256, ES256, ES384 or EdDSA, and HS256 for a secret. If the server's
+/// metadata name others, such as only PS256, one of those is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SigningAlgorithm {
-    /// HMAC with SHA-256, by the client's secret.
+    /// HMAC with SHA-256, with the client's secret.
     Hs256,
-    /// HMAC with SHA-384, by the client's secret.
+    /// HMAC with SHA-384, with the client's secret.
     Hs384,
-    /// HMAC with SHA-512, by the client's secret.
+    /// HMAC with SHA-512, with the client's secret.
     Hs512,
     /// RSASSA-PKCS1-v1_5 with SHA-256.
     Rs256,
@@ -88,16 +87,16 @@ impl SigningAlgorithm {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum AssertionAudience {
-    /// The issuer alone, in an assertion of the type `client-authentication+jwt`, as RFC 10070 demands.
+    /// The issuer alone, in an assertion of the type `client-authentication+jwt`, as RFC 10070 requires.
     ///
-    /// It takes [`issuer`](crate::ClientCredentialsBuilder::issuer), unless the server is
+    /// It needs [`issuer`](crate::ClientCredentialsBuilder::issuer), unless the server is
     /// [discovered](crate::ClientCredentials::discover).
     #[default]
     Issuer,
-    /// The token endpoint, in an assertion of the type `JWT`: for servers that know RFC 7523 only.
+    /// The token endpoint, in an assertion of the type `JWT`: for servers that know only RFC 7523.
     ///
-    /// Another server that this client talks to could pass such an assertion on as its own, so it is for those that
-    /// refuse the other form.
+    /// Another server that this client talks to could pass such an assertion on as its own, so use it only for servers
+    /// that refuse the other form.
     TokenEndpoint,
 }
 
@@ -111,8 +110,7 @@ pub(super) struct Settings {
 }
 
 impl Settings {
-    /// Finds what cannot work, as far as it is known while the program is set up. Without a private key it is the secret
-    /// that signs.
+    /// Rejects what cannot work, as far as that is known at build time. Without a private key, the secret signs.
     pub(super) fn check(
         &self,
         private_key: Option<&Credential>,
@@ -135,7 +133,7 @@ impl Settings {
             let algorithm = key.algorithm(self.algorithm, None)?;
             return key.sign(&Header::new(algorithm.to_jose()), &()).map(drop);
         }
-        // Of a key that comes later this much is known.
+        // All that is known about a key that comes later.
         match self.algorithm {
             Some(algorithm) if HMAC.contains(&algorithm) => Err(ConfigError::new(
                 "the signing_algorithm is for a secret and not for a private key",
@@ -144,7 +142,7 @@ impl Settings {
         }
     }
 
-    /// Makes an assertion that is good for one token request.
+    /// Makes an assertion for one token request.
     pub(super) fn sign(
         &self,
         key: &Key,
@@ -185,19 +183,19 @@ impl Settings {
 struct Claims<'a> {
     iss: &'a str,
     sub: &'a str,
-    // Text and no list: RFC 10070 has the server refuse anything else.
+    // A string, not a list: by RFC 10070 servers refuse anything else.
     aud: &'a str,
     jti: String,
     iat: u64,
     exp: u64,
 }
 
-/// What assertions are signed with.
+/// The key that signs assertions.
 pub(super) struct Key {
     encoding: EncodingKey,
-    /// The algorithms that it can be used with; the first one by default.
+    /// The algorithms that it can be used with; the first is the default.
     algorithms: &'static [SigningAlgorithm],
-    /// What a JWK says of itself.
+    /// The `kid` and the `alg` of a JWK.
     id: Option<String>,
     own_algorithm: Option<SigningAlgorithm>,
 }
@@ -207,12 +205,12 @@ impl Key {
         Self::new(EncodingKey::from_secret(secret.as_bytes()), HMAC)
     }
 
-    /// Reads a private key: a JWK, or PEM of the kinds PKCS#8, PKCS#1 and SEC 1.
+    /// Reads a private key: a JWK, or PEM (PKCS#8, PKCS#1 or SEC 1).
     pub(super) fn parse(text: &str) -> Result<Self, ConfigError> {
         if text.trim_start().starts_with('{') {
             return Self::from_jwk(text);
         }
-        // Errors of PEM quote the text they stumbled over.
+        // PEM errors quote the text they fail on.
         let der = PrivateKeyDer::from_pem_slice(text.as_bytes())
             .map_err(|_| unusable("it is neither PEM nor a JWK"))?;
         match &der {
@@ -252,7 +250,7 @@ impl Key {
     }
 
     fn from_jwk(json: &str) -> Result<Self, ConfigError> {
-        // The error would quote what it stumbled over.
+        // The error would quote the text it fails on.
         let jwk: Jwk = serde_json::from_str(json).map_err(|_| unusable("it is no JWK"))?;
         let mut key = match (jwk.kty.get(), jwk.crv.get()) {
             (Some("RSA"), _) => {
@@ -274,7 +272,7 @@ impl Key {
             (Some("EC"), Some(name)) => {
                 let curve = CURVES.into_iter().find(|curve| curve.name == name);
                 let curve = curve.ok_or_else(|| unusable("its curve is not supported"))?;
-                // SEC 1 section 2.3.3: a point that is not compressed.
+                // SEC 1 section 2.3.3: an uncompressed point.
                 let point = [&[4][..], &member(&jwk.x)?, &member(&jwk.y)?].concat();
                 let pair = EcdsaKeyPair::from_private_key_and_public_key(
                     curve.signing,
@@ -300,7 +298,7 @@ impl Key {
     }
 
     fn rsa(pair: &rsa::KeyPair) -> Result<Self, ConfigError> {
-        // The signer wants what is within PKCS#8.
+        // The signer wants the key inside PKCS#8.
         let der: Pkcs8V1Der<'_> = pair.as_der().map_err(|_| unusable(RSA))?;
         let inner = PrivateKeyInfoRef::try_from(der.as_ref()).map_err(|_| unusable(RSA))?;
         let encoding = EncodingKey::from_rsa_der(inner.private_key.as_bytes());
@@ -352,15 +350,15 @@ impl Key {
         let is_supported = |algorithm: &&SigningAlgorithm| {
             supported.is_none_or(|names| names.iter().any(|name| algorithm.has_name(name)))
         };
-        // A server that names none of them may be wrong about itself.
+        // The metadata of a server that names none of them may be wrong.
         let supported = self.algorithms.iter().find(is_supported);
         Ok(*supported.unwrap_or(&self.algorithms[0]))
     }
 
     /// Writes a JWS in its compact form (RFC 7515 section 7.1).
     ///
-    /// Not by `jsonwebtoken::encode`, which takes the backend that the process has chosen: to choose it is the
-    /// application's business, and where two of them are compiled in and none was chosen, it panics.
+    /// Not with `jsonwebtoken::encode`, which uses the backend of the process: choosing it is up to the application,
+    /// and with two of them compiled in and none chosen, it panics.
     fn sign(&self, header: &Header, claims: &impl Serialize) -> Result<SecretString, ConfigError> {
         let signer = (aws_lc::DEFAULT_PROVIDER.signer_factory)(&header.alg, &self.encoding)
             .map_err(|_| unusable("the signer refuses it"))?;
@@ -404,7 +402,7 @@ fn member(text: &Text) -> Result<Zeroizing<Vec<u8>>, ConfigError> {
         .ok_or_else(|| unusable("a member that its type takes is missing or is not base64url"))
 }
 
-/// RFC 7518 section 2 wants none of them in an integer, and the parser insists on it.
+/// RFC 7518 section 2 allows none of them in an integer, and the parser rejects them.
 fn without_leading_zeros(mut number: &[u8]) -> &[u8] {
     while let [0, rest @ ..] = number {
         number = rest;
@@ -458,7 +456,7 @@ const EC: &str = "it is no key of the curves P-256 and P-384";
 /// The registered name of RFC 7523 section 2.2.
 pub(super) const TYPE: &str = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer";
 
-/// How long an assertion is good for: it is used at once, and clocks differ.
+/// How long an assertion is valid: it is used at once, but clocks differ.
 const LIFETIME: Duration = Duration::from_secs(60);
 
 #[cfg(test)]
@@ -503,7 +501,7 @@ mod tests {
         URL_SAFE_NO_PAD.encode(bytes)
     }
 
-    /// The header of a signed assertion, once it has been verified, and its claims.
+    /// Verifies a signed assertion, and returns its header and claims.
     fn verified(
         assertion: &SecretString,
         algorithm: Algorithm,
@@ -523,7 +521,7 @@ mod tests {
         let der: Pkcs8V1Der<'_> = pair.as_der().unwrap();
         let inner = PrivateKeyInfoRef::try_from(der.as_ref()).unwrap();
         let pkcs1 = inner.private_key.as_bytes();
-        // RFC 8017 appendix A.1.2: a sequence of integers, of which the first is the version.
+        // RFC 8017 appendix A.1.2: a sequence of integers, the first being the version.
         let mut rest = &pkcs1[4..];
         let mut integers = Vec::new();
         while let [2, length, tail @ ..] = rest {
