@@ -1,4 +1,4 @@
-//! How a client proves to its authorization server who it is.
+//! How a client authenticates to its authorization server.
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use http::HeaderValue;
@@ -14,41 +14,41 @@ use super::{
 };
 use crate::error::{ConfigError, TokenError};
 
-/// How a client proves its identity to the token endpoint, by the names of the registry that RFC 7591
-/// section 2 and RFC 8414 section 2 share.
+/// How a client authenticates to the token endpoint, by the names of the registry that RFC 7591 section 2 and RFC 8414
+/// section 2 share.
 ///
-/// A token request is sent with one of them (RFC 6749 section 2.3). Without
-/// [`auth_method`](crate::ClientCredentialsBuilder::auth_method) it follows from what the builder was given.
+/// A token request uses one of them (RFC 6749 section 2.3). Without
+/// [`auth_method`](crate::ClientCredentialsBuilder::auth_method), it depends on what the builder was given.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum AuthMethod {
     /// `client_secret_basic`: id and secret in an `Authorization: Basic` header, each form-encoded first
     /// (RFC 6749 section 2.3.1).
     ///
-    /// The default for a secret, if there are no metadata that say otherwise. A space is encoded as `%20`, since some
+    /// The default for a secret, unless the server's metadata say otherwise. A space is encoded as `%20`, since some
     /// servers take a `+` literally.
     #[default]
     ClientSecretBasic,
     /// `client_secret_post`: id and secret in the body, for servers that support nothing better.
     ClientSecretPost,
-    /// `client_secret_jwt`: an assertion that is signed with the secret (RFC 7523 section 2.2), so that the secret
-    /// itself is not sent.
+    /// `client_secret_jwt`: an assertion signed with the secret (RFC 7523 section 2.2), so that the secret itself
+    /// is not sent.
     #[cfg(feature = "jwt")]
     ClientSecretJwt,
-    /// `private_key_jwt`: an assertion that is signed with a private key (RFC 7523 section 2.2).
+    /// `private_key_jwt`: an assertion signed with a private key (RFC 7523 section 2.2).
     ///
     /// The default for a private key.
     #[cfg(feature = "jwt")]
     PrivateKeyJwt,
-    /// `tls_client_auth`: a client certificate that a trusted authority signed, and the id in the body (RFC 8705
+    /// `tls_client_auth`: a client certificate signed by a trusted authority, and the id in the body (RFC 8705
     /// section 2.1).
     ///
-    /// The default for a client certificate, if there are no metadata that say otherwise.
+    /// The default for a client certificate, unless the server's metadata say otherwise.
     TlsClientAuth,
-    /// `self_signed_tls_client_auth`: a client certificate that the server knows by itself, and the id in the
-    /// body (RFC 8705 section 2.2).
+    /// `self_signed_tls_client_auth`: a client certificate registered with the server, and the id in the body (RFC 8705
+    /// section 2.2).
     SelfSignedTlsClientAuth,
-    /// `none`: the id in the body and no proof. The default without any credentials.
+    /// `none`: just the id in the body. The default without any credentials.
     None,
 }
 
@@ -68,7 +68,7 @@ impl AuthMethod {
     }
 }
 
-/// What a client has to prove its identity with.
+/// How a client authenticates, and with what.
 #[derive(Debug, Default)]
 pub(super) struct ClientAuth {
     pub(super) method: Option<AuthMethod>,
@@ -80,7 +80,7 @@ pub(super) struct ClientAuth {
     pub(super) certificate: Option<Certificate>,
 }
 
-/// What a client of `oauth2` proves its identity with.
+/// How a client of `oauth2` authenticates.
 pub(super) struct OAuth2Auth {
     pub(super) secret: Option<SecretString>,
     /// Whether id and secret go into the body.
@@ -95,7 +95,7 @@ pub(super) struct Certificate {
 }
 
 impl ClientAuth {
-    /// Takes what a client of `oauth2` would prove its identity by, unless something else was set.
+    /// Takes over how a client of `oauth2` authenticates, unless something else was set.
     pub(super) fn inherit(&mut self, oauth2: OAuth2Auth) {
         let own_method = !matches!(
             self.method,
@@ -118,8 +118,7 @@ impl ClientAuth {
             )
     }
 
-    /// Finds what contradicts itself, and constants that are of no use. Whether there is a certificate is for those to
-    /// say who know the transport.
+    /// Rejects contradictions and unusable constants. Does not ask for a certificate, which the transport may have.
     pub(super) fn check(&self, endpoints: Option<&Endpoints>) -> Result<(), ConfigError> {
         if self.method.is_none() && self.secret.is_some() && self.private_key.is_some() {
             return Err(ConfigError::new(
@@ -181,8 +180,8 @@ impl ClientAuth {
             supported.is_some_and(|names| names.iter().any(|name| name == method.name()))
         };
         if self.secret.is_some() {
-            // RFC 8414 section 2: a list that is left out stands for the first one. One that names no way to prove
-            // an identity was not written with clients that have a secret in mind.
+            // RFC 8414 section 2: a missing list means `client_secret_basic`. One that names at most `none` was not
+            // written with clients that have a secret in mind.
             let names_a_method =
                 supported.is_some_and(|names| names.iter().any(|name| name != "none"));
             if !names_a_method {
@@ -203,7 +202,7 @@ impl ClientAuth {
         Ok(AuthMethod::TlsClientAuth)
     }
 
-    /// Asks for the credentials that `method` takes.
+    /// Obtains the credentials that `method` needs.
     pub(super) async fn obtain(&self, method: AuthMethod) -> Result<Credentials, TokenError> {
         let key = match method {
             AuthMethod::ClientSecretBasic | AuthMethod::ClientSecretPost => &self.secret,
@@ -219,14 +218,14 @@ impl ClientAuth {
         if let Some(credential) = key {
             credentials.key = Some(credential.get().await?);
         }
-        // Whatever the method, since tokens can be bound to it (RFC 8705 section 3).
+        // With any method, since tokens can be bound to it (RFC 8705 section 3).
         if let Some(Certificate { chain, key }) = &self.certificate {
             credentials.certificate = Some((chain.get().await?, key.get().await?));
         }
         Ok(credentials)
     }
 
-    /// Makes the proof that goes with one token request.
+    /// Makes the authentication of one request.
     pub(super) fn authenticate(
         &self,
         method: AuthMethod,
@@ -255,7 +254,7 @@ impl ClientAuth {
                 ])
             }
             AuthMethod::TlsClientAuth | AuthMethod::SelfSignedTlsClientAuth | AuthMethod::None => {
-                // Only assertions speak of their audience.
+                // Only assertions need them, for their audience.
                 let _ = endpoints;
                 Authentication::Params(Vec::new())
             }
@@ -263,11 +262,11 @@ impl ClientAuth {
     }
 }
 
-/// What goes into a request to prove who sends it.
+/// What authenticates the client in a request.
 pub(super) enum Authentication {
-    /// The `Authorization` header, which names the client as well.
+    /// The `Authorization` header, which includes the client's id.
     Header(HeaderValue),
-    /// Parameters beside the client's id.
+    /// Parameters besides the client's id.
     Params(Vec<(&'static str, SecretString)>),
 }
 
@@ -280,12 +279,12 @@ pub(super) struct Credentials {
 }
 
 impl Credentials {
-    /// Has another token request ask for others.
+    /// Makes the next token request obtain others.
     pub(super) fn refuse(&self) {
         self.iter().for_each(CredentialValue::refuse);
     }
 
-    /// Has another token request ask for another certificate.
+    /// Makes the next token request obtain another certificate.
     #[cfg(feature = "rustls")]
     pub(super) fn refuse_certificate(&self) {
         self.certificates().for_each(CredentialValue::refuse);
@@ -329,15 +328,14 @@ fn basic(client_id: &str, secret: &str, raw: bool) -> HeaderValue {
     value
 }
 
-/// RFC 6749 appendix B, with a space as `%20`: a decoder of forms reads that as well as `+`, and one of URLs
-/// reads nothing else.
+/// RFC 6749 appendix B, with a space as `%20`: form decoders read that as well as `+`, and URL decoders read only that.
 fn form_encoded(text: &str) -> Zeroizing<String> {
     let encoded: String = form_urlencoded::byte_serialize(text.as_bytes()).collect();
-    // A plus of the text itself is `%2B` by now.
+    // A plus in the text itself is `%2B` by now.
     Zeroizing::new(encoded.replace('+', "%20"))
 }
 
-/// In the order in which they are chosen.
+/// In order of preference.
 const SECRET_METHODS: &[AuthMethod] = &[
     AuthMethod::ClientSecretBasic,
     AuthMethod::ClientSecretPost,
