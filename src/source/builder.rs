@@ -1,4 +1,4 @@
-//! What [`ClientCredentials`] are made of, checked before anything is sent.
+//! The settings of [`ClientCredentials`], checked before anything is sent.
 
 #[cfg(feature = "rustls")]
 use std::time::Duration;
@@ -29,7 +29,7 @@ use super::{
 use super::{auth::Certificate, https};
 use crate::error::{BoxError, ConfigError};
 
-/// Where tokens are asked for.
+/// How to find the token endpoint.
 pub(super) enum Target {
     TokenUrl(String),
     Issuer(String),
@@ -76,7 +76,7 @@ impl ClientCredentialsBuilder {
         }
     }
 
-    /// Sets what is sent unless the builder is given something else.
+    /// Sets how to authenticate unless the builder is given something else.
     pub(super) fn inherit(mut self, oauth2: OAuth2Auth) -> Self {
         self.oauth2 = Some(oauth2);
         self
@@ -90,9 +90,9 @@ impl ClientCredentialsBuilder {
         self
     }
 
-    /// Sets how the client proves its identity.
+    /// Sets how the client authenticates.
     ///
-    /// By default it follows from what the builder is given, see [`AuthMethod`], or is that of the client given to
+    /// By default it depends on what the builder is given, see [`AuthMethod`], or is that of the client given to
     /// [`ClientCredentials::from_oauth2`].
     pub fn auth_method(mut self, method: AuthMethod) -> Self {
         self.auth.method = Some(method);
@@ -264,8 +264,8 @@ impl ClientCredentialsBuilder {
     ///
     /// The client speaks HTTP/1.1, trusts the system's roots and those of
     /// [`root_certificates`](Self::root_certificates), keeps no connection open, follows no redirect, and sends
-    /// `tower-bearer` with its version as its `User-Agent`. If `SSL_CERT_FILE` or `SSL_CERT_DIR` is set, it takes the place
-    /// of the system's roots. The client connects directly, whatever `HTTPS_PROXY` and similar variables say; for a proxy,
+    /// `tower-bearer` with its version as its `User-Agent`. If `SSL_CERT_FILE` or `SSL_CERT_DIR` is set, it replaces
+    /// the system's roots. The client connects directly, whatever `HTTPS_PROXY` and similar variables say; for a proxy,
     /// give [`build_with`](Self::build_with) a client that uses one. Building needs no runtime and sends nothing.
     ///
     /// # Errors
@@ -327,12 +327,12 @@ impl ClientCredentialsBuilder {
     ///   [`raw_basic_credentials`](Self::raw_basic_credentials).
     /// - A scope: it is empty, or has a character that RFC 6749 section 3.3 rules out.
     /// - A resource: it is not an absolute URI, or has a fragment.
-    /// - A parameter: it has no name, or one that the request sets by itself.
-    /// - The [`auth_method`](Self::auth_method): it lacks what it takes, or is [`AuthMethod::None`] beside a secret or a
-    ///   key; or none was chosen among a secret and a private key.
-    /// - An assertion: it is addressed to an issuer that is not known, or its key is, and cannot be used or not with the
-    ///   algorithm that was set.
-    /// - A client certificate: it is for the service to present by itself.
+    /// - A parameter: it has no name, or one that the request itself sets.
+    /// - The [`auth_method`](Self::auth_method): its credential is missing, or it is [`AuthMethod::None`] although there
+    ///   is a secret or a key; or there are both a secret and a private key, and no method chooses.
+    /// - An assertion: its issuer is not known; or its key is known and cannot be used, or not with the algorithm that
+    ///   was set.
+    /// - A client certificate: it is up to the service to present one.
     pub fn build_with<S, B>(self, service: S) -> Result<ClientCredentials, ConfigError>
     where
         S: Service<Request<Full<Bytes>>, Response = Response<B>> + Clone + Send + 'static,
@@ -352,7 +352,7 @@ impl ClientCredentialsBuilder {
         Ok(ClientCredentials::new(inner))
     }
 
-    /// Checks where the server is.
+    /// Checks the server's URLs.
     fn server(&self) -> Result<Server, ConfigError> {
         let plain_http = self.plain_http;
         let revocation_url = self.revocation_url.as_ref();
@@ -387,7 +387,7 @@ impl ClientCredentialsBuilder {
         }
     }
 
-    /// Checks who asks the server, and what for.
+    /// Checks the client, and what it asks for.
     fn inner(self, server: Server, transport: Transport) -> Result<Inner, ConfigError> {
         let Self {
             client_id,
@@ -595,7 +595,7 @@ mod tests {
         }
     }
 
-    /// Law 9: what is set is not printed.
+    /// Law 9: settings are not printed.
     #[test]
     fn neither_settings_nor_their_errors_show_a_secret() {
         let mut text = String::new();
