@@ -30,16 +30,16 @@ use crate::{
 /// Fetches tokens by the OAuth 2.0 client-credentials grant (RFC 6749 section 4.4).
 ///
 /// One attempt is one token request, or two: a refresh token that came with the last token is tried first
-/// (RFC 6749 section 6), and if it brings nothing, for whatever reason, the client's own credentials are sent
+/// (RFC 6749 section 6), and if that fails, for whatever reason, the client's own credentials are sent
 /// at once. A refresh token is sent at most once, since some servers end the session when they see it again.
 ///
-/// When the server does not know the client (`invalid_client`, or as others say it, such as `unauthorized_client` or
-/// `access_denied` with status 401), the [`Credential`](crate::Credential) is asked for again within the same attempt,
+/// When the server refuses the client (`invalid_client`, or what others say instead, such as `unauthorized_client` or
+/// `access_denied` with status 401), the [`Credential`](crate::Credential) is obtained again within the same attempt,
 /// and if it has changed, the request is sent once more with the new one.
 ///
-/// Answers that differ from the standard are understood where that is safe: lifetimes as text or fractions,
-/// other statuses than 200, any `Content-Type`. At most 1 MiB of an answer is read. Redirects are not
-/// followed, for they would carry the secret along.
+/// Answers that differ from the standard are accepted where that is safe: lifetimes as text or fractions, statuses
+/// other than 200, any `Content-Type`. At most 1 MiB of an answer is read. Redirects are not followed, since they would
+/// carry the secret along.
 ///
 /// Clones are cheap and share everything.
 ///
@@ -71,7 +71,7 @@ pub(super) struct Inner {
     pub(super) auth: ClientAuth,
     pub(super) refused: Refused,
     pub(super) transport: Transport,
-    /// Takes its place if the client presents a certificate.
+    /// Replaces `transport` if the client presents a certificate.
     #[cfg(feature = "rustls")]
     pub(super) mutual_tls: Option<https::MutualTls>,
 }
@@ -81,8 +81,8 @@ impl Inner {
         self.server.endpoints(&self.transport, limit).await
     }
 
-    /// Makes one request, or two if the server does not know the client and the client has other credentials by now.
-    /// Credentials that cannot be sent are asked for again in the same way.
+    /// Sends a request, and once more if the server refuses the client and there are other credentials by now.
+    /// Credentials that cannot be sent are obtained again in the same way.
     async fn exchange<T>(
         &self,
         request: Request<'_>,
@@ -91,13 +91,13 @@ impl Inner {
     ) -> Result<T, TokenError> {
         let supported = endpoints.auth_methods.as_deref();
         let method = self.auth.method(supported).map_err(|problem| {
-            // The next attempt looks whether the server supports more by then.
+            // The server may support more by the next attempt.
             self.server.mark_stale();
             TokenError::terminal(problem)
         })?;
         let first = self.auth.obtain(method).await?;
         let outcome = self.send(request, endpoints, method, &first, judge).await;
-        // A refresh token is sent once: RFC 6749 does not say whether it survives a request that failed.
+        // A refresh token is sent once: RFC 6749 does not say whether it survives a failed request.
         let is_sent_once = matches!(request, Request::RefreshToken(..));
         let are_refused = outcome.as_ref().is_err_and(TokenError::is_of_credentials);
         if is_sent_once || !are_refused {
@@ -111,7 +111,7 @@ impl Inner {
         self.send(request, endpoints, method, &newer, judge).await
     }
 
-    /// Sends a request, and takes note of what comes of it.
+    /// Sends a request, and records its outcome.
     async fn send<T>(
         &self,
         request: Request<'_>,
@@ -132,14 +132,14 @@ impl Inner {
                 guard.finish(outcome.as_ref().err());
                 outcome
             }
-            // A certificate and a key that were replaced between the reading of both, for example.
+            // For example, a certificate and a key that were replaced between the two reads.
             Err(error) => Err(TokenError::new(Kind::Credentials).with_source(error)),
         };
         self.refused.record(credentials, outcome.as_ref().err());
         outcome
     }
 
-    /// Makes the proof of one request, and the way that it takes.
+    /// Makes the authentication of one request, and its transport.
     fn prepare(
         &self,
         method: AuthMethod,
@@ -215,9 +215,9 @@ impl ClientCredentials {
 
     /// Starts a source from a client of the `oauth2` crate that has a token URL.
     ///
-    /// Its token URL, its id, its secret and its way to authenticate are taken from it, unless the builder is given
-    /// others. In a header a space is written as `%20`. Its types for answers are not used: most servers that differ
-    /// from the standard would fail to fit them.
+    /// Its token URL, its id, its secret and its authentication method are used, unless the builder is given others. In
+    /// a header, a space is written as `%20`. Its response types are not used: the answers of most servers that differ
+    /// from the standard would not fit them.
     ///
     /// The last type parameter must be `EndpointSet`, as `set_token_uri` makes it; a bare `BasicClient` in a
     /// function's signature stands for one without a token URL. To depend on `oauth2` for this, leave out its
@@ -290,9 +290,9 @@ impl TokenSource for ClientCredentials {
         let endpoints = &*self.inner.endpoints(limit).await?;
         let ask = |request| self.inner.exchange(request, endpoints, Answer::into_token);
         let response = match &fetch.refresh_token {
-            // A session is as it is; claims that the API misses in its tokens come with a new one.
+            // A refresh keeps to its session; claims that the API demands need a new one.
             Some(token) if fetch.claims.is_none() => {
-                // Half of the time is left for the other grant, should this one hang.
+                // Half of the time is left for the other grant, if this one hangs.
                 let refreshing = ask(Request::RefreshToken(token, &params));
                 match with_timeout(fetch.timeout / 2, refreshing).await {
                     Ok(response) => TokenResponse {
@@ -328,7 +328,7 @@ impl TokenSource for ClientCredentials {
         let access_token = access_token.as_ref().map(AccessToken::expose_secret);
         let mut outcome = Ok(());
         for (token, hint) in [
-            // Many servers end the session with it, and the access tokens with the session.
+            // First, since many servers end its session, and the access tokens with it.
             (refresh_token, "refresh_token"),
             (access_token, "access_token"),
         ] {
@@ -337,7 +337,7 @@ impl TokenSource for ClientCredentials {
             let revoking = self
                 .inner
                 .exchange(request, endpoints, Answer::into_revoked);
-            // A request that hangs leaves some of its caller's time for the other token.
+            // A request that hangs leaves some of the caller's time for the other token.
             let revoked = with_timeout(REVOCATION_LIMIT, revoking).await;
             let revoked = revoked.map_err(|error| error.with_request(RequestKind::Revocation));
             outcome = outcome.and(revoked);
@@ -375,7 +375,7 @@ impl fmt::Debug for ClientCredentials {
     }
 }
 
-/// For how long newer metadata are looked for when a token is revoked. Its caller sets no time.
+/// How long a revocation looks for newer metadata: it is given no timeout.
 const DISCOVERY_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long the revocation of one token may take: less than half of what a cache leaves by default for both.
@@ -397,7 +397,7 @@ mod tests {
 
     const TOKEN: &str = r#"{"access_token":"from-credentials","token_type":"Bearer"}"#;
 
-    /// A token endpoint that answers with what it was given, in order, and remembers what it was asked.
+    /// A token endpoint that gives its answers in order, and records the requests.
     #[derive(Clone, Default)]
     struct Endpoint {
         seen: Arc<Mutex<Vec<Seen>>>,
@@ -409,7 +409,7 @@ mod tests {
     }
 
     impl Endpoint {
-        /// An endpoint with these answers, and a source that asks it.
+        /// An endpoint with these answers, and a source that uses it.
         fn with(
             builder: ClientCredentialsBuilder,
             answers: &[(u16, &'static str)],
@@ -504,7 +504,7 @@ mod tests {
         assert_eq!(endpoint.authorization().as_deref(), Some(expected));
     }
 
-    /// Its secret is not told, but is in the requests that it builds.
+    /// It has no getter for the secret, but puts it into requests.
     #[tokio::test]
     async fn the_secret_of_an_oauth2_client_is_sent_like_any_other() {
         let client = || {
@@ -562,7 +562,7 @@ mod tests {
         }
     }
 
-    /// A function that gives `secrets`, and the last one for ever.
+    /// A function that returns `secrets`, and the last one for ever.
     fn giving(secrets: &[&'static str]) -> crate::Credential {
         let secrets = Mutex::new(VecDeque::from(secrets.to_vec()));
         crate::Credential::from_fn(move || {
@@ -597,7 +597,7 @@ mod tests {
         assert!(!source.has_new_credentials());
     }
 
-    /// Law 7: the same by the words of Keycloak, of Auth0, of Cloud Foundry and of ServiceNow.
+    /// Law 7: the codes of Keycloak, Auth0, Cloud Foundry and ServiceNow.
     #[tokio::test]
     async fn a_secret_is_asked_for_again_whatever_a_401_calls_it() {
         for answer in [
@@ -613,7 +613,7 @@ mod tests {
             }
             assert_eq!(secrets(&endpoint), ["old", "old", "new"]);
         }
-        // With another status it is about what the client may do.
+        // With another status, it is about what the client may do.
         let builder = builder("id").client_secret(giving(&["one"]));
         let answer = (400, r#"{"error":"unauthorized_client"}"#);
         let (_, source) = Endpoint::with(builder, &[answer]);
@@ -621,7 +621,7 @@ mod tests {
         assert!(!source.has_new_credentials());
     }
 
-    /// Law 7: the same by the words of FedEx, of Twitch, of a proxy and of Zoho, which are not OAuth's.
+    /// Law 7: the answers of FedEx, of Twitch, of a proxy and of Zoho, which are not OAuth's.
     #[tokio::test]
     async fn a_secret_is_asked_for_again_by_the_attempt_after_one_that_was_refused_in_other_words()
     {
@@ -640,7 +640,7 @@ mod tests {
             source.fetch(Fetch::new()).await.unwrap();
             assert_eq!(secrets(&endpoint), ["old", "old", "new"], "{answer:?}");
         }
-        // What speaks of the server does not speak of the secret.
+        // An error about the server is not about the secret.
         let builder = post(giving(&["old", "new"]));
         let (endpoint, source) = Endpoint::with(builder, &[(503, ""), (200, TOKEN)]);
         source.fetch(Fetch::new()).await.unwrap_err();
@@ -658,7 +658,7 @@ mod tests {
             assert!(!error.is_transient());
             assert!(!source.has_new_credentials());
         }
-        // The next attempt does not send what was refused once more.
+        // The next attempt does not send again what was refused.
         assert_eq!(secrets(&endpoint), ["one", "two"]);
     }
 
@@ -670,7 +670,7 @@ mod tests {
         assert!(!source.has_new_credentials());
     }
 
-    /// A refresh token is sent at most once, so the new secret goes with the other grant.
+    /// A refresh token is sent at most once, so the new secret is sent with the other grant.
     #[tokio::test]
     async fn a_refresh_token_is_not_sent_again_with_another_secret() {
         let builder = post(giving(&["old", "new"]));
@@ -680,7 +680,7 @@ mod tests {
         assert!(endpoint.bodies()[1].starts_with("grant_type=client_credentials"));
     }
 
-    /// Law 7: a refused secret keeps nobody out once it has been changed, and asks nobody until then.
+    /// Law 7: once a refused secret has been changed, it is sent; until then, nothing is.
     #[tokio::test(start_paused = true)]
     async fn a_changed_file_is_noticed_within_a_tenth_of_a_second() {
         let path = std::env::temp_dir().join(format!("tower-bearer-{}", std::process::id()));
@@ -692,7 +692,7 @@ mod tests {
         source.fetch(Fetch::new()).await.unwrap_err();
         assert!(!source.has_new_credentials());
         std::fs::write(&path, "newer\n").unwrap();
-        // It has been looked at just now.
+        // It was checked just now.
         assert!(!source.has_new_credentials());
         time::advance(Duration::from_millis(100)).await;
         assert!(source.has_new_credentials());
@@ -854,7 +854,7 @@ mod tests {
         assert_eq!(endpoint.authorization().as_deref(), Some("Basic aWQ6cw=="));
     }
 
-    /// Law 7: no failure of a refresh token stands between the client and its own credentials.
+    /// Law 7: no failure of a refresh token keeps the client from using its own credentials.
     #[tokio::test]
     async fn any_failure_of_a_refresh_token_falls_back_to_client_credentials() {
         for failure in [
