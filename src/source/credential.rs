@@ -27,12 +27,12 @@ use crate::{
 ///
 /// All but constants may change while the program runs. A file and a variable are read for every token request. A
 /// function is called once, and its result is kept until the server refuses it. When the server answers
-/// `invalid_client`, or with status 401 an error that is not about what was asked for, such as `unauthorized_client`, the
-/// credential is obtained again within the same attempt, and if it has changed, the token request is sent once more. A
-/// status of 400, 401 or 403 without an OAuth error, or a TLS alert if there is a client certificate, may be a refusal
-/// too: then the next attempt obtains the credential again.
+/// `invalid_client`, or with status 401 an error that is not about what was asked for, such as `unauthorized_client`,
+/// the credential is obtained again within the same attempt, and if it has changed, the token request is sent once
+/// more. A status of 400, 401 or 403 without an OAuth error, or a TLS alert if there is a client certificate, may be a
+/// refusal too: then the next attempt obtains the credential again.
 ///
-/// A constant is taken as it is, line breaks included. No text is ever printed, and it is wiped from memory on drop.
+/// A constant is used as it is, line breaks included. No text is ever printed, and it is wiped from memory on drop.
 ///
 /// ```
 /// use tower_bearer::{BoxError, Credential};
@@ -64,15 +64,15 @@ enum Origin {
 struct Function {
     call: Box<dyn Fn() -> Call + Send + Sync>,
     cached: Mutex<Cached>,
-    /// Held while the function is asked, so that many token requests ask it once.
+    /// Held during a call, so that many token requests share one.
     lock: LeasedLock,
 }
 
-/// What a function gave last.
+/// The last result of a function.
 #[derive(Clone, Default)]
 struct Cached {
     text: Option<Text>,
-    /// Whether the server has refused it, so that the next token request asks for another one.
+    /// Whether the server has refused it, so that the next token request calls the function again.
     refused: bool,
 }
 
@@ -83,7 +83,7 @@ type Call = Pin<Box<dyn Future<Output = Result<String, BoxError>> + Send>>;
 impl Credential {
     /// Creates a credential that is read from a file for every token request: a Kubernetes mount, for example.
     ///
-    /// A byte order mark at its start and line breaks at its end are left out. It is read off the runtime's own
+    /// A byte order mark at its start and line breaks at its end are removed. It is read off the runtime's own
     /// threads, up to 1 MiB.
     #[must_use]
     pub fn file(path: impl Into<PathBuf>) -> Self {
@@ -96,7 +96,7 @@ impl Credential {
         Self(Arc::new(Origin::Env(name.into())))
     }
 
-    /// Creates a credential that an async function returns: a client of Vault, for example.
+    /// Creates a credential that an async function returns: one that asks Vault, for example.
     ///
     /// It is called for the first token request, and again after the server has refused its result. Calls do not
     /// overlap, unless one has not returned for 10 s. Its future is dropped with the attempt, after 10 s by default, so
@@ -118,7 +118,7 @@ impl Credential {
         Self(Arc::new(Origin::Constant(Arc::new(text))))
     }
 
-    /// The text, if it is known while the program is set up.
+    /// The text, if it is known at build time.
     #[cfg(any(feature = "jwt", feature = "rustls"))]
     pub(super) fn constant(&self) -> Option<&SecretString> {
         match &*self.0 {
@@ -127,7 +127,7 @@ impl Credential {
         }
     }
 
-    /// What a token request is to be sent with now.
+    /// Obtains the text for a token request.
     pub(super) async fn get(&self) -> Result<CredentialValue, TokenError> {
         let (text, version) = match &*self.0 {
             Origin::Constant(text) => (text.clone(), None),
@@ -171,7 +171,7 @@ impl fmt::Debug for Credential {
     }
 }
 
-/// What a credential gave for one token request.
+/// The text of a credential for one token request.
 #[derive(Clone)]
 pub(super) struct CredentialValue {
     credential: Credential,
@@ -188,7 +188,7 @@ impl CredentialValue {
         matches!(&*self.credential.0, Origin::File(_))
     }
 
-    /// Has the next token request ask for another one, since the server refused this one.
+    /// Makes the next token request obtain another one, since the server refused this one.
     pub(super) fn refuse(&self) {
         if let Origin::Function(function) = &*self.credential.0 {
             let mut cached = function.cached.lock();
@@ -198,14 +198,14 @@ impl CredentialValue {
         }
     }
 
-    /// Whether the next token request would be sent with something else, as far as can be told at once.
+    /// Whether the next token request would be sent with another one, as far as can be told at once.
     pub(super) fn is_outdated(&self) -> bool {
         match &*self.credential.0 {
             Origin::Constant(_) => false,
             Origin::File(path) => FileVersion::of(fs::metadata(path)) != self.version,
             Origin::Env(name) => env::var_os(name)
                 .is_some_and(|value| value.as_encoded_bytes() != self.text().as_bytes()),
-            // Text that was given again is no other text, and one that was refused too is of no use.
+            // The same text again is no change, and one that was refused too is of no use.
             Origin::Function(function) => {
                 let cached = function.cached.lock().usable();
                 cached.is_some_and(|cached| cached.expose_secret() != self.text())
@@ -239,14 +239,14 @@ impl Function {
             return Ok(text);
         }
         let _guard = self.lock.acquire().await;
-        // Whoever had the turn before may have got it.
+        // The previous holder may have obtained it.
         let cached = self.cached.lock().usable();
         if let Some(text) = cached {
             return Ok(text);
         }
         let text = (self.call)().await.map_err(missing)?;
         if text.is_empty() {
-            // Nothing to be kept: the next token request asks again.
+            // Not cached, so the next token request calls again.
             return Err(missing("the function gave an empty text"));
         }
         let text = Arc::new(SecretString::from(text));
@@ -258,12 +258,12 @@ impl Function {
     }
 }
 
-/// By what a file's change is told without reading it.
+/// Tells whether a file has changed without reading it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct FileVersion {
     modified: Option<SystemTime>,
     length: u64,
-    /// A file that was put in the place of another is told from it whatever the resolution of the clock.
+    /// Tells a file from its replacement, whatever the resolution of the clock.
     #[cfg(unix)]
     inode: u64,
 }
@@ -292,16 +292,16 @@ async fn read_off_runtime(path: PathBuf) -> Result<(SecretString, FileVersion), 
     });
     match reading.await {
         Ok(read) => read,
-        // The runtime shuts down.
+        // The runtime is shutting down.
         Err(error) => Err(missing(error)),
     }
 }
 
 fn read_file(path: &Path) -> io::Result<(SecretString, FileVersion)> {
     let file = File::open(path)?;
-    // Before its content: what changes in between counts as a change.
+    // Before the content, so that a change in between is noticed.
     let version = FileVersion::new(&file.metadata()?);
-    // Of one size from the start, since a buffer that grows leaves its content behind.
+    // Large enough from the start, since a buffer that grows leaves copies behind.
     let capacity = version.length.min(FILE_LIMIT) as usize + 1;
     let mut text = Zeroizing::new(Vec::with_capacity(capacity));
     file.take(FILE_LIMIT + 1).read_to_end(&mut text)?;
@@ -309,11 +309,10 @@ fn read_file(path: &Path) -> io::Result<(SecretString, FileVersion)> {
         return Err(io::Error::other("it is larger than 1 MiB"));
     }
     let text = std::str::from_utf8(without_bom(&text));
-    // The error would quote nothing, but hold the bytes.
     let text = text.map_err(|_| io::Error::other("it is not UTF-8"))?;
     let text = text.trim_end_matches(['\r', '\n']);
     if text.is_empty() {
-        // A file that is being written.
+        // Perhaps it is still being written.
         return Err(io::Error::other("it is empty"));
     }
     Ok((SecretString::from(text), version))
@@ -330,7 +329,7 @@ fn read_env(name: &OsStr) -> Result<SecretString, TokenError> {
     Err(missing(problem))
 }
 
-/// The error of a credential that cannot be had, for want of what `source` says.
+/// The error of a credential that cannot be obtained because of `source`.
 fn missing(source: impl Into<BoxError>) -> TokenError {
     TokenError::new(Kind::NoCredential).with_source(source)
 }
@@ -343,7 +342,7 @@ struct Unreadable {
     error: io::Error,
 }
 
-/// Far more than a chain of certificates takes.
+/// Far more than a certificate chain needs.
 const FILE_LIMIT: u64 = 1024 * 1024;
 
 #[cfg(test)]
@@ -356,7 +355,7 @@ mod tests {
         credential.get().await.unwrap().text().to_owned()
     }
 
-    /// A function that hangs when it is asked for the first time.
+    /// A function whose first call hangs.
     fn hanging_at_first() -> Credential {
         let calls = AtomicUsize::new(0);
         Credential::from_fn(move || {
@@ -370,7 +369,7 @@ mod tests {
         })
     }
 
-    /// A file of its own, gone with the test.
+    /// A file that is removed with the test.
     struct Temporary(PathBuf);
 
     impl Temporary {
@@ -418,7 +417,7 @@ mod tests {
             }
             let error = Credential::file(&file.0).get().await.unwrap_err();
             assert!(error.is_transient());
-            // Whoever has the log alone learns that it is not the server.
+            // The message alone says that it is not the server.
             assert_eq!(
                 error.to_string(),
                 "the client's credential could not be obtained"
@@ -463,7 +462,7 @@ mod tests {
         first.refuse();
         assert_eq!(text(&credential).await, "secret-1");
         assert!(first.is_outdated());
-        // Another token request that was sent with the old one finds the new one.
+        // Another token request that was sent with the old one keeps the new one.
         also_first.refuse();
         assert_eq!(text(&credential).await, "secret-1");
         assert_eq!(calls.load(Ordering::Relaxed), 2);
@@ -480,7 +479,7 @@ mod tests {
         assert_eq!(text(&credential).await, "secret");
     }
 
-    /// Law 5: whoever is dropped while it asks leaves the turn to the next.
+    /// Law 5: a request that is dropped during a call does not block the next.
     #[tokio::test(start_paused = true)]
     async fn a_function_that_hangs_is_called_again_by_the_next_request() {
         let credential = hanging_at_first();
@@ -489,7 +488,7 @@ mod tests {
         assert_eq!(text(&credential).await, "secret");
     }
 
-    /// Law 2: what was refused as well is no reason to ask the server again.
+    /// Law 2: one that was refused too is no reason to ask the server again.
     #[tokio::test]
     async fn a_new_result_that_was_refused_too_is_no_change() {
         let count = AtomicUsize::new(0);
@@ -505,14 +504,14 @@ mod tests {
         assert!(!first.is_outdated());
     }
 
-    /// Law 6: a runtime that is parked keeps the turn for as long as an attempt, and not for ever.
+    /// Law 6: a parked runtime holds the lock for as long as an attempt, not for ever.
     #[tokio::test(start_paused = true)]
     async fn a_function_that_hangs_on_a_parked_runtime_is_called_again() {
         let credential = hanging_at_first();
         let mut parked = std::pin::pin!(credential.get());
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
         assert!(parked.as_mut().poll(&mut context).is_pending());
-        // One that waits for its turn may be parked as well.
+        // One that waits for the lock may be parked too.
         let mut next = std::pin::pin!(credential.get());
         assert!(next.as_mut().poll(&mut context).is_pending());
         let limit = std::time::Duration::from_secs(11);
