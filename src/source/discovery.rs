@@ -1,4 +1,4 @@
-//! What an authorization server says of itself: RFC 8414 and OpenID Connect discovery.
+//! An authorization server's metadata: RFC 8414 and OpenID Connect Discovery.
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,16 +18,16 @@ use crate::{
     sync::Mutex,
 };
 
-/// The issuer of the server that is to be discovered.
+/// The issuer of the server to discover.
 pub(super) struct Issuer {
-    /// As it was configured, to be compared letter by letter.
+    /// As it was configured, to be compared exactly.
     pub(super) identifier: String,
-    /// Where its metadata may be, in the order in which they are looked for.
+    /// Where its metadata may be, in the order in which they are tried.
     documents: Vec<Url>,
     plain_http: bool,
-    /// Whether a client certificate is presented, which some servers have other endpoints for.
+    /// Some servers have other endpoints for clients with a certificate.
     presents_certificate: bool,
-    /// What was set goes before what the server says.
+    /// As configured; takes precedence over the server's.
     pub(super) revocation_url: Option<Url>,
 }
 
@@ -52,9 +52,9 @@ impl Issuer {
         let mut documents = vec![
             // RFC 8414 section 3.1: between host and path.
             at(format!("/.well-known/oauth-authorization-server{path}")),
-            // OpenID Connect Discovery section 4: behind the path.
+            // OpenID Connect Discovery section 4: after the path.
             at(format!("{path}/.well-known/openid-configuration")),
-            // Both in one, as Databricks has it.
+            // A mix of both, as Databricks has it.
             at(format!("{path}/.well-known/oauth-authorization-server")),
         ];
         if path.is_empty() {
@@ -69,7 +69,7 @@ impl Issuer {
         })
     }
 
-    /// Where it is asked first.
+    /// The URL that is tried first.
     #[cfg(feature = "rustls")]
     pub(super) fn url(&self) -> &Url {
         &self.documents[0]
@@ -114,7 +114,7 @@ impl Issuer {
     }
 
     fn read(&self, metadata: &Map<String, Value>) -> Result<Endpoints, TokenError> {
-        // RFC 8414 section 3.3: or anybody could have our secret sent to them.
+        // RFC 8414 section 3.3: or anyone could have our secret sent to them.
         if text(metadata, "issuer") != Some(&*self.identifier) {
             return Err(TokenError::new(Kind::OtherIssuer));
         }
@@ -132,7 +132,7 @@ impl Issuer {
         let token_url = TokenUrl::new(token_url.to_owned())
             .map_err(|_| malformed("the token_endpoint of the metadata is no URL"))?;
         check_url(token_url.url(), "token", self.plain_http).map_err(TokenError::terminal)?;
-        // Nothing but its own use depends on this one.
+        // Only revocation depends on this one.
         let revocation_url = endpoint("revocation_endpoint")
             .and_then(|url| parse_url(url, "revocation", self.plain_http).ok());
         Ok(Endpoints {
@@ -147,21 +147,21 @@ impl Issuer {
     }
 }
 
-/// The metadata of an authorization server, kept until the endpoints fail.
+/// The metadata of an authorization server, cached until the endpoints fail.
 pub(super) struct Discovery {
     pub(super) issuer: Issuer,
     state: Mutex<State>,
-    /// Held while the server is asked, so that the token requests of many keys ask it once.
+    /// Held during a fetch, so that the token requests of many keys share one.
     lock: LeasedLock,
 }
 
 #[derive(Default)]
 struct State {
-    /// What came of asking the server, once it was asked.
+    /// The endpoints or an error, once there was a fetch.
     outcome: Option<Result<Arc<Endpoints>, TokenError>>,
     /// Whether the endpoints have failed, so that they may have moved.
     stale: bool,
-    /// How often the server was asked.
+    /// How many fetches there were.
     fetches: u64,
 }
 
@@ -174,12 +174,12 @@ impl Discovery {
         }
     }
 
-    /// Has the server asked again before the next request to its endpoints.
+    /// Has the metadata fetched again before the next request.
     pub(super) fn mark_stale(&self) {
         self.state.lock().stale = true;
     }
 
-    /// Returns what is known, or finds it out over `transport`. `limit` bounds the search for something newer.
+    /// Returns the cached endpoints, or fetches them over `transport`. `limit` bounds the search for newer ones.
     pub(super) async fn endpoints(
         &self,
         transport: &Transport,
@@ -196,7 +196,7 @@ impl Discovery {
         let has_endpoints = {
             let state = self.state.lock();
             match &state.outcome {
-                // Also a failure is shared, or all who wait would repeat it one after the other.
+                // A failure is shared too, or all waiters would repeat it one after the other.
                 Some(outcome) if state.fetches != fetches => return outcome.clone(),
                 outcome => matches!(outcome, Some(Ok(_))),
             }
@@ -204,7 +204,7 @@ impl Discovery {
         let fetching = self.issuer.fetch(transport);
         let found = match has_endpoints {
             true => with_timeout(limit, fetching).await,
-            // There is nothing else to do within the attempt.
+            // The attempt can do nothing else.
             false => fetching.await,
         };
         let mut state = self.state.lock();
@@ -214,7 +214,7 @@ impl Discovery {
                 state.stale = false;
                 Ok(Arc::new(endpoints))
             }
-            // Those that were good once are better than none.
+            // Old endpoints are better than none.
             (Err(_), Some(Ok(endpoints))) => Ok(endpoints.clone()),
             (Err(error), _) => Err(error),
         };
@@ -222,11 +222,11 @@ impl Discovery {
     }
 }
 
-/// A request to the endpoints that is under way. If it is dropped before its end, as by a timeout, they are suspect.
+/// A request to the endpoints in flight. If it is dropped before its end, as by a timeout, the metadata are stale.
 pub(super) struct MetadataGuard<'a>(pub(super) Option<&'a Discovery>);
 
 impl MetadataGuard<'_> {
-    /// Ends the watch with what came of the request.
+    /// Marks the metadata stale only if the outcome suggests it.
     pub(super) fn finish(mut self, failure: Option<&TokenError>) {
         if !failure.is_some_and(suggests_stale_metadata) {
             self.0 = None;
@@ -242,8 +242,8 @@ impl Drop for MetadataGuard<'_> {
     }
 }
 
-/// Whether an error may mean that an endpoint has moved, or wants another method of authentication than it said. One
-/// that says that it is busy has done neither.
+/// Whether an error may mean that an endpoint has moved, or wants another authentication method than the metadata say.
+/// A busy endpoint has done neither.
 fn suggests_stale_metadata(error: &TokenError) -> bool {
     let unknown = error.is_of_unknown_client();
     let gone = matches!(
@@ -293,7 +293,7 @@ mod tests {
     const OPENID: &str = "/realms/a/.well-known/openid-configuration";
     const BEHIND: &str = "/realms/a/.well-known/oauth-authorization-server";
 
-    /// A server that answers by path, with 404 to those that it does not know, and remembers what it was asked.
+    /// A server that answers by path, with 404 for unknown ones, and records the requests.
     #[derive(Clone)]
     struct Server(Arc<Mutex<Inner>>);
 
@@ -357,7 +357,7 @@ mod tests {
             builder.build_with(tower::service_fn(service)).unwrap()
         }
 
-        /// The paths of the requests since the last look.
+        /// The paths of the requests since the last call.
         fn paths(&self) -> Vec<String> {
             let asked = std::mem::take(&mut self.0.lock().asked);
             asked.into_iter().map(|(path, _)| path).collect()
@@ -445,7 +445,7 @@ mod tests {
                 let server = Server::with(place, &other);
                 let error = fetch(&server.source(builder())).await.unwrap_err();
                 assert!(!error.is_transient(), "{issuer}");
-                // Whoever has the log alone learns it too.
+                // The message alone says so.
                 assert_eq!(
                     error.to_string(),
                     "the authorization server's metadata are those of another issuer"
@@ -453,7 +453,7 @@ mod tests {
                 assert_eq!(server.paths(), [OAUTH, OPENID, BEHIND]);
             }
         }
-        // A server that answers for its root everywhere is still right about the other document.
+        // The other document of a server that answers for its root everywhere is still right.
         let server = Server::with(OAUTH, &json!({"issuer": "https://as.example"}));
         server.answer(OPENID, 200, &metadata().to_string());
         fetch(&server.source(builder())).await.unwrap();
@@ -482,7 +482,7 @@ mod tests {
         }
     }
 
-    /// Or an operator looks for what is wrong at an endpoint that was never asked.
+    /// Or an operator would suspect an endpoint that was never asked.
     #[tokio::test]
     async fn a_metadata_error_does_not_name_the_token_endpoint() {
         let other = json!({"issuer": "https://other.example"}).to_string();
@@ -509,7 +509,7 @@ mod tests {
             let error = fetch(&server.source(builder())).await.unwrap_err();
             assert_eq!(error.to_string(), expected);
         }
-        // That one has been found.
+        // Here the metadata were found.
         let server = Server::with(OAUTH, &metadata());
         server.answer("/token", 404, "");
         let error = fetch(&server.source(builder())).await.unwrap_err();
@@ -519,7 +519,7 @@ mod tests {
         );
     }
 
-    /// Law 9: metadata make no exception for where the secret may go.
+    /// Law 9: metadata make no exception to where the secret may go.
     #[tokio::test]
     async fn a_token_endpoint_that_is_not_secure_is_refused() {
         for url in [
@@ -558,7 +558,7 @@ mod tests {
                 true,
                 "grant_type=client_credentials",
             ),
-            // Mock servers say this, and take whatever comes.
+            // Mock servers say this, and accept anything.
             (json!(["none"]), true, "grant_type=client_credentials"),
             (
                 json!(["client_secret_jwt", "client_secret_post"]),
@@ -578,11 +578,11 @@ mod tests {
         let server = Server::with(OAUTH, &metadata);
         let source = server.source(builder());
         assert!(!fetch(&source).await.unwrap_err().is_transient());
-        // Law 7: the server may learn it.
+        // Law 7: the server may support it later.
         server.answer(OAUTH, 200, &self::metadata().to_string());
         fetch(&source).await.unwrap();
         server.answer(OAUTH, 200, &metadata.to_string());
-        // What was set is not put in question.
+        // A configured method is not questioned.
         let set = builder().auth_method(AuthMethod::ClientSecretPost);
         fetch(&server.source(set)).await.unwrap();
     }
@@ -641,7 +641,7 @@ mod tests {
         }
     }
 
-    /// Law 5: whoever is dropped while it asks takes nobody along.
+    /// Law 5: a request that is dropped during the fetch takes no other along.
     #[tokio::test(start_paused = true)]
     async fn a_dropped_discovery_does_not_block_the_next() {
         let server = Server::with(OAUTH, &metadata());
@@ -653,7 +653,7 @@ mod tests {
         fetch(&source).await.unwrap();
     }
 
-    /// Law 6: a runtime that is parked keeps the turn for as long as an attempt, and not for ever.
+    /// Law 6: a parked runtime holds the lock for as long as an attempt, not for ever.
     #[tokio::test(start_paused = true)]
     async fn a_discovery_on_a_parked_runtime_does_not_block_the_next() {
         let server = Server::with(OAUTH, &metadata());
@@ -702,7 +702,7 @@ mod tests {
         }
     }
 
-    /// Law 7: metadata that are gone, or hang, are no reason not to try what was good.
+    /// Law 7: if the metadata are gone, or hang, the old endpoints are still tried.
     #[tokio::test(start_paused = true)]
     async fn old_endpoints_are_better_than_none() {
         for hanging in [false, true] {
@@ -795,7 +795,7 @@ mod tests {
         assert!(server.paths().is_empty());
     }
 
-    /// The secret that was changed is found for this as well.
+    /// A changed secret is noticed here too.
     #[tokio::test]
     async fn a_refused_revocation_obtains_a_new_secret() {
         let count = std::sync::atomic::AtomicUsize::new(0);

@@ -1,4 +1,4 @@
-//! Where an authorization server is, and what it understands.
+//! Where an authorization server is, and what it supports.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,14 +14,14 @@ use crate::{
     origin::is_loopback,
 };
 
-/// The authorization server, by what the builder was told of it.
+/// The authorization server, configured or to be discovered.
 pub(super) enum Server {
     Configured(Arc<Endpoints>),
     Discovered(Box<Discovery>),
 }
 
 impl Server {
-    /// Returns what is known without asking.
+    /// Returns the endpoints that need no discovery.
     pub(super) fn configured(&self) -> Option<&Endpoints> {
         match self {
             Self::Configured(endpoints) => Some(endpoints),
@@ -29,8 +29,8 @@ impl Server {
         }
     }
 
-    /// Returns what is known, or finds it out over `transport`, which presents no client certificate: metadata are
-    /// public. `limit` bounds the search for something newer.
+    /// Returns the known endpoints, or discovers them over `transport`, which presents no client certificate: metadata
+    /// are public. `limit` bounds the search for newer ones.
     pub(super) async fn endpoints(
         &self,
         transport: &Transport,
@@ -42,14 +42,14 @@ impl Server {
         }
     }
 
-    /// Has a discovered server asked again before the next request to its endpoints.
+    /// Has a discovered server's metadata fetched again before the next request.
     pub(super) fn mark_stale(&self) {
         if let Self::Discovered(discovery) = self {
             discovery.mark_stale();
         }
     }
 
-    /// Watches one request to the endpoints.
+    /// Guards one request to the endpoints.
     pub(super) fn guard(&self) -> MetadataGuard<'_> {
         match self {
             Self::Configured(_) => MetadataGuard(None),
@@ -62,7 +62,7 @@ impl Server {
         match self {
             Self::Configured(endpoints) => {
                 let mut url = endpoints.token_url.url().clone();
-                // Some servers want a key there.
+                // Some servers take a key there.
                 url.set_query(None);
                 url.into()
             }
@@ -71,7 +71,7 @@ impl Server {
     }
 }
 
-/// What is known of an authorization server.
+/// What is known about an authorization server.
 #[derive(Debug)]
 pub(super) struct Endpoints {
     pub(super) token_url: TokenUrl,
@@ -85,7 +85,7 @@ pub(super) struct Endpoints {
     pub(super) algorithms: Option<Vec<String>>,
 }
 
-/// Reads a URL that secrets are sent to. `what` is how the message names it.
+/// Reads a URL that secrets are sent to. `what` is its name in messages.
 pub(super) fn parse_url(text: &str, what: &str, plain_http: bool) -> Result<Url, ConfigError> {
     let url = Url::parse(text).map_err(|error| {
         ConfigError::new(format!("the {what} URL cannot be parsed")).with_source(error)
@@ -94,7 +94,7 @@ pub(super) fn parse_url(text: &str, what: &str, plain_http: bool) -> Result<Url,
     Ok(url)
 }
 
-/// Checks a URL that secrets are sent to. `what` is how the message names it.
+/// Checks a URL that secrets are sent to. `what` is its name in messages.
 pub(super) fn check_url(url: &Url, what: &str, plain_http: bool) -> Result<(), ConfigError> {
     let secure = match url.scheme() {
         "https" => true,
