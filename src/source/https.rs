@@ -25,15 +25,15 @@ use crate::{
     sync::Mutex,
 };
 
-/// What the default client is made of.
+/// The settings of the default client.
 pub(super) struct Settings {
     pub(super) connect_timeout: Duration,
-    /// PEM files of roots to trust beside the system's.
+    /// PEM files of roots to trust besides the system's.
     pub(super) roots: Vec<Vec<u8>>,
 }
 
 impl Settings {
-    /// Makes what makes clients; with TLS if they are to speak to an `https` URL, or may come to.
+    /// Reads the roots if there are `https` URLs, or may be.
     pub(super) fn factory(&self, tls: Tls) -> Result<TransportFactory, ConfigError> {
         // Plain http must work where there are no roots, and reading the system's takes a while.
         let roots = match tls {
@@ -52,7 +52,7 @@ impl Settings {
         native: CertificateResult,
     ) -> Result<RootCertStore, ConfigError> {
         let mut roots = RootCertStore::empty();
-        // One broken file in the system's store does not spoil the others.
+        // A broken file in the system's store must not spoil the others.
         roots.add_parsable_certificates(native.certs);
         for pem in &self.roots {
             add_pem(&mut roots, pem)?;
@@ -73,10 +73,10 @@ pub(super) enum Tls {
     Unused,
 }
 
-/// Makes clients that open a connection for each request.
+/// Makes transports that open a connection for each request.
 ///
-/// A token every five minutes gains nothing from a pool, and a pooled connection is wedged when the
-/// runtime that drives it is parked.
+/// A token every five minutes gains nothing from a pool, and a pooled connection hangs when the runtime that drives it
+/// is parked.
 #[derive(Clone)]
 pub(super) struct TransportFactory {
     connect_timeout: Duration,
@@ -84,7 +84,7 @@ pub(super) struct TransportFactory {
 }
 
 impl TransportFactory {
-    /// Makes a client that presents `certificate`: a chain and its key, both in PEM.
+    /// Makes a transport that presents `certificate`: a chain and its key, both in PEM.
     pub(super) fn transport(
         &self,
         certificate: Option<(&str, &str)>,
@@ -100,7 +100,7 @@ impl TransportFactory {
             .wrap_connector(tcp);
         let client = Client::builder(TokioExecutor::new())
             .pool_max_idle_per_host(0)
-            // How often to try is for the cache to decide.
+            // Retries are up to the cache.
             .retry_canceled_requests(false)
             .build(connector);
         let named = client.map_request(|mut request: Request<Full<Bytes>>| {
@@ -120,7 +120,7 @@ impl TransportFactory {
         let Some((chain, key)) = certificate else {
             return Ok(config.with_no_client_auth());
         };
-        // PEM errors quote the text they stumbled over.
+        // PEM errors quote the text they fail on.
         let chain = CertificateDer::pem_slice_iter(chain.as_bytes())
             .collect::<Result<Vec<_>, _>>()
             .ok()
@@ -136,13 +136,13 @@ impl TransportFactory {
     }
 }
 
-/// Firewalls refuse requests that do not say whose they are: the core rules of AWS WAF, for example.
+/// Firewalls refuse requests without a user agent: the core rules of AWS WAF, for example.
 const AGENT: HeaderValue =
     HeaderValue::from_static(concat!("tower-bearer/", env!("CARGO_PKG_VERSION")));
 
-/// The client that presents a certificate, made anew when that has changed.
+/// The transport that presents a certificate, made anew when that has changed.
 ///
-/// It keeps no connection, so a new client is all that a new certificate takes.
+/// It keeps no connection, so a new transport is all that a new certificate needs.
 pub(super) struct MutualTls {
     factory: TransportFactory,
     cached: Mutex<Option<CachedTransport>>,
@@ -155,7 +155,7 @@ struct CachedTransport {
 }
 
 impl MutualTls {
-    /// Tries the certificate at once if it is known: constants are of use by now or never.
+    /// Tries a constant certificate at once: it works now or never.
     pub(super) fn new(
         factory: TransportFactory,
         certificate: &Certificate,
@@ -197,11 +197,11 @@ impl Default for Settings {
     }
 }
 
-/// The system's store may be empty, or out of reach: `SSL_CERT_FILE` may name a file that is not there.
+/// The system's store may be empty or unreadable: `SSL_CERT_FILE` may name a missing file.
 fn no_roots(problems: Vec<rustls_native_certs::Error>) -> ConfigError {
     let error = ConfigError::new("the system trusts no root certificate and none was added");
     match problems.into_iter().next() {
-        // PEM errors quote the text they stumbled over.
+        // PEM errors quote the text they fail on.
         Some(problem) if matches!(problem.kind, ErrorKind::Pem(_)) => {
             error.with_source(problem.context)
         }
@@ -210,11 +210,11 @@ fn no_roots(problems: Vec<rustls_native_certs::Error>) -> ConfigError {
     }
 }
 
-/// Unlike the system's roots these were named one by one, so each has to be good.
+/// Unlike the system's roots, these were chosen one by one, so each has to be usable.
 fn add_pem(roots: &mut RootCertStore, pem: &[u8]) -> Result<(), ConfigError> {
     let before = roots.len();
     for (certificate, number) in CertificateDer::pem_slice_iter(without_bom(pem)).zip(1..) {
-        // PEM errors quote the text they stumbled over, which may be the key of a bundle.
+        // PEM errors quote the text they fail on, which may be the key of a bundle.
         let certificate = certificate.map_err(|_| {
             ConfigError::new(format!("root certificate {number} of its PEM is malformed"))
         })?;
@@ -254,7 +254,7 @@ mod tests {
         }
     }
 
-    /// One among hundreds is not found by trying.
+    /// Nobody finds one among hundreds by trial.
     #[test]
     fn a_root_that_cannot_be_used_is_named_by_its_number() {
         let good = rcgen::generate_simple_self_signed([]).unwrap().cert.pem();
@@ -288,7 +288,7 @@ mod tests {
         );
     }
 
-    /// A parser passes over a certificate that does not begin its line.
+    /// The parser skips a certificate that does not begin its line.
     #[test]
     fn a_byte_order_mark_hides_no_root() {
         let certified = rcgen::generate_simple_self_signed([]).unwrap();
