@@ -1,4 +1,4 @@
-//! What a token request asks for: by the settings of its source, and by the request that the token is for.
+//! The parameters of a token request: those of its source, and those of the [`TokenRequest`].
 
 use std::borrow::Cow;
 
@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use super::TokenRequest;
 use crate::error::{ConfigError, TokenError};
 
-/// What a token request asks for, checked.
+/// What a token request asks for, once checked.
 #[derive(Clone, Debug, Default)]
 pub(super) struct RequestParams {
     pub(super) scopes: Vec<Scope>,
@@ -19,8 +19,8 @@ pub(super) struct RequestParams {
 impl RequestParams {
     /// Checks what a source or a request asks for.
     ///
-    /// A parameter `resource` is a resource, whichever way it was named; but as a parameter it may be any text. That of
-    /// Entra ID's first endpoint and of AD FS is older than RFC 8707, and often a GUID.
+    /// A parameter `resource` is a resource too, but may be any text: that of Entra ID's first endpoint and of AD FS is
+    /// older than RFC 8707, and often a GUID.
     pub(super) fn new<'a>(
         scopes: impl Iterator<Item = &'a str>,
         resources: impl Iterator<Item = &'a str>,
@@ -45,11 +45,11 @@ impl RequestParams {
         Ok(checked)
     }
 
-    /// What is asked for `request`: whatever it names takes the place of its like.
+    /// The parameters for `request`: what it names replaces the source's.
     ///
     /// # Errors
     ///
-    /// A terminal one if the request names something that cannot be asked for.
+    /// A terminal one if the request names something invalid.
     pub(super) fn for_request(
         &self,
         request: &TokenRequest,
@@ -70,7 +70,7 @@ impl RequestParams {
         if !own.resources.is_empty() {
             params.resources = own.resources;
         }
-        // RFC 6749 section 3.2: none twice, so one name's values are either the source's or the request's.
+        // RFC 6749 section 3.2: none twice, so a name's values are either the source's or the request's.
         params
             .params
             .retain(|(name, _)| !own.params.iter().any(|(other, _)| other == name));
@@ -81,10 +81,10 @@ impl RequestParams {
         Ok(Cow::Owned(params))
     }
 
-    /// Adds claims that the API demands to those that are asked for anyway.
+    /// Adds claims that the API demands to the configured ones.
     ///
-    /// The latter name the client's capabilities, without which the server would not answer the demand. What
-    /// is no JSON object comes from no API that knows the protocol, and is left out.
+    /// The latter name the client's capabilities, without which the server would not meet the demand. Anything but a
+    /// JSON object is left out: no API that knows the protocol sends it.
     fn add_claims(&mut self, claims: &str) {
         let Ok(demanded) = serde_json::from_str::<Map<String, Value>>(claims) else {
             return;
@@ -111,14 +111,14 @@ impl RequestParams {
         (!scopes.is_empty()).then(|| scopes.join(" "))
     }
 
-    /// The parameters that go with either grant.
+    /// The parameters of both grants.
     pub(super) fn extra_params(&self) -> impl Iterator<Item = (&str, &str)> {
         let resources = self.resources.iter().map(|uri| ("resource", uri.as_str()));
         resources.chain(pairs(&self.params))
     }
 }
 
-/// Puts each member of `other` into `object`; where both hold objects, theirs likewise.
+/// Puts each member of `other` into `object`, and merges members that are objects in both.
 fn merge(object: &mut Map<String, Value>, other: Map<String, Value>) {
     for (name, value) in other {
         match (object.get_mut(&name), value) {
@@ -130,7 +130,7 @@ fn merge(object: &mut Map<String, Value>, other: Map<String, Value>) {
     }
 }
 
-// No message repeats a value: what stands in the wrong place may be the secret.
+// No message repeats a value: a misplaced one may be the secret.
 
 /// Reads a `scope-token` of RFC 6749 section 3.3.
 fn scope_token(token: &str) -> Result<Scope, ConfigError> {
@@ -143,7 +143,7 @@ fn scope_token(token: &str) -> Result<Scope, ConfigError> {
     Ok(Scope::new(token.to_owned()))
 }
 
-/// Reads a resource indicator of RFC 8707 section 2, which goes out as it was written.
+/// Reads a resource indicator of RFC 8707 section 2, which is sent as it was written.
 fn resource(uri: &str) -> Result<String, ConfigError> {
     let is_uri = uri.bytes().all(|byte| byte.is_ascii_graphic()) && !uri.contains('#');
     if !is_uri || Url::parse(uri).is_err() {
@@ -154,7 +154,7 @@ fn resource(uri: &str) -> Result<String, ConfigError> {
     Ok(uri.to_owned())
 }
 
-/// RFC 6749 section 3.2: a parameter must not be there twice, so what the request sets is out of bounds.
+/// RFC 6749 section 3.2: no parameter twice, so those that the request itself sets are refused.
 fn check_param(name: &str) -> Result<(), ConfigError> {
     if name.is_empty() {
         return Err(ConfigError::new("a parameter has no name"));
@@ -235,7 +235,7 @@ mod tests {
             params.join("&")
         };
         assert_eq!(of(TokenRequest::new()), format!("resource={guid}"));
-        // It gives way to one that a request names, by whichever way.
+        // One that a request names replaces it, either way.
         let other = TokenRequest::new().resource("urn:b");
         assert_eq!(of(other), "resource=urn:b");
         let other = TokenRequest::new().param("resource", "b");
@@ -264,7 +264,7 @@ mod tests {
                 .map(|claims| (CLAIMS, claims))
                 .into_iter()
                 .collect();
-            // Whether the source or the request brings them.
+            // From the source, and from the request.
             let of_source = checked(&[], &params).unwrap();
             let plain = TokenRequest::new();
             let request = params

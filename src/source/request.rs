@@ -1,8 +1,8 @@
-//! What is sent to the authorization server, as `oauth2` builds it.
+//! Requests to the authorization server, built by `oauth2`.
 //!
-//! `oauth2` would send it as well. But its reading of the answers is strict, loses status and headers, and keeps the
-//! body of what it cannot read in its error, where `Debug` shows the token. So it gets an HTTP client that sends
-//! nothing, [`Capture`], and the rest is for [`transport`](super::transport) and [`response`](super::response).
+//! `oauth2` could send them too. But it reads answers strictly, loses status and headers, and keeps the body of what it
+//! cannot read in its error, where `Debug` shows the token. So it gets an HTTP client that sends nothing, [`Capture`];
+//! [`transport`](super::transport) and [`response`](super::response) do the rest.
 
 use std::{cell::Cell, fmt};
 
@@ -19,7 +19,7 @@ use zeroize::Zeroizing;
 use super::{RefreshToken, auth::Authentication, params::RequestParams};
 use crate::error::TokenError;
 
-/// What a client asks of the authorization server.
+/// A client's request to the authorization server.
 #[derive(Clone, Copy)]
 pub(super) enum Request<'a> {
     /// RFC 6749 section 4.4.2.
@@ -35,7 +35,7 @@ pub(super) enum Request<'a> {
 }
 
 impl Request<'_> {
-    /// Builds the request that the client of this id sends with this proof.
+    /// Builds the request of this client with this authentication.
     pub(super) fn build(
         self,
         client_id: &str,
@@ -48,7 +48,7 @@ impl Request<'_> {
         let (client, header, auth) = match authentication {
             Authentication::Params(params) => (client, None, params),
             Authentication::Header(header) => {
-                // So that the id stays out of the body. The header that comes of it is replaced.
+                // Keeps the id out of the body. The resulting header is replaced.
                 let client = client
                     .set_auth_type(AuthType::BasicAuth)
                     .set_client_secret(ClientSecret::new(String::new()));
@@ -95,7 +95,7 @@ fn client_credentials<'a>(
     captured(|capture| request.request(capture))
 }
 
-/// Without a scope, which means the one that was granted: to ask for more is an error.
+/// Without a scope, which means the granted one: asking for more is an error.
 fn refresh_token<'a>(
     client: &Client,
     token: &RefreshToken,
@@ -111,7 +111,7 @@ fn refresh_token<'a>(
 
 /// Turns a token request into one to another endpoint, without a grant.
 ///
-/// `oauth2` builds revocations as well, but for `https` only.
+/// `oauth2` builds revocations too, but only for `https`.
 fn divert(mut request: HttpRequest, url: &Url) -> HttpRequest {
     *request.uri_mut() = url.as_str().parse().expect("the URL was checked");
     let params = form_urlencoded::parse(request.body()).filter(|(name, _)| name != "grant_type");
@@ -122,7 +122,7 @@ fn divert(mut request: HttpRequest, url: &Url) -> HttpRequest {
     request
 }
 
-/// Keeps the request that it was to send.
+/// Keeps its request instead of sending it.
 #[derive(Default)]
 pub(super) struct Capture(Cell<Option<HttpRequest>>);
 
@@ -135,7 +135,7 @@ impl SyncHttpClient for Capture {
     }
 }
 
-/// Returns the request that `send` was to send.
+/// Returns the request that `send` tries to send.
 fn captured<T>(send: impl FnOnce(&Capture) -> T) -> Result<HttpRequest, TokenError> {
     let capture = Capture::default();
     send(&capture);
@@ -143,7 +143,7 @@ fn captured<T>(send: impl FnOnce(&Capture) -> T) -> Result<HttpRequest, TokenErr
     request.ok_or_else(|| TokenError::terminal("the token request could not be built"))
 }
 
-/// Returns the secret in the body of the request that `send` was to send. A client of `oauth2` tells it in no other way.
+/// Returns the secret in the body of the request that `send` tries to send. A client of `oauth2` has no getter for it.
 pub(super) fn secret_in_body<T>(send: impl FnOnce(&Capture) -> T) -> Option<SecretString> {
     let body = Zeroizing::new(captured(send).ok()?.into_body());
     let secret = form_urlencoded::parse(&body).find(|(name, _)| name == "client_secret");

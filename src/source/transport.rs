@@ -1,4 +1,4 @@
-//! Any tower HTTP service as the way to the authorization server.
+//! [`Transport`]: requests to the authorization server over any tower HTTP service.
 
 use std::{error::Error, fmt, io, sync::Arc};
 
@@ -16,10 +16,10 @@ use crate::{
     time::Now,
 };
 
-/// The way to the authorization server; clones share one prototype of the service that makes it.
+/// Sends requests to the authorization server; clones share one prototype of the service.
 #[derive(Clone)]
 pub(super) struct Transport {
-    // The lock spares users from having a `Sync` service (tower's `BoxCloneService` is none). It is held only to clone
+    // The lock spares users the need for a `Sync` service (tower's `BoxCloneService` is not). It is held only to clone
     // the service, never across an await.
     prototype: Arc<Mutex<Erased>>,
 }
@@ -82,7 +82,7 @@ where
     }
 }
 
-/// The error for an exchange that brought no complete answer.
+/// The error for an exchange without a complete answer.
 fn broken(error: BoxError) -> TokenError {
     let kind = if is_timeout(&*error) {
         Kind::Timeout
