@@ -1,13 +1,13 @@
 //! The token endpoint's answer: lenient in, strict out.
 //!
-//! Servers differ in what they send, so whatever can be understood is taken: lifetimes as text or as
-//! fractions, 201 for 200, a byte order mark, any `Content-Type`, no `token_type`. What comes out is a token that fits into a
-//! header, or an error that tells whether another try is worth it. Everything here is a function of the
-//! answer and of the clock readings that came with it.
+//! Servers differ in what they send, so whatever can be understood is accepted: lifetimes as text or as fractions, 201
+//! for 200, a byte order mark, any `Content-Type`, no `token_type`. What comes out is a token that fits into a header,
+//! or an error that tells whether another try is worth it. Everything here is a function of the answer and of the clock
+//! readings that came with it.
 //!
-//! An answer may hold a token, and that of a hostile server may echo our secret. So no error made here keeps
-//! a byte of the body, except an error code of letters and underscores. That rules out the `Display` of
-//! serde's errors, which quotes the value it stumbled over.
+//! An answer may hold a token, and a hostile server's may echo our secret. So no error made here keeps a byte of the
+//! body, except an error code of letters and underscores. That rules out the `Display` of serde's errors, which quotes
+//! the value it fails on.
 
 use std::{
     fmt,
@@ -44,8 +44,8 @@ impl Answer {
         let status = self.response.status();
         let document = Document::parse(self.response.body());
         let judged = match error_code(document.as_ref().ok()) {
-            // Some servers report an error with status 200; RFC 6749 section 5.2 has the `error` member
-            // mean the same wherever it stands.
+            // Some servers report an error with status 200; by RFC 6749 section 5.2 the `error` member means the same
+            // everywhere.
             Some(code) => Err(refused(status, code)),
             None if status.is_success() => document.and_then(Document::into_token),
             None => Err(unavailable(status)),
@@ -88,7 +88,7 @@ impl Answer {
         metadata.map_err(|error| self.describe(error))
     }
 
-    /// Adds what every error has from the head of its answer.
+    /// Adds what every error takes from the answer's head.
     fn describe(&self, error: TokenError) -> TokenError {
         let error = error.with_status(self.response.status());
         match retry_after(self.response.headers(), self.received.wall) {
@@ -107,7 +107,7 @@ impl fmt::Debug for Answer {
     }
 }
 
-/// The members that are read of any answer; others are ignored (RFC 6749 section 5.1).
+/// The members that are read; others are ignored (RFC 6749 section 5.1).
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Document {
@@ -124,7 +124,7 @@ struct Document {
     not_before_policy: Option<Box<RawValue>>,
     scope: Text,
     error: Text,
-    /// Okta and Apigee say it so of a client that they do not know.
+    /// Okta and Apigee use it for a client that they do not know.
     #[serde(rename = "errorCode", alias = "ErrorCode")]
     error_code: Text,
 }
@@ -144,8 +144,7 @@ impl Document {
         let Some(access_token) = self.access_token.get() else {
             return Err(malformed("the answer has no access_token"));
         };
-        // RFC 6749 section 7.1: a token of a type that is not understood must not be used. One of no type is
-        // understood by all clients alike.
+        // RFC 6749 section 7.1: a token of an unknown type must not be used. All clients take one of no type for Bearer.
         if !self.token_type.as_ref().is_none_or(is_bearer) {
             return Err(malformed("the answer's token_type is not Bearer"));
         }
@@ -162,7 +161,7 @@ impl Document {
     }
 }
 
-/// Non-empty text, or nothing for any other JSON value. Wiped on drop, for it may be a token.
+/// Non-empty text, or nothing for any other JSON value. Wiped on drop, since it may be a token.
 #[derive(Default)]
 pub(super) struct Text(Option<SecretString>);
 
@@ -240,16 +239,16 @@ fn is_bearer(token_type: &Text) -> bool {
 
 fn refresh_token(text: &Text, expires_in: Option<&RawValue>) -> Option<RefreshToken> {
     let token = RefreshToken::new(text.get()?);
-    // Keycloak says 0 for a token that does not expire.
+    // Keycloak sends 0 for a token that does not expire.
     match seconds(expires_in).filter(|lifetime| !lifetime.is_zero()) {
         Some(lifetime) => Some(token.expires_in(lifetime)),
         None => Some(token),
     }
 }
 
-/// Reads a lifetime in seconds: a number or the text of one, and nothing if it makes no sense.
+/// Reads a lifetime in seconds: a number or the text of one, and `None` if it makes no sense.
 ///
-/// The raw text is read, since serde_json refuses a document over a number that fits into no `f64`.
+/// The raw text is read, since serde_json refuses a document with a number that fits into no `f64`.
 fn seconds(value: Option<&RawValue>) -> Option<Duration> {
     number(value).map(|seconds| Duration::from_secs_f64(seconds.min(LONGEST_SECONDS)))
 }
@@ -264,17 +263,17 @@ fn number(value: Option<&RawValue>) -> Option<f64> {
 /// Reads a number that is finite and not negative.
 fn parse_number(text: &str) -> Option<f64> {
     let number: f64 = text.trim().parse().ok()?;
-    // Also false of NaN.
+    // Also false for NaN.
     (number >= 0.0 && number.is_finite()).then_some(number)
 }
 
 /// The error for an answer with an `error` member.
 pub(crate) fn refused(status: StatusCode, code: &str) -> TokenError {
-    // Many a framework and proxy writes `{"error": "Not Found"}`, which is no word of an OAuth server.
+    // Many frameworks and proxies write `{"error": "Not Found"}`, which is no OAuth error.
     if !is_error_code(code) {
         return unavailable(status);
     }
-    // Such a status tells of the server's state, and outweighs the body.
+    // Such a status is about the server's state, and outweighs the body.
     let error = if status.is_redirection() || is_busy(status) {
         unavailable(status)
     } else {
@@ -287,26 +286,26 @@ pub(crate) fn refused(status: StatusCode, code: &str) -> TokenError {
 
 /// The error for a status that is not about our credentials, as far as one can tell.
 ///
-/// A 4xx without an RFC 6749 body does not come from an authorization server: firewalls answer with pages.
-/// So it may heal by itself.
+/// A 4xx without an RFC 6749 body does not come from an authorization server: firewalls answer with pages. So it may
+/// pass by itself.
 fn unavailable(status: StatusCode) -> TokenError {
     let error = TokenError::new(Kind::Unavailable);
     if status.is_redirection() {
-        // RFC 9700 section 4.12: a redirect would carry the secret to wherever it points. Not even its
-        // target is told, which may be as secret.
+        // RFC 9700 section 4.12: a redirect would carry the secret to wherever it points. Not even its target is
+        // shown, which may be secret too.
         error.with_source("redirects of a token request are not followed")
     } else {
         error
     }
 }
 
-/// A page that claims success may be a captive portal's, so it may heal by itself.
+/// A page that claims success may be a captive portal's, so the error may pass by itself.
 pub(crate) fn malformed(reason: impl Into<String>) -> TokenError {
     TokenError::new(Kind::Malformed).with_source(reason.into())
 }
 
 fn is_busy(status: StatusCode) -> bool {
-    // RFC 9110 section 15: a status beyond 599 is to be taken for a 5xx.
+    // RFC 9110 section 15: a status above 599 is to be treated as a 5xx.
     status.as_u16() >= 500
         || matches!(
             status,
@@ -314,7 +313,7 @@ fn is_busy(status: StatusCode) -> bool {
         )
 }
 
-/// All registered codes are of this form; anything else is told to nobody, as it may echo a secret.
+/// All registered codes have this form; anything else is not shown, since it may echo a secret.
 fn is_error_code(code: &str) -> bool {
     (1..=40).contains(&code.len())
         && code
@@ -335,14 +334,14 @@ fn describe_json_error(error: &serde_json::Error) -> String {
     )
 }
 
-/// Leaves out the byte order mark that some editors and servers begin a text with.
+/// Strips the byte order mark that some editors and servers put first.
 pub(super) fn without_bom(text: &[u8]) -> &[u8] {
     text.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(text)
 }
 
 /// Reads `Retry-After` in both forms of RFC 9110 section 10.2.3, and with a fraction, as rate limiters write it.
 ///
-/// Zero and a moment that has passed ask for nothing.
+/// Zero and a past date ask for nothing.
 fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     let value = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     let after = if let Some(seconds) = parse_number(value) {
@@ -367,8 +366,8 @@ const CODES: [&str; 6] = [
     "invalid_scope",
 ];
 
-/// The codes that tell of the server's state: RFC 6749 section 4.1.2.1, where the token endpoint borrows
-/// the first two from, and RFC 8628 section 3.5.
+/// The codes about the server's state: RFC 6749 section 4.1.2.1, from which the token endpoint borrows the first two,
+/// and RFC 8628 section 3.5.
 const TRANSIENT_CODES: [&str; 3] = ["temporarily_unavailable", "server_error", "slow_down"];
 
 #[cfg(test)]
@@ -650,7 +649,7 @@ mod tests {
         }
     }
 
-    /// Law 9: the answer's bytes end here.
+    /// Law 9: what the answer holds stays out of errors.
     #[test]
     fn no_error_shows_a_byte_of_the_body() {
         for (status, body) in [
