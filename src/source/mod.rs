@@ -1,8 +1,8 @@
 //! Where tokens come from: the [`TokenSource`] trait and its implementations.
 //!
-//! What the `builder` has checked, [`ClientCredentials`] turn into token requests: `server` says where one goes, `params`
-//! what for, `auth` proves who asks, `request` is what is sent and `response` what comes back, over a `transport`.
-//! `refused` remembers what an answer says of the client's credentials.
+//! [`ClientCredentials`] turn what the `builder` has checked into token requests: `server` says where one goes,
+//! `params` what it asks for, `auth` authenticates the client, `request` is what is sent and `response` what comes back,
+//! over a `transport`. `refused` remembers credentials that were refused.
 
 #[cfg(feature = "jwt")]
 mod assertion;
@@ -56,7 +56,7 @@ use crate::{
 /// [`TokenRequest`], it never runs two fetches at once, unless one was given up as lost; fetches for different ones may
 /// run at the same time.
 ///
-/// [`source_fn`] makes a source of a closure, and an `Arc` of a source is a source too. The trait is not dyn
+/// [`source_fn`] makes a source from a closure, and an `Arc` of a source is a source too. The trait is not dyn
 /// compatible, and need not be: a [`TokenCache`](crate::TokenCache) and a [`SharedSource`] take a source of any type
 /// and hide it.
 #[diagnostic::on_unimplemented(
@@ -136,7 +136,7 @@ impl<T: TokenSource> TokenSource for Arc<T> {
     }
 }
 
-/// What one attempt to fetch a token has to know.
+/// What one attempt to fetch a token needs to know.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Fetch {
@@ -158,7 +158,7 @@ pub struct Fetch {
     /// to clients that have declared that they can handle it. After a timeout, or a terminal error that is not about
     /// the client, one more attempt follows without them.
     pub claims: Option<String>,
-    /// Where a source puts the reason for which the refresh token was of no use, before it goes on without.
+    /// Why the refresh token failed, set by a source before it goes on without.
     pub(crate) refresh_error: Arc<OnceLock<TokenError>>,
 }
 
@@ -216,9 +216,9 @@ pub struct TokenResponse {
     pub(crate) requested_scope: Option<String>,
     pub(crate) ext_expires_in: Option<Duration>,
     pub(crate) not_before_policy: Option<u64>,
-    /// When the request left, if the source knows better than the one who called it.
+    /// When the request was sent, if the source knows better than its caller.
     pub(crate) sent: Option<Now>,
-    /// By which grant the token came, if not by the one that the source names.
+    /// The grant that was used, if not the one that the source names.
     pub(crate) grant: Option<&'static str>,
 }
 
@@ -368,9 +368,9 @@ impl fmt::Debug for RefreshToken {
     }
 }
 
-/// Makes a [`TokenSource`] of an async closure.
+/// Makes a [`TokenSource`] from an async closure.
 ///
-/// The closure is called once for each attempt, so it clones what its future takes along:
+/// The closure is called once for each attempt, so it clones what its future needs:
 ///
 /// ```
 /// use std::{path::PathBuf, time::Duration};
@@ -387,7 +387,7 @@ impl fmt::Debug for RefreshToken {
 ///         Ok(TokenResponse::new(text.trim())?.expires_in(Duration::from_secs(600)))
 ///     }
 /// }));
-/// // Nobody has put one there.
+/// // There is no such file.
 /// assert!(cache.get().await.unwrap_err().is_transient());
 /// # Ok(())
 /// # }
@@ -401,7 +401,7 @@ where
     SourceFn { f }
 }
 
-/// Gives a request to the authorization server this much time.
+/// Limits the time of a request to the authorization server.
 async fn with_timeout<T>(
     limit: Duration,
     request: impl Future<Output = Result<T, TokenError>>,
@@ -411,7 +411,7 @@ async fn with_timeout<T>(
         .unwrap_or_else(|_| Err(TokenError::new(Kind::Timeout)))
 }
 
-/// A [`TokenSource`] made of a closure by [`source_fn`].
+/// A [`TokenSource`] made from a closure by [`source_fn`].
 #[derive(Clone)]
 pub struct SourceFn<F> {
     f: F,

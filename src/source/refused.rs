@@ -7,13 +7,13 @@ use tokio::time::Instant;
 use super::auth::Credentials;
 use crate::{error::TokenError, sync::Mutex};
 
-/// The credentials that the server refused last, for good.
+/// The credentials that the server last refused with a terminal error.
 pub(super) struct Refused(Mutex<Option<Refusal>>);
 
 #[derive(Clone)]
 struct Refusal {
     credentials: Credentials,
-    /// When the files were looked at last.
+    /// When the files were last checked.
     files_checked: Option<Instant>,
     changed: bool,
 }
@@ -23,7 +23,7 @@ impl Refused {
         Self(Mutex::new(None))
     }
 
-    /// Takes note of what came of a request that was sent with these.
+    /// Records the outcome of a request with these credentials.
     pub(super) fn record(&self, credentials: &Credentials, failure: Option<&TokenError>) {
         match failure {
             None => *self.0.lock() = None,
@@ -45,7 +45,7 @@ impl Refused {
                 if error.may_be_of_certificate() {
                     credentials.refuse_certificate();
                 }
-                // New credentials would not mend this, so a refusal of an earlier request is no longer worth watching.
+                // New credentials would not help, so an earlier refusal is no longer worth watching.
                 if !error.is_transient() {
                     *self.0.lock() = None;
                 }
@@ -53,8 +53,7 @@ impl Refused {
         }
     }
 
-    /// Whether there is something else by now. Files are looked at ten times a second at most, and not under
-    /// the lock.
+    /// Whether there are others by now. Files are checked ten times a second at most, and not under the lock.
     pub(super) fn has_changed(&self, now: Instant) -> bool {
         let (credentials, check_files) = {
             let mut refusal = self.0.lock();
@@ -89,6 +88,6 @@ impl Refused {
     }
 }
 
-/// How often the files of refused credentials are looked at. A token of seconds has a fraction of one left when its
-/// refresh is refused, and a look costs some microseconds.
+/// How often the files of refused credentials are checked. A token of seconds has a fraction of one left when its
+/// refresh is refused, and a check costs some microseconds.
 const FILE_CHECK_INTERVAL: Duration = Duration::from_millis(100);

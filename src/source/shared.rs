@@ -1,4 +1,4 @@
-//! [`SharedSource`]: any source, erased, as one thing that many can hold.
+//! [`SharedSource`]: a source of any type, erased, that many can hold.
 
 use std::{
     fmt,
@@ -11,7 +11,7 @@ use std::{
 use super::{Fetch, Revocation, TokenResponse, TokenSource};
 use crate::error::TokenError;
 
-/// A token source of any type that requests can name as theirs, such as a tenant's.
+/// A token source of any type that requests can name, such as a tenant's.
 ///
 /// Clones of one `SharedSource` are equal; two that were made separately are not. So make one for each tenant, and
 /// clone it into the [`TokenRequest`](crate::TokenRequest)s of that tenant: a new one for every request would never
@@ -36,7 +36,7 @@ use crate::error::TokenError;
 #[derive(Clone)]
 pub struct SharedSource {
     source: Arc<dyn ErasedSource>,
-    /// Asked for once, since a source is foreign code, and is not called in the middle of things.
+    /// Asked for once: a source is foreign code, which is not called in the middle of things.
     grant: &'static str,
 }
 
@@ -58,7 +58,7 @@ impl SharedSource {
         self.grant
     }
 
-    /// Tells this source from every other one that is alive.
+    /// Distinguishes this source from every other live one.
     pub(crate) fn address(&self) -> usize {
         Arc::as_ptr(&self.source).cast::<()>().addr()
     }

@@ -1,4 +1,4 @@
-//! [`TokenRequest`]: what a token is for, and by that the key under which it is kept.
+//! [`TokenRequest`]: what a token is for, and thus its key in the cache.
 
 use std::{
     fmt,
@@ -42,7 +42,7 @@ use super::{
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct TokenRequest(Arc<Hashed>);
 
-/// What is named, and the hash of it once somebody has asked.
+/// The fields, and their hash once it was needed.
 #[derive(Clone, Default)]
 struct Hashed {
     fields: Fields,
@@ -59,11 +59,11 @@ impl Eq for Hashed {}
 
 #[derive(Clone, Default, PartialEq, Eq, Hash)]
 struct Fields {
-    /// Sorted, each one once.
+    /// Sorted, without duplicates.
     scopes: Vec<String>,
-    /// Sorted, each one once.
+    /// Sorted, without duplicates.
     resources: Vec<String>,
-    /// Sorted by name; those of one name in their order.
+    /// Sorted by name; those of one name keep their order.
     params: Vec<(String, String)>,
     source: Option<SharedSource>,
 }
@@ -108,18 +108,18 @@ impl TokenRequest {
         })
     }
 
-    /// Has the token fetched by this source instead of the cache's own: a tenant's, for example.
+    /// Sets the source that fetches the token instead of the cache's own: a tenant's, for example.
     #[must_use]
     pub fn source(self, source: SharedSource) -> Self {
         self.map(|fields| fields.source = Some(source))
     }
 
-    /// Returns the scopes, sorted and each one once; none for those of the source.
+    /// Returns the scopes, sorted and without duplicates; none means those of the source.
     pub fn scopes(&self) -> impl ExactSizeIterator<Item = &str> {
         self.0.fields.scopes.iter().map(String::as_str)
     }
 
-    /// Returns the resources, sorted and each one once; none for those of the source.
+    /// Returns the resources, sorted and without duplicates; none means those of the source.
     pub fn resources(&self) -> impl ExactSizeIterator<Item = &str> {
         self.0.fields.resources.iter().map(String::as_str)
     }
@@ -133,7 +133,7 @@ impl TokenRequest {
         self.0.fields.source.as_ref()
     }
 
-    /// Whether this asks for what the cache's own source asks for by itself.
+    /// Whether this asks for what the cache's own source asks for by default.
     pub(crate) fn is_plain(&self) -> bool {
         let Fields {
             scopes,
@@ -152,10 +152,10 @@ impl TokenRequest {
     }
 }
 
-/// By a number that is made once: to hash the names takes longer than all else of a look-up.
+/// With a hash that is computed once: hashing the fields takes longer than the rest of a look-up.
 impl Hash for TokenRequest {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        // Random, since names may come from outside: with a hash that is known, many could be made to collide.
+        // Random, since fields may come from outside: with a known hash, many could be made to collide.
         static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
         let hash = self.0.hash.get_or_init(|| KEYS.hash_one(&self.0.fields));
         state.write_u64(*hash);
@@ -172,7 +172,7 @@ impl fmt::Debug for TokenRequest {
     }
 }
 
-/// Puts `item` in its place, unless it is there.
+/// Inserts `item` in order, unless it is there.
 fn insert(items: &mut Vec<String>, item: &str) {
     if let Err(place) = items.binary_search_by(|other| other.as_str().cmp(item)) {
         items.insert(place, item.to_owned());
@@ -237,7 +237,7 @@ mod tests {
         assert!(!all[1..].iter().any(TokenRequest::is_plain));
     }
 
-    /// Law 1: a key that is looked for in the wrong place would get a second flight.
+    /// Law 1: a key that is looked up in the wrong place would get a second flight.
     #[test]
     fn equal_requests_have_equal_hashes() {
         let hasher = RandomState::new();
@@ -248,7 +248,7 @@ mod tests {
         assert_eq!(hasher.hash_one(&more), hasher.hash_one(&other));
         assert_ne!(hasher.hash_one(&more), hash);
         assert_eq!(hasher.hash_one(TokenRequest::new().scope("a")), hash);
-        // This one is changed where it stands, since nobody shares it.
+        // This one is changed in place, since nobody shares it.
         assert_eq!(hasher.hash_one(one.scope("b")), hasher.hash_one(&other));
     }
 
