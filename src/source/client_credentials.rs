@@ -254,15 +254,15 @@ impl ClientCredentials {
         >,
     ) -> ClientCredentialsBuilder
     where
-        TE: ErrorResponse + Send + Sync + 'static,
-        TR: oauth2::TokenResponse + Send + Sync + 'static,
-        TIR: TokenIntrospectionResponse + Send + Sync + 'static,
-        RT: RevocableToken + Send + Sync + 'static,
-        TRE: ErrorResponse + Send + Sync + 'static,
-        Auth: EndpointState + Send + Sync + 'static,
-        DeviceAuth: EndpointState + Send + Sync + 'static,
-        Introspection: EndpointState + Send + Sync + 'static,
-        Revocation: EndpointState + Send + Sync + 'static,
+        TE: ErrorResponse + 'static,
+        TR: oauth2::TokenResponse,
+        TIR: TokenIntrospectionResponse,
+        RT: RevocableToken,
+        TRE: ErrorResponse + 'static,
+        Auth: EndpointState,
+        DeviceAuth: EndpointState,
+        Introspection: EndpointState,
+        Revocation: EndpointState,
     {
         let in_body = matches!(client.auth_type(), AuthType::RequestBody);
         let token_url = Target::TokenUrl(client.token_uri().to_string());
@@ -375,10 +375,11 @@ impl fmt::Debug for ClientCredentials {
     }
 }
 
-/// How long a revocation looks for newer metadata: it is given no timeout.
-const DISCOVERY_LIMIT: Duration = Duration::from_secs(5);
+/// How long a revocation looks for newer metadata. With the revocation of both tokens, it takes less than the time that
+/// a cache allows by default.
+const DISCOVERY_LIMIT: Duration = Duration::from_millis(1_500);
 
-/// How long the revocation of one token may take: less than half of what a cache leaves by default for both.
+/// How long the revocation of one token may take.
 const REVOCATION_LIMIT: Duration = Duration::from_secs(4);
 
 #[cfg(test)]
