@@ -162,7 +162,7 @@ impl Settings {
         header.kid = self.key_id.clone().or(key.id.clone());
         header.x5t_s256 = self.thumbprint.clone();
         let mut unique = [0; 16];
-        rand::fill(&mut unique).map_err(|_| ConfigError::new("there is no randomness"))?;
+        rand::fill(&mut unique).map_err(|_| ConfigError::new("no random bytes are available"))?;
         let now = Now::read().wall.duration_since(SystemTime::UNIX_EPOCH);
         let now = now.unwrap_or_default();
         key.sign(
@@ -251,7 +251,7 @@ impl Key {
 
     fn from_jwk(json: &str) -> Result<Self, ConfigError> {
         // The error would quote the text it fails on.
-        let jwk: Jwk = serde_json::from_str(json).map_err(|_| unusable("it is no JWK"))?;
+        let jwk: Jwk = serde_json::from_str(json).map_err(|_| unusable("it is not a JWK"))?;
         let mut key = match (jwk.kty.get(), jwk.crv.get()) {
             (Some("RSA"), _) => {
                 let (n, e) = (member(&jwk.n)?, member(&jwk.e)?);

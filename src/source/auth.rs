@@ -122,7 +122,7 @@ impl ClientAuth {
     pub(super) fn check(&self, endpoints: Option<&Endpoints>) -> Result<(), ConfigError> {
         if self.method.is_none() && self.secret.is_some() && self.private_key.is_some() {
             return Err(ConfigError::new(
-                "the client has both a secret and a private key, and no auth_method chooses",
+                "the client has both a secret and a private key, without an auth_method to choose between them",
             ));
         }
         let supported = endpoints.and_then(|endpoints| endpoints.auth_methods.as_deref());
@@ -309,7 +309,7 @@ impl Credentials {
 
 fn missing_setting(method: AuthMethod, setting: &str) -> ConfigError {
     let method = method.name();
-    ConfigError::new(format!("the auth_method {method} takes a {setting}"))
+    ConfigError::new(format!("the auth_method {method} needs a {setting}"))
 }
 
 /// The header of RFC 6749 section 2.3.1.

@@ -130,7 +130,7 @@ impl Issuer {
         let token_url = endpoint("token_endpoint")
             .ok_or_else(|| malformed("the metadata name no token_endpoint"))?;
         let token_url = TokenUrl::new(token_url.to_owned())
-            .map_err(|_| malformed("the token_endpoint of the metadata is no URL"))?;
+            .map_err(|_| malformed("the token_endpoint of the metadata is not a URL"))?;
         check_url(token_url.url(), "token", self.plain_http).map_err(TokenError::terminal)?;
         // Only revocation depends on this one.
         let revocation_url = endpoint("revocation_endpoint")

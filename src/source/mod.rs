@@ -61,7 +61,7 @@ use crate::{
 /// and hide it.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a source of tokens",
-    note = "a `ClientCredentialsBuilder` makes one by `.build()?`, and `source_fn` makes one of a closure"
+    note = "a `ClientCredentialsBuilder` makes one by `.build()?`, and `source_fn` makes one from a closure"
 )]
 pub trait TokenSource: Send + Sync + 'static {
     /// Makes one attempt to get a token.

@@ -83,7 +83,7 @@ impl Answer {
                 malformed(format!("the metadata cannot be read: {problem}"))
             })
         } else {
-            Err(unavailable(status).with_source("the metadata cannot be had"))
+            Err(unavailable(status).with_source("the metadata could not be fetched"))
         };
         metadata.map_err(|error| self.describe(error))
     }
