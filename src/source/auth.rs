@@ -284,10 +284,15 @@ impl Credentials {
         self.iter().for_each(CredentialValue::refuse);
     }
 
-    /// Makes the next token request obtain another certificate.
+    /// Makes the next token request obtain others, if there are any.
+    pub(super) fn doubt(&self) {
+        self.iter().for_each(CredentialValue::doubt);
+    }
+
+    /// Makes the next token request obtain another certificate, if there is one.
     #[cfg(feature = "rustls")]
-    pub(super) fn refuse_certificate(&self) {
-        self.certificates().for_each(CredentialValue::refuse);
+    pub(super) fn doubt_certificate(&self) {
+        self.certificates().for_each(CredentialValue::doubt);
     }
 
     pub(super) fn same_text(&self, other: &Self) -> bool {

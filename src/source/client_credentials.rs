@@ -649,6 +649,28 @@ mod tests {
         assert_eq!(secrets(&endpoint), ["old", "old"]);
     }
 
+    /// Law 7: neither do they tie this server's clients to a vault that is down.
+    #[tokio::test]
+    async fn a_secret_that_may_have_been_refused_is_sent_again_if_there_is_no_other() {
+        let left = Mutex::new(Some("old".to_owned()));
+        let builder = post(crate::Credential::from_fn(move || {
+            let secret = left.lock().unwrap().take();
+            async move { secret.ok_or_else(|| "the vault is down".into()) }
+        }));
+        let page = (403, "<html>");
+        let answers = [page, (200, TOKEN), page, (200, TOKEN), REFUSED];
+        let (endpoint, source) = Endpoint::with(builder, &answers);
+        source.fetch(Fetch::new()).await.unwrap_err();
+        source.fetch(Fetch::new()).await.unwrap();
+        // A server that does not take its own refresh tokens says so with a page.
+        source.fetch(with_refresh_token("r1")).await.unwrap();
+        // One that was refused in so many words is not.
+        for _ in 0..2 {
+            source.fetch(Fetch::new()).await.unwrap_err();
+        }
+        assert_eq!(secrets(&endpoint), ["old"; 5]);
+    }
+
     #[tokio::test]
     async fn an_unchanged_secret_is_not_sent_again() {
         let builder = post(giving(&["one", "one", "two", "two"]));

@@ -29,8 +29,9 @@ use crate::{
 /// function is called once, and its result is kept until the server refuses it. When the server answers
 /// `invalid_client`, or with status 401 an error that is not about what was asked for, such as `unauthorized_client`,
 /// the credential is obtained again within the same attempt, and if it has changed, the token request is sent once
-/// more. A status of 400, 401 or 403 without an OAuth error, or a TLS alert if there is a client certificate, may be a
-/// refusal too: then the next attempt obtains the credential again.
+/// more. A status of 400, 401 or 403 without an OAuth error, an error with status 200, or a TLS alert if there is a
+/// client certificate, may be a refusal too: then the next attempt obtains the credential again, and if a function fails
+/// then, its last result is used.
 ///
 /// A constant is used as it is, line breaks included. No text is ever printed, and it is wiped from memory on drop.
 ///
@@ -74,6 +75,9 @@ struct Cached {
     text: Option<Text>,
     /// Whether the server has refused it, so that the next token request calls the function again.
     refused: bool,
+    /// Whether the server may have refused it, so that the next token request calls the function again, and uses this
+    /// one if that fails.
+    doubted: bool,
 }
 
 type Text = Arc<SecretString>;
@@ -98,9 +102,10 @@ impl Credential {
 
     /// Creates a credential that an async function returns: one that asks Vault, for example.
     ///
-    /// It is called for the first token request, and again after the server has refused its result. Calls do not
-    /// overlap, unless one has not returned for 10 s. Its future is dropped with the attempt, after 10 s by default, so
-    /// it needs no timeout of its own. Its error becomes the source of a [`TokenError`], so it should hold no secret.
+    /// It is called for the first token request, and again after the server has refused its result, or may have. Calls
+    /// do not overlap, unless one has not returned for 10 s. Its future is dropped with the attempt, after 10 s by
+    /// default, so it needs no timeout of its own. Its error becomes the source of a [`TokenError`], so it should hold
+    /// no secret.
     #[must_use]
     pub fn from_fn<F, Fut>(f: F) -> Self
     where
@@ -190,10 +195,19 @@ impl CredentialValue {
 
     /// Makes the next token request obtain another one, since the server refused this one.
     pub(super) fn refuse(&self) {
+        self.judge(|cached| cached.refused = true);
+    }
+
+    /// Makes the next token request obtain another one, since the server may have refused this one.
+    pub(super) fn doubt(&self) {
+        self.judge(|cached| cached.doubted = true);
+    }
+
+    fn judge(&self, judge: impl FnOnce(&mut Cached)) {
         if let Origin::Function(function) = &*self.credential.0 {
             let mut cached = function.cached.lock();
             if cached.holds(&self.text) {
-                cached.refused = true;
+                judge(&mut cached);
             }
         }
     }
@@ -228,6 +242,10 @@ impl Cached {
     }
 
     fn usable(&self) -> Option<Text> {
+        self.not_refused().filter(|_| !self.doubted)
+    }
+
+    fn not_refused(&self) -> Option<Text> {
         self.text.clone().filter(|_| !self.refused)
     }
 }
@@ -244,17 +262,21 @@ impl Function {
         if let Some(text) = cached {
             return Ok(text);
         }
-        let text = (self.call)().await.map_err(missing)?;
-        if text.is_empty() {
-            // Not cached, so the next token request calls again.
-            return Err(missing("the function gave an empty text"));
-        }
-        let text = Arc::new(SecretString::from(text));
-        *self.cached.lock() = Cached {
-            text: Some(text.clone()),
-            refused: false,
+        let problem = match (self.call)().await {
+            Ok(text) if !text.is_empty() => {
+                let text = Arc::new(SecretString::from(text));
+                *self.cached.lock() = Cached {
+                    text: Some(text.clone()),
+                    ..Cached::default()
+                };
+                return Ok(text);
+            }
+            Ok(_) => "the function gave an empty text".into(),
+            Err(error) => error,
         };
-        Ok(text)
+        // Not cached, so the next token request calls again.
+        let doubted = self.cached.lock().not_refused();
+        doubted.ok_or_else(|| missing(problem))
     }
 }
 
@@ -466,6 +488,33 @@ mod tests {
         also_first.refuse();
         assert_eq!(text(&credential).await, "secret-1");
         assert_eq!(calls.load(Ordering::Relaxed), 2);
+    }
+
+    /// Law 7: a page of a firewall does not tie the server's clients to the health of their vault.
+    #[tokio::test]
+    async fn what_may_have_been_refused_is_used_if_there_is_nothing_else() {
+        let asked = AtomicUsize::new(0);
+        let credential = Credential::from_fn(move || {
+            let count = asked.fetch_add(1, Ordering::Relaxed);
+            async move {
+                match count {
+                    0 | 3 => Ok(format!("secret-{count}")),
+                    1 => Ok(String::new()),
+                    _ => Err("sealed".into()),
+                }
+            }
+        });
+        let first = credential.get().await.unwrap();
+        first.doubt();
+        for expected in ["secret-0", "secret-0", "secret-3", "secret-3"] {
+            assert_eq!(text(&credential).await, expected);
+        }
+        // A doubt of it before or after makes a refusal no less of one.
+        let second = credential.get().await.unwrap();
+        second.doubt();
+        second.refuse();
+        second.doubt();
+        assert!(credential.get().await.is_err());
     }
 
     #[tokio::test]

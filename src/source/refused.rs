@@ -39,11 +39,11 @@ impl Refused {
             }
             Some(error) => {
                 if error.may_be_of_credentials() {
-                    credentials.refuse();
+                    credentials.doubt();
                 }
                 #[cfg(feature = "rustls")]
                 if error.may_be_of_certificate() {
-                    credentials.refuse_certificate();
+                    credentials.doubt_certificate();
                 }
                 // New credentials would not help, so an earlier refusal is no longer worth watching.
                 if !error.is_transient() {
