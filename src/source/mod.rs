@@ -97,8 +97,8 @@ pub trait TokenSource: Send + Sync + 'static {
     ///
     /// If so, the cache asks for a token at once, although the next attempt is not due yet. If that is refused too, it
     /// ignores further changes for 1 s, doubling to 60 s until a token request succeeds. It calls this method while it
-    /// remembers a terminal `invalid_client` or `unauthorized_client`, or `access_denied` with status 401, possibly for
-    /// every request, so the method has to be fast. `false` by default.
+    /// remembers a terminal `invalid_client` or `unauthorized_client`, or what [`ClientCredentials`] takes for one,
+    /// possibly for every request, so the method has to be fast. `false` by default.
     fn has_new_credentials(&self) -> bool {
         false
     }
@@ -154,9 +154,9 @@ pub struct Fetch {
     /// The claims that the API demands in the token: a JSON object, for the parameter `claims` of the token request
     /// (OpenID Connect Core section 5.5).
     ///
-    /// Present after a 401 with the error `insufficient_claims`, which Microsoft's continuous access evaluation sends
-    /// to clients that have declared that they can handle it. After a timeout, or a terminal error that is not about
-    /// the client, one more attempt follows without them.
+    /// Present after a 401 with the error `insufficient_claims`, or `invalid_token` with claims, which Microsoft's
+    /// continuous access evaluation sends to clients that have declared that they can handle it. After a timeout, or a
+    /// terminal error that is not about the client, one more attempt follows without them.
     pub claims: Option<String>,
     /// Why the refresh token failed, set by a source before it goes on without.
     pub(crate) refresh_error: Arc<OnceLock<TokenError>>,
