@@ -124,9 +124,11 @@ struct Document {
     not_before_policy: Option<Box<RawValue>>,
     scope: Text,
     error: Text,
-    /// Okta and Apigee use it for a client that they do not know.
-    #[serde(rename = "errorCode", alias = "ErrorCode")]
-    error_code: Text,
+    /// Okta and Apigee use these, each its own, for a client that they do not know.
+    #[serde(rename = "errorCode")]
+    okta_error_code: Text,
+    #[serde(rename = "ErrorCode")]
+    apigee_error_code: Text,
 }
 
 impl Document {
@@ -221,11 +223,14 @@ impl<'de> Visitor<'de> for TextVisitor {
 
 /// The text of the `error` member, of any form, or else a code of RFC 6749 under its other name.
 fn error_code(document: Option<&Document>) -> Option<&str> {
-    let Document {
-        error, error_code, ..
-    } = document?;
-    let by_other_name = || error_code.get().filter(|code| CODES.contains(code));
-    error.get().or_else(by_other_name)
+    let document = document?;
+    let by_other_name = || {
+        [&document.okta_error_code, &document.apigee_error_code]
+            .into_iter()
+            .filter_map(Text::get)
+            .find(|code| CODES.contains(code))
+    };
+    document.error.get().or_else(by_other_name)
 }
 
 /// Whether a type is Bearer, as RFC 6750, Apigee or MTN's mobile money calls it.
@@ -571,6 +576,7 @@ mod tests {
             (401, r#"{"ErrorCode":"invalid_client","Error":"ClientId is Invalid"}"#, true, false, Some("invalid_client")),
             (400, r#"{"errorCode":"invalid_client","errorSummary":"x"}"#, true, false, Some("invalid_client")),
             (404, r#"{"errorCode":"not_found"}"#, false, true, None),
+            (400, r#"{"error":"invalid_scope","errorCode":7,"ErrorCode":"x"}"#, true, false, Some("invalid_scope")),
             (400, r#"{"error":"invalid_scope","errorCode":"invalid_client"}"#, true, false, Some("invalid_scope")),
             (404, r#"{"error":"Not Found"}"#, false, true, None),
             (400, r#"{"error":"temporarily_unavailable"}"#, true, true, Some("temporarily_unavailable")),
