@@ -236,10 +236,12 @@ impl TokenError {
     /// Whether the server does not accept the client's credentials.
     ///
     /// Not every server says `invalid_client` then: for a wrong secret, Keycloak says `unauthorized_client`, Auth0
-    /// `access_denied`, Cloud Foundry's UAA `unauthorized` and ServiceNow `server_error`. The status tells this from the
-    /// other meanings of these codes: 401 is about the client (RFC 6749 section 5.2).
+    /// `access_denied` and Cloud Foundry's UAA `unauthorized`. The status tells this from the other meanings of these
+    /// codes: 401 is about the client (RFC 6749 section 5.2).
     pub(crate) fn is_of_unknown_client(&self) -> bool {
         match self.oauth_error() {
+            // Or each attempt at a server that is down would be two requests.
+            _ if self.is_transient() => false,
             Some("invalid_client") => true,
             Some(
                 "invalid_request"
@@ -253,15 +255,14 @@ impl TokenError {
         }
     }
 
-    /// Whether it may be about the credentials, though not in the words of RFC 6749: the server has words of its own, or
-    /// a proxy answered, as nginx does about a client certificate.
+    /// Whether it may be about the credentials, though not in the words of RFC 6749: the server has words of its own,
+    /// such as the `server_error` of ServiceNow, or a proxy answered, as nginx does about a client certificate.
     pub(crate) fn may_be_of_credentials(&self) -> bool {
         match self.status() {
-            Some(StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => {
-                self.is_unavailable()
-            }
+            Some(StatusCode::UNAUTHORIZED) => self.is_transient(),
+            Some(StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN) => self.is_unavailable(),
             // There is no status to tell one by where errors are told with a success.
-            Some(status) => status.is_success(),
+            Some(status) => status.is_success() || self.oauth_error() == Some("invalid_client"),
             None => false,
         }
     }

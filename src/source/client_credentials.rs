@@ -598,14 +598,13 @@ mod tests {
         assert!(!source.has_new_credentials());
     }
 
-    /// Law 7: the codes of Keycloak, Auth0, Cloud Foundry and ServiceNow.
+    /// Law 7: the codes of Keycloak, Auth0 and Cloud Foundry.
     #[tokio::test]
     async fn a_secret_is_asked_for_again_whatever_a_401_calls_it() {
         for answer in [
             (401, r#"{"error":"unauthorized_client"}"#),
             (401, r#"{"error":"access_denied"}"#),
             (401, r#"{"error":"unauthorized"}"#),
-            (401, r#"{"error":"server_error"}"#),
         ] {
             let builder = post(giving(&["old", "new"]));
             let (endpoint, source) = Endpoint::with(builder, &[(200, TOKEN), answer, (200, TOKEN)]);
@@ -622,7 +621,8 @@ mod tests {
         assert!(!source.has_new_credentials());
     }
 
-    /// Law 7: the answers of FedEx, of Twitch, of a proxy and of Zoho, which are not OAuth's.
+    /// Law 7: the answers of FedEx, Twitch, a proxy, Zoho and ServiceNow, which are not OAuth's.
+    /// Law 2: a transient refusal costs an attempt one request.
     #[tokio::test]
     async fn a_secret_is_asked_for_again_by_the_attempt_after_one_that_was_refused_in_other_words()
     {
@@ -632,12 +632,15 @@ mod tests {
             (400, "<html>"),
             (200, r#"{"error":"invalid_client_secret"}"#),
             (200, r#"{"code":"10003","message":"invalid secret"}"#),
+            (401, r#"{"error":"server_error"}"#),
+            (429, r#"{"error":"invalid_client"}"#),
+            (503, r#"{"error":"invalid_client"}"#),
         ] {
             let builder = post(giving(&["old", "new"]));
             let (endpoint, source) = Endpoint::with(builder, &[(200, TOKEN), answer, (200, TOKEN)]);
             source.fetch(Fetch::new()).await.unwrap();
-            let error = source.fetch(Fetch::new()).await.unwrap_err();
-            assert_eq!(error.is_transient(), error.oauth_error().is_none());
+            source.fetch(Fetch::new()).await.unwrap_err();
+            assert_eq!(secrets(&endpoint).len(), 2, "{answer:?}");
             source.fetch(Fetch::new()).await.unwrap();
             assert_eq!(secrets(&endpoint), ["old", "old", "new"], "{answer:?}");
         }

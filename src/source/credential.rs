@@ -27,11 +27,11 @@ use crate::{
 ///
 /// All but constants may change while the program runs. A file and a variable are read for every token request. A
 /// function is called once, and its result is kept until the server refuses it. When the server answers
-/// `invalid_client`, or with status 401 an error that is not about what was asked for, such as `unauthorized_client`,
-/// the credential is obtained again within the same attempt, and if it has changed, the token request is sent once
-/// more. A status of 400, 401 or 403 without an OAuth error, an error with status 200, or a TLS alert if there is a
-/// client certificate, may be a refusal too: then the next attempt obtains the credential again, and if a function fails
-/// then, its last result is used.
+/// `invalid_client`, or with status 401 an error that is not about what was asked for, such as `unauthorized_client`, the
+/// credential is obtained again within the same attempt, and if it has changed, the token request is sent once more. A
+/// status of 400, 401 or 403 without an OAuth error, an error with status 200, a transient one with status 401, such as
+/// `server_error`, or a TLS alert if there is a client certificate, may be a refusal too: then the next attempt obtains
+/// the credential again, and if a function fails then, its last result is used.
 ///
 /// A constant is used as it is, line breaks included. No text is ever printed, and it is wiped from memory on drop.
 ///

@@ -29,13 +29,11 @@ impl Refused {
             None => *self.0.lock() = None,
             Some(error) if error.is_of_credentials() => {
                 credentials.refuse();
-                if !error.is_transient() {
-                    *self.0.lock() = Some(Refusal {
-                        credentials: credentials.clone(),
-                        files_checked: None,
-                        changed: false,
-                    });
-                }
+                *self.0.lock() = Some(Refusal {
+                    credentials: credentials.clone(),
+                    files_checked: None,
+                    changed: false,
+                });
             }
             Some(error) => {
                 if error.may_be_of_credentials() {
