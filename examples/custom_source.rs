@@ -1,11 +1,11 @@
 //! A token source of your own: a vendor's login that is not OAuth.
 //!
 //! The vendor's server takes a name and a password as JSON and answers with a ticket, its lifetime in milliseconds, and
-//! a renewal code that can be used once. When it is busy, it says for how long; when it has locked the account, only a
-//! person can help. [`Login`] tells the crate all of that in some fifty lines, and gets the rest in return: one login for
-//! any number of requests, renewal before the ticket expires, and backoff.
+//! a renewal code that can be used once. When it is busy, it says for how long; when it locks the account, only a
+//! person can help. [`Login`] implements that in some fifty lines, and the crate does the rest: one login for any number
+//! of requests, renewal before the ticket expires, and backoff.
 //!
-//! Runs on its own on loopback ports in about five seconds, and exits with an error if it does not go as described.
+//! Runs on its own on a loopback port in about five seconds, and exits with an error if it does not go as described.
 //!
 //! ```sh
 //! cargo run --example custom_source
@@ -54,24 +54,24 @@ impl TokenSource for Login {
     async fn fetch(&self, fetch: Fetch) -> Result<TokenResponse, TokenError> {
         if let Some(renewal) = fetch.refresh_token {
             let renewal = json!({ "renewal": renewal.expose_secret() });
-            // Whatever it failed for, the password is left to try, within the same attempt.
-            if let Ok(response) = self.ask("/renew", &renewal).await {
+            // Whatever the reason for a failure, the same attempt goes on to the password.
+            if let Ok(response) = self.post("/renew", &renewal).await {
                 return Ok(response);
             }
         }
         let credentials = json!({ "name": self.name, "password": self.password });
-        self.ask("/login", &credentials).await
+        self.post("/login", &credentials).await
     }
 }
 
 impl Login {
-    async fn ask(&self, path: &str, body: &Value) -> Result<TokenResponse, TokenError> {
-        // What cannot be built now will not be buildable later.
+    async fn post(&self, path: &str, body: &Value) -> Result<TokenResponse, TokenError> {
+        // A request that cannot be built now never can.
         let request = Request::post(format!("{}{path}", self.base))
             .header("content-type", "application/json")
             .body(Full::from(body.to_string()))
             .map_err(TokenError::terminal)?;
-        // A connection that fails may succeed in a moment.
+        // A failed connection may succeed later.
         let response = self
             .http
             .request(request)
@@ -80,12 +80,12 @@ impl Login {
         if response.status() != StatusCode::OK {
             return Err(refusal(&response));
         }
-        // A body without a bound could fill the memory.
+        // An unbounded body could fill the memory.
         let body = Limited::new(response.into_body(), 64 * 1024)
             .collect()
             .await;
         let body = body.map_err(TokenError::transient)?.to_bytes();
-        // The text of the parser's error might quote the ticket: it is left out.
+        // Without the parser's error, which might quote the ticket.
         let ticket: Ticket = serde_json::from_slice(&body)
             .map_err(|_| TokenError::transient("the answer is not a ticket"))?;
         Ok(TokenResponse::new(ticket.ticket)?
@@ -94,7 +94,7 @@ impl Login {
     }
 }
 
-/// What a refusal means: whether it passes by itself, and when.
+/// Says whether a refusal passes by itself, and when.
 fn refusal<B>(response: &Response<B>) -> TokenError {
     let status = response.status();
     let error = format!("the login answered with status {}", status.as_u16());
@@ -110,7 +110,7 @@ fn refusal<B>(response: &Response<B>) -> TokenError {
     }
 }
 
-// What it is good for.
+// The demonstration.
 
 #[tokio::main]
 async fn main() -> Result<(), BoxError> {
@@ -122,7 +122,7 @@ async fn main() -> Result<(), BoxError> {
         password: "correct horse",
     };
 
-    // A cache is all that a layer needs: `BearerAuthLayer::new(cache.clone())`.
+    // All that a layer needs is a cache: `BearerAuthLayer::new(cache.clone())`.
     let cache = TokenCache::new(login.clone());
     let mut callers = JoinSet::new();
     for _ in 0..100 {
@@ -132,78 +132,78 @@ async fn main() -> Result<(), BoxError> {
     for token in callers.join_all().await {
         token?;
     }
-    println!("100 callers      {}", vendor.tell());
-    assert_eq!(vendor.lock().asked, ["/login"]);
+    println!("100 callers      {}", vendor.summary());
+    assert_eq!(vendor.lock().requests, ["/login"]);
 
     // The ticket lives for two seconds.
     let first = cache.get().await?;
     time::sleep(Duration::from_secs(2)).await;
     let second = cache.get().await?;
-    println!("a lifetime later {}", vendor.tell());
-    assert_eq!(vendor.lock().asked, ["/login", "/renew"]);
+    println!("a lifetime later {}", vendor.summary());
+    assert_eq!(vendor.lock().requests, ["/login", "/renew"]);
     assert_ne!(first.expose_secret(), second.expose_secret());
 
     // The session is gone, and its renewal code with it.
     vendor.lock().renewals.clear();
     time::sleep(Duration::from_secs(2)).await;
     cache.get().await?;
-    println!("session lost     {}", vendor.tell());
-    assert_eq!(vendor.lock().asked[2..], ["/renew", "/login"]);
+    println!("session lost     {}", vendor.summary());
+    assert_eq!(vendor.lock().requests[2..], ["/renew", "/login"]);
 
-    // A busy server is left alone for as long as it asked for. Meanwhile callers get its error at once.
+    // A busy server gets no requests for as long as it asks. Meanwhile, callers get its error at once.
     vendor.clear();
-    vendor.lock().mood = Mood::Busy;
+    vendor.lock().mode = Mode::Busy;
     let cache = TokenCache::new(login.clone());
-    let error = cache.get().await.err().ok_or("busy, and yet a ticket")?;
+    let error = cache.get().await.err().ok_or("a ticket while busy")?;
     assert!(error.is_transient() && error.retry_after() == Some(Duration::from_secs(1)));
     let since = Instant::now();
     while since.elapsed() < Duration::from_millis(900) {
         assert!(cache.get().await.is_err());
         time::sleep(Duration::from_millis(10)).await;
     }
-    // An error speaks for its own level: what the source has said is behind it.
+    // The error of the token source is the source of the cache's error.
     let reason = error.source().ok_or("an error without a reason")?;
-    println!("busy             {} ({reason})", vendor.tell());
-    assert_eq!(vendor.lock().asked.len(), 1);
-    vendor.lock().mood = Mood::Well;
+    println!("busy             {} ({reason})", vendor.summary());
+    assert_eq!(vendor.lock().requests.len(), 1);
+    vendor.lock().mode = Mode::Normal;
     time::sleep(Duration::from_millis(400)).await;
     cache.get().await?;
-    println!("well again       {}", vendor.tell());
+    println!("no longer busy   {}", vendor.summary());
 
-    // No further attempt is made on a locked account, at which some vendors count.
+    // A locked account gets no further attempts, since some vendors count them.
     vendor.clear();
-    vendor.lock().mood = Mood::Locked;
+    vendor.lock().mode = Mode::Locked;
     let cache = TokenCache::new(login);
-    let error = cache.get().await.err().ok_or("locked, and yet a ticket")?;
+    let error = cache.get().await.err().ok_or("a ticket while locked")?;
     for _ in 0..100 {
         assert!(!error.is_transient() && cache.get().await.is_err());
     }
     let reason = error.source().ok_or("an error without a reason")?;
-    println!("locked           {} ({reason})", vendor.tell());
-    assert_eq!(vendor.lock().asked.len(), 1);
+    println!("locked           {} ({reason})", vendor.summary());
+    assert_eq!(vendor.lock().requests.len(), 1);
     Ok(())
 }
 
 // The vendor.
 
-/// The vendor's server. Clones are one.
+/// The vendor's server; clones share its state.
 #[derive(Clone, Default)]
-struct Vendor(Arc<Mutex<Books>>);
+struct Vendor(Arc<Mutex<Inner>>);
 
 #[derive(Default)]
-struct Books {
-    mood: Mood,
+struct Inner {
+    mode: Mode,
     tickets: u32,
-    /// The renewal codes that are good.
+    /// The valid renewal codes.
     renewals: Vec<String>,
-    /// The paths that were asked for.
-    asked: Vec<&'static str>,
+    /// The paths of the requests so far.
+    requests: Vec<&'static str>,
 }
 
 #[derive(Clone, Copy, Default)]
-enum Mood {
+enum Mode {
     #[default]
-    Well,
+    Normal,
     Busy,
     Locked,
 }
@@ -215,11 +215,11 @@ impl Vendor {
             vendor.lock().answer("/login", known)
         };
         let renew = |State(vendor): State<Self>, Json(body): Json<Value>| async move {
-            let mut books = vendor.lock();
+            let mut inner = vendor.lock();
             let code = body["renewal"].as_str().unwrap_or_default();
-            let place = books.renewals.iter().position(|known| known == code);
-            let known = place.map(|place| books.renewals.remove(place));
-            books.answer("/renew", known.is_some())
+            let index = inner.renewals.iter().position(|known| known == code);
+            let known = index.map(|index| inner.renewals.remove(index));
+            inner.answer("/renew", known.is_some())
         };
         let router = Router::new()
             .route("/login", post(login))
@@ -231,27 +231,27 @@ impl Vendor {
         Ok(format!("http://{address}"))
     }
 
-    fn tell(&self) -> String {
-        format!("asked for {}", self.lock().asked.join(", "))
+    fn summary(&self) -> String {
+        format!("requests to {}", self.lock().requests.join(", "))
     }
 
     fn clear(&self) {
-        self.lock().asked.clear();
+        self.lock().requests.clear();
     }
 
-    fn lock(&self) -> MutexGuard<'_, Books> {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Books {
+impl Inner {
     fn answer(&mut self, path: &'static str, known: bool) -> axum::response::Response {
-        self.asked.push(path);
-        match self.mood {
-            Mood::Busy => (StatusCode::TOO_MANY_REQUESTS, [(RETRY_AFTER, "1")]).into_response(),
-            Mood::Locked => (StatusCode::FORBIDDEN, "account locked").into_response(),
-            Mood::Well if !known => StatusCode::UNAUTHORIZED.into_response(),
-            Mood::Well => {
+        self.requests.push(path);
+        match self.mode {
+            Mode::Busy => (StatusCode::TOO_MANY_REQUESTS, [(RETRY_AFTER, "1")]).into_response(),
+            Mode::Locked => (StatusCode::FORBIDDEN, "account locked").into_response(),
+            Mode::Normal if !known => StatusCode::UNAUTHORIZED.into_response(),
+            Mode::Normal => {
                 self.tickets += 1;
                 let renewal = format!("renewal-{}", self.tickets);
                 self.renewals.push(renewal.clone());

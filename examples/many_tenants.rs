@@ -1,8 +1,8 @@
 //! A gateway that calls one API for many tenants, each with its own authorization server and its own token.
 //!
-//! A request names its tenant in a header. The gateway puts the tenant's [`TokenRequest`] among the request's extensions,
-//! and the layer does the rest: a token, a token request in flight and a backoff for each tenant. A tenant whose server
-//! hangs does not hold up the others, and the number of tenants is bounded.
+//! A request names its tenant in a header. The gateway adds the tenant's [`TokenRequest`] to the request's extensions,
+//! and the layer keeps a token, a token request in flight and a backoff for each tenant. A tenant whose server hangs does
+//! not hold up the others, and the number of tenants is bounded.
 //!
 //! Everything is in memory. Runs in about three seconds, and exits with an error if it does not go as described.
 //!
@@ -32,11 +32,11 @@ use tower_bearer::{
 
 // The gateway.
 
-/// What the gateway knows of a tenant: made once, since requests share the token of clones of one source.
+/// Each tenant's [`TokenRequest`], made once, since only clones of one source share a token.
 type Tenants = HashMap<String, TokenRequest>;
 
-/// Names the token that a request is to carry, and lets no request pass whose tenant is unknown.
-fn name_token(
+/// Selects a request's token by its tenant, and rejects requests of unknown tenants.
+fn select_token(
     tenants: &Tenants,
     mut request: Request<String>,
 ) -> Result<Request<String>, BoxError> {
@@ -60,9 +60,9 @@ fn gateway(
 + 'static {
     let tenants = Arc::new(tenants);
     ServiceBuilder::new()
-        .filter(move |request| name_token(&tenants, request))
+        .filter(move |request| select_token(&tenants, request))
         .layer(BearerAuthLayer::new(cache.clone()))
-        // Stands for the API: it answers with the token that it was sent.
+        // In place of the API: it answers with the token that it was sent.
         .service(service_fn(|request: Request<String>| async move {
             time::sleep(Duration::from_millis(5)).await;
             let token = request.headers().get("authorization").ok_or("no token")?;
@@ -71,24 +71,24 @@ fn gateway(
 }
 
 fn cache() -> TokenCache {
-    // A request that names no tenant is to have no token at all.
-    let nobodys = source_fn(|_| async { Err(TokenError::terminal("no tenant is named")) });
+    // A request without a tenant gets no token.
+    let no_tenant = source_fn(|_| async { Err(TokenError::terminal("no tenant is named")) });
     let policy = RefreshPolicy::new()
         .attempt_timeout(Duration::from_millis(500))
         .attempts(2)
         .max_keys(TENANTS);
-    TokenCache::with_policy(nobodys, policy)
+    TokenCache::with_policy(no_tenant, policy)
 }
 
-// What comes of it.
+// The demonstration.
 
 #[tokio::main]
 async fn main() -> Result<(), BoxError> {
-    let mut servers: Vec<Server> = (0..TENANTS).map(|_| Server::well()).collect();
-    servers[BROKEN] = Server::hanging();
-    servers[BRIEF].lifetime = Duration::from_secs(2);
-    // One more than there is room for.
-    servers.push(Server::well());
+    let mut servers: Vec<Server> = (0..TENANTS).map(|_| Server::new()).collect();
+    servers[BROKEN].hangs = true;
+    servers[SHORT_LIVED].lifetime = Duration::from_secs(2);
+    // One more than the cache has room for.
+    servers.push(Server::new());
     let tenants = servers.iter().enumerate();
     let tenants = tenants.map(|(i, server)| (name(i), server.token_request()));
     let cache = cache();
@@ -111,7 +111,7 @@ async fn main() -> Result<(), BoxError> {
             Ok(answer) => {
                 assert_eq!(
                     answer.body(),
-                    &format!("Bearer token-of-{}", servers[tenant].id())
+                    &format!("Bearer token-of-{}", servers[tenant].id)
                 );
                 slowest = slowest.max(took);
             }
@@ -122,46 +122,44 @@ async fn main() -> Result<(), BoxError> {
             }
         }
     }
-    let asked: usize = servers.iter().map(Server::asked).sum();
+    let token_requests: usize = servers.iter().map(Server::requests).sum();
     println!(
-        "{} requests for {TENANTS} tenants: {asked} token requests, {failed} requests of the broken tenant failed",
+        "{} requests for {TENANTS} tenants: {token_requests} token requests, {failed} requests of the broken tenant failed",
         20 * TENANTS,
     );
     println!("slowest of the others: {} ms", slowest.as_millis());
     assert_eq!(failed, 20);
     for (tenant, server) in servers[..TENANTS].iter().enumerate() {
         assert_eq!(
-            server.asked(),
+            server.requests(),
             if tenant == BROKEN { 2 } else { 1 },
             "{tenant}"
         );
     }
-    // The broken one's had to wait for two attempts of 500 ms.
+    // Those of the broken tenant waited for two attempts of 500 ms.
     assert!(slowest < Duration::from_millis(500));
 
-    // The cache is full of tokens in use: the next tenant has to wait, and pushes nobody out.
+    // The cache is full of tokens in use: another tenant gets none, and evicts none.
     let error = gateway.clone().oneshot(request(&name(TENANTS))?).await;
     let error = error.err().ok_or("more tokens than there is room for")?;
-    println!("one tenant more: {error}");
+    println!("one more tenant: {error}");
     assert!(
         error
             .downcast_ref()
             .is_some_and(TokenError::is_too_many_keys)
     );
     gateway.clone().oneshot(request(&name(0))?).await?;
-    assert_eq!(servers[0].asked(), 1);
+    assert_eq!(servers[0].requests(), 1);
 
-    // One of the tokens expires, and nobody asks for that tenant any more: there is the room.
+    // One of the tokens expires, and no request asks for another: that makes room.
     time::sleep(Duration::from_secs(3).saturating_sub(start.elapsed())).await;
     gateway.clone().oneshot(request(&name(TENANTS))?).await?;
     println!("a little later: served");
 
-    // Neither a tenant that is unknown nor a request without one gets a token.
-    for headers in [Some("nobody"), None] {
-        let mut request = request("nobody")?;
-        if headers.is_none() {
-            request.headers_mut().remove("x-tenant");
-        }
+    // Neither an unknown tenant nor a request without one gets a token.
+    let mut anonymous = request("nobody")?;
+    anonymous.headers_mut().remove("x-tenant");
+    for request in [request("nobody")?, anonymous] {
         let error = gateway.clone().oneshot(request).await;
         println!("refused: {}", error.err().ok_or("a token for nobody")?);
     }
@@ -181,8 +179,8 @@ fn name(tenant: usize) -> String {
 const TENANTS: usize = 50;
 /// The tenant whose authorization server does not answer.
 const BROKEN: usize = 7;
-/// The tenant whose tokens live for a moment only.
-const BRIEF: usize = 11;
+/// The tenant whose tokens expire soon.
+const SHORT_LIVED: usize = 11;
 
 // The authorization servers.
 
@@ -191,44 +189,33 @@ struct Server {
     id: usize,
     hangs: bool,
     lifetime: Duration,
-    asked: Arc<AtomicUsize>,
+    requests: Arc<AtomicUsize>,
 }
 
 impl Server {
-    fn well() -> Self {
+    fn new() -> Self {
         static IDS: AtomicUsize = AtomicUsize::new(100);
         Self {
             id: IDS.fetch_add(1, Ordering::Relaxed),
             hangs: false,
             lifetime: Duration::from_secs(300),
-            asked: Arc::default(),
+            requests: Arc::default(),
         }
-    }
-
-    fn hanging() -> Self {
-        Self {
-            hangs: true,
-            ..Self::well()
-        }
-    }
-
-    fn id(&self) -> usize {
-        self.id
     }
 
     /// How many token requests it has seen.
-    fn asked(&self) -> usize {
-        self.asked.load(Ordering::Relaxed)
+    fn requests(&self) -> usize {
+        self.requests.load(Ordering::Relaxed)
     }
 
-    /// The tenant's credentials, as they go into the extensions of its requests.
+    /// What goes into the extensions of the tenant's requests.
     ///
-    /// A real one is a `ClientCredentials` of the tenant's issuer, client and secret.
+    /// A real one has a `ClientCredentials` with the tenant's issuer, client and secret.
     fn token_request(&self) -> TokenRequest {
         let (id, hangs, lifetime) = (self.id, self.hangs, self.lifetime);
-        let asked = Arc::clone(&self.asked);
+        let requests = Arc::clone(&self.requests);
         let source = source_fn(move |_| {
-            asked.fetch_add(1, Ordering::Relaxed);
+            requests.fetch_add(1, Ordering::Relaxed);
             async move {
                 if hangs {
                     std::future::pending::<()>().await;

@@ -1,8 +1,7 @@
 //! A `reqwest::Client` whose tokens are fetched once, and replaced under load when they are revoked.
 //!
 //! Runs on its own, in about a second: it starts an authorization server and an API on a loopback port, sends
-//! requests through the layer all the time, and revokes every token in the middle. It asserts that no request
-//! failed.
+//! requests through the layer, and revokes every token halfway. It asserts that no request failed.
 //!
 //! ```sh
 //! cargo run --features reqwest --example reqwest_client
@@ -46,7 +45,7 @@ async fn main() -> Result<(), BoxError> {
         .build()?;
     let api = ServiceBuilder::new()
         .timeout(Duration::from_secs(5))
-        // A body of bytes is copied for little; one that streams would be sent once.
+        // A body of bytes is cheap to copy; one that streams would be sent once.
         .layer(BearerAuthLayer::new(source).replay(CloneBody))
         .service(client.clone());
 
@@ -85,17 +84,17 @@ async fn main() -> Result<(), BoxError> {
         seen.refused
     );
     assert_eq!(seen.granted, 2);
-    assert!(seen.refused > 0, "a request that meets the revocation");
-    assert_eq!(seen.served, sent, "what was refused was not done");
+    assert!(seen.refused > 0, "no request met the revocation");
+    assert_eq!(seen.served, sent, "each request is served once");
     Ok(())
 }
 
-/// An authorization server and an API; clones are the same.
+/// An authorization server and an API; clones share their state.
 #[derive(Clone, Default)]
-struct Servers(Arc<Mutex<Tables>>);
+struct Servers(Arc<Mutex<Inner>>);
 
 #[derive(Default)]
-struct Tables {
+struct Inner {
     /// How many tokens were granted; the API takes the last one.
     granted: usize,
     revoked: bool,
@@ -117,18 +116,18 @@ impl Servers {
         Ok((servers, base))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Tables> {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 async fn grant(State(servers): State<Servers>) -> Json<Value> {
-    // As real ones take their time.
+    // A real server takes time, too.
     time::sleep(Duration::from_millis(50)).await;
-    let mut tables = servers.lock();
-    tables.granted += 1;
-    tables.revoked = false;
-    let token = format!("token-{}", tables.granted);
+    let mut inner = servers.lock();
+    inner.granted += 1;
+    inner.revoked = false;
+    let token = format!("token-{}", inner.granted);
     Json(json!({ "access_token": token, "token_type": "Bearer", "expires_in": 300 }))
 }
 
@@ -137,16 +136,16 @@ async fn update(
     headers: HeaderMap,
     body: Bytes,
 ) -> (StatusCode, HeaderMap, Bytes) {
-    let mut tables = servers.lock();
-    let valid = format!("Bearer token-{}", tables.granted);
+    let mut inner = servers.lock();
+    let valid = format!("Bearer token-{}", inner.granted);
     let is_valid = headers
         .get(AUTHORIZATION)
         .is_some_and(|sent| *sent == *valid);
-    if is_valid && !tables.revoked {
-        tables.served += 1;
+    if is_valid && !inner.revoked {
+        inner.served += 1;
         return (StatusCode::OK, HeaderMap::new(), body);
     }
-    tables.refused += 1;
+    inner.refused += 1;
     let mut headers = HeaderMap::new();
     let challenge = http::HeaderValue::from_static(r#"Bearer error="invalid_token""#);
     headers.insert(WWW_AUTHENTICATE, challenge);

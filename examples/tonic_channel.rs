@@ -27,9 +27,9 @@ use self::{
 };
 
 #[path = "support/echo.rs"]
-#[allow(dead_code, reason = "it has a call of each kind")]
+#[allow(dead_code, reason = "it has calls of all kinds")]
 mod echo;
-#[allow(dead_code, reason = "shared with examples that look at more of it")]
+#[allow(dead_code, reason = "shared with examples that use more of it")]
 mod support;
 
 #[tokio::main]
@@ -57,8 +57,8 @@ async fn main() -> Result<(), BoxError> {
     assert_eq!(realm.lock().granted(), 1);
     println!("a call and a stream      one token request, and the token on both");
 
-    // A stream ends with its status after the messages, which the layer does not read: the caller tells the
-    // cache, and the next call waits for another token.
+    // The layer does not read the status at the end of a stream: the caller reports the token to the cache, and the
+    // next call waits for another one.
     let used = tokens.peek().ok_or("there is a token")?;
     realm.lock().revoke();
     sender.send("two".to_owned()).await?;
@@ -69,10 +69,10 @@ async fn main() -> Result<(), BoxError> {
     client.say("hello".to_owned()).await?;
     assert_eq!(realm.lock().granted(), 2);
     println!(
-        "revoked amid a stream    the stream ends, is reported, and the next call has another token"
+        "revoked during a stream  the stream ends, the token is reported, and the next call has another"
     );
 
-    // Without a token no call is sent, and its status tells whether another try is worth it.
+    // Without a token no call is sent, and its status says whether to try again.
     realm.lock().down = true;
     let mut early = self::client(TokenCache::new(source()?), api.clone());
     let status = early
@@ -88,31 +88,31 @@ async fn main() -> Result<(), BoxError> {
         Some(http::StatusCode::SERVICE_UNAVAILABLE)
     );
     println!(
-        "no token to be had       {:?}: {}",
+        "no token available       {:?}: {}",
         status.code(),
         status.message()
     );
 
-    // Those who have one go on.
+    // A client that has a token goes on.
     client.say("hello".to_owned()).await?;
     realm.lock().down = false;
 
-    // A refused call comes back to its caller, who reports the token before it is made again.
+    // A refused call comes back to its caller, who reports the token and repeats the call.
     let tokens = TokenCache::new(source()?);
     let mut client = self::client(tokens.clone(), api);
     client.say("hello".to_owned()).await?;
     realm.lock().revoke();
     let granted = realm.lock().granted();
-    twice(&tokens, async || client.say("hello".to_owned()).await).await?;
+    repeat_if_refused(&tokens, async || client.say("hello".to_owned()).await).await?;
     assert_eq!(realm.lock().granted(), granted + 1);
-    println!("revoked between calls    the call is refused, and made again with another token");
+    println!("revoked between calls    the call is refused, and repeated with another token");
     assert_eq!(realm.lock().anonymous, 0);
     Ok(())
 }
 
-/// Makes a call again that was refused. Unreported, it might leave with the same token, as long as the other one is
-/// not there.
-async fn twice<T>(
+/// Repeats a refused call. If its token were not reported, the second call might carry it, too, until another one
+/// arrives.
+async fn repeat_if_refused<T>(
     tokens: &TokenCache,
     mut call: impl AsyncFnMut() -> Result<T, Status>,
 ) -> Result<T, Status> {
@@ -128,7 +128,7 @@ async fn twice<T>(
     }
 }
 
-/// The client, which is all that an application needs.
+/// The client: all that an application needs.
 fn client(
     tokens: TokenCache,
     api: Uri,
@@ -140,12 +140,11 @@ fn client(
         .map_err(to_status)
         .layer(BearerAuthLayer::new(tokens))
         .service(Channel::builder(api.clone()).connect_lazy());
-    // The origin is what the layer judges by: without it, a channel over plain http would go unnoticed.
+    // The layer judges by the origin: without it, a channel over plain http would go unnoticed.
     EchoClient::with_origin(channel, api)
 }
 
-/// Tells a call that may be tried again from one that needs somebody to mend the credentials. By itself tonic
-/// makes both of them `Unknown`.
+/// Tells errors that may pass from credentials that somebody has to correct. By itself, tonic makes both `Unknown`.
 fn to_status(error: BoxError) -> Status {
     match error.downcast::<TokenError>() {
         Ok(error) => {

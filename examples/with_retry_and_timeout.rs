@@ -1,9 +1,9 @@
 //! A client with a retry and a timeout above the layer, and a timeout below it.
 //!
-//! Runs on its own, in about four seconds: it starts a token endpoint and an API on loopback ports that fail on
-//! command. The retry is above the layer, so that a failed token request has another chance once the server allows
-//! it, and each try takes the current token. One timeout is below, for each send; the other is above everything. The
-//! exit status is 1 if a scene does not end as it should.
+//! Runs on its own, in about four seconds: it starts a token endpoint and an API on a loopback port that fail on
+//! command. The retry is above the layer, so that it repeats a failed token request once the server allows it, and each
+//! try takes the current token. One timeout is below, for each send; the other is above everything. The exit status is 1
+//! if a scene does not end as it should.
 //!
 //! ```sh
 //! cargo run --example with_retry_and_timeout
@@ -36,10 +36,10 @@ use tokio::{
 use tower::{ServiceBuilder, ServiceExt, retry::Policy, timeout::error::Elapsed};
 use tower_bearer::{BearerAuthLayer, BoxError, ClientCredentials, CloneBody, TokenError};
 
-/// All of a request: every try, the wait for a token, every send.
-const IN_ALL: Duration = Duration::from_secs(2);
-/// Each send to the API.
-const PER_SEND: Duration = Duration::from_millis(500);
+/// For a whole request: every try, the wait for a token, every send.
+const TOTAL_TIMEOUT: Duration = Duration::from_secs(2);
+/// For each send to the API.
+const SEND_TIMEOUT: Duration = Duration::from_millis(500);
 
 #[tokio::main]
 async fn main() -> Result<ExitCode, BoxError> {
@@ -49,10 +49,10 @@ async fn main() -> Result<ExitCode, BoxError> {
         .client_secret("secret")
         .build()?;
     let api = ServiceBuilder::new()
-        .timeout(IN_ALL)
-        .retry(Heal { tries_left: 9 })
+        .timeout(TOTAL_TIMEOUT)
+        .retry(RetryTransient { tries_left: 9 })
         .layer(BearerAuthLayer::new(source).replay(CloneBody))
-        .timeout(PER_SEND)
+        .timeout(SEND_TIMEOUT)
         .service(Client::builder(TokioExecutor::new()).build_http::<Empty<Bytes>>());
 
     let mut held = true;
@@ -73,10 +73,10 @@ async fn main() -> Result<ExitCode, BoxError> {
             end.map_or_else(ToString::to_string, |status| status.to_string()),
             took.as_millis()
         );
-        let is_so = (end.ok(), token_requests, sends)
+        let as_expected = (end.ok(), token_requests, sends)
             == (scene.answer, scene.token_requests, scene.sends)
             && scene.takes.contains(&took);
-        if !is_so {
+        if !as_expected {
             println!("    BROKEN, expected {scene:?}");
             held = false;
         }
@@ -86,13 +86,13 @@ async fn main() -> Result<ExitCode, BoxError> {
 
 // The retry policy.
 
-/// Tries again what may heal, whatever the error's type is.
+/// Retries what may pass by itself, whatever the error's type.
 #[derive(Clone)]
-struct Heal {
+struct RetryTransient {
     tries_left: u32,
 }
 
-impl<B, ResBody, E> Policy<Request<B>, Response<ResBody>, E> for Heal
+impl<B, ResBody, E> Policy<Request<B>, Response<ResBody>, E> for RetryTransient
 where
     B: Clone,
     E: AsRef<dyn Error + Send + Sync>,
@@ -114,17 +114,17 @@ where
             Ok(response) => print!("    {}", response.status()),
             Err(error) => print!("    {}", (*error).as_ref()),
         }
-        println!(": another try in {} ms", pause.as_millis());
+        println!(": next try in {} ms", pause.as_millis());
         Some(time::sleep(pause))
     }
 
     fn clone_request(&mut self, request: &Request<B>) -> Option<Request<B>> {
-        // One that changes something may have done so before it was timed out.
+        // A request that changes something may have done so before it timed out.
         request.method().is_safe().then(|| request.clone())
     }
 }
 
-/// How long to wait before another try, if that may be of use.
+/// How long to wait before the next try, if one may help.
 fn pause_after(error: &(dyn Error + Send + Sync + 'static)) -> Option<Duration> {
     match error.downcast_ref::<TokenError>() {
         // The cache waits for up to a tenth longer than it was asked to.
@@ -145,9 +145,9 @@ const PAUSE: Duration = Duration::from_millis(100);
 struct Scene {
     title: &'static str,
     /// What goes wrong, request by request; nothing afterwards.
-    at_the_token_endpoint: &'static [Mishap],
-    at_the_api: &'static [Mishap],
-    /// The API's answer, or none in time.
+    token_endpoint_faults: &'static [Fault],
+    api_faults: &'static [Fault],
+    /// The API's answer; none if the request times out.
     answer: Option<StatusCode>,
     token_requests: usize,
     sends: usize,
@@ -155,51 +155,51 @@ struct Scene {
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Mishap {
-    /// 503, with a `Retry-After` of so many seconds.
+enum Fault {
+    /// 503, with a `Retry-After` in seconds.
     Unavailable { retry_after: Option<u32> },
-    /// No answer for as long as anybody waits.
+    /// No answer, ever.
     Hang,
 }
 
 const SCENES: &[Scene] = &[
     Scene {
-        title: "the token endpoint is not available and asks for a second",
-        at_the_token_endpoint: &[Mishap::Unavailable {
+        title: "the token endpoint is unavailable and asks for a pause of one second",
+        token_endpoint_faults: &[Fault::Unavailable {
             retry_after: Some(1),
         }],
-        at_the_api: &[],
+        api_faults: &[],
         answer: Some(StatusCode::OK),
         token_requests: 2,
         sends: 1,
-        takes: millis(1_100)..IN_ALL,
+        takes: millis(1_100)..TOTAL_TIMEOUT,
     },
     Scene {
-        title: "the API is not available",
-        at_the_token_endpoint: &[],
-        at_the_api: &[Mishap::Unavailable { retry_after: None }],
+        title: "the API is unavailable",
+        token_endpoint_faults: &[],
+        api_faults: &[Fault::Unavailable { retry_after: None }],
         answer: Some(StatusCode::OK),
         token_requests: 0,
         sends: 2,
-        takes: PAUSE..IN_ALL,
+        takes: PAUSE..TOTAL_TIMEOUT,
     },
     Scene {
-        title: "the API hangs",
-        at_the_token_endpoint: &[],
-        at_the_api: &[Mishap::Hang],
+        title: "the API hangs once",
+        token_endpoint_faults: &[],
+        api_faults: &[Fault::Hang],
         answer: Some(StatusCode::OK),
         token_requests: 0,
         sends: 2,
-        takes: millis(600)..IN_ALL,
+        takes: millis(600)..TOTAL_TIMEOUT,
     },
     Scene {
-        title: "the API hangs and hangs",
-        at_the_token_endpoint: &[],
-        at_the_api: &[Mishap::Hang; 9],
+        title: "the API hangs every time",
+        token_endpoint_faults: &[],
+        api_faults: &[Fault::Hang; 9],
         answer: None,
         token_requests: 0,
         sends: 4,
-        takes: IN_ALL..millis(4_000),
+        takes: TOTAL_TIMEOUT..millis(4_000),
     },
 ];
 
@@ -209,13 +209,13 @@ const fn millis(millis: u64) -> Duration {
 
 // The servers.
 
-/// Both servers: what is still to go wrong, and what they have seen.
+/// Both servers: the faults to come, and how many requests they have seen.
 #[derive(Clone, Default)]
 struct Servers(Arc<Mutex<[Script; 2]>>);
 
 #[derive(Default)]
 struct Script {
-    mishaps: VecDeque<Mishap>,
+    faults: VecDeque<Fault>,
     seen: usize,
 }
 
@@ -223,7 +223,7 @@ const ENDPOINT: usize = 0;
 const API: usize = 1;
 
 impl Servers {
-    /// Starts them, and returns the token URL and a URI of the API.
+    /// Starts both, and returns the token URL and a URI of the API.
     async fn serve(&self) -> Result<(String, String), BoxError> {
         let router = Router::new()
             .route("/token", post(token))
@@ -239,9 +239,9 @@ impl Servers {
     }
 
     fn script(&self, scene: &Scene) {
-        let mishaps = [scene.at_the_token_endpoint, scene.at_the_api];
-        *self.lock() = mishaps.map(|mishaps| Script {
-            mishaps: mishaps.iter().copied().collect(),
+        let faults = [scene.token_endpoint_faults, scene.api_faults];
+        *self.lock() = faults.map(|faults| Script {
+            faults: faults.iter().copied().collect(),
             seen: 0,
         });
     }
@@ -252,19 +252,19 @@ impl Servers {
         (scripts[ENDPOINT].seen, scripts[API].seen)
     }
 
-    /// Counts a request and lets go wrong what is to; `None` if nothing is.
-    async fn mishap(&self, at: usize) -> Option<Answer> {
-        let mishap = {
-            let script = &mut self.lock()[at];
+    /// Counts a request, and answers it if a fault is next.
+    async fn fault(&self, server: usize) -> Option<Answer> {
+        let fault = {
+            let script = &mut self.lock()[server];
             script.seen += 1;
-            script.mishaps.pop_front()?
+            script.faults.pop_front()?
         };
-        match mishap {
-            Mishap::Hang => std::future::pending().await,
-            Mishap::Unavailable { retry_after: None } => {
+        match fault {
+            Fault::Hang => std::future::pending().await,
+            Fault::Unavailable { retry_after: None } => {
                 Some(StatusCode::SERVICE_UNAVAILABLE.into_response())
             }
-            Mishap::Unavailable {
+            Fault::Unavailable {
                 retry_after: Some(seconds),
             } => {
                 let header = [(RETRY_AFTER, seconds.to_string())];
@@ -279,7 +279,7 @@ impl Servers {
 }
 
 async fn token(State(servers): State<Servers>) -> Answer {
-    match servers.mishap(ENDPOINT).await {
+    match servers.fault(ENDPOINT).await {
         Some(answer) => answer,
         None => Json(json!({
             "access_token": "mF_9.B5f-4.1JqM",
@@ -291,7 +291,7 @@ async fn token(State(servers): State<Servers>) -> Answer {
 }
 
 async fn list_sims(State(servers): State<Servers>) -> Answer {
-    match servers.mishap(API).await {
+    match servers.fault(API).await {
         Some(answer) => answer,
         None => "[]".into_response(),
     }
