@@ -1,8 +1,8 @@
-//! A client all of whose requests carry a valid token, whatever happens to the tokens.
+//! A client whose requests all carry a valid token, whatever happens to the tokens.
 //!
 //! Runs on its own, in about fifteen seconds: it starts an authorization server that answers as Keycloak does
 //! and an API that checks every token, both on loopback ports, and sends requests to the API through the
-//! layer. Each scene is one line of a table, with a law that is checked by what the servers saw. The exit
+//! layer. Each scene is one line of a table, with a promise that is checked by what the servers saw. The exit
 //! status is 1 if one was broken.
 //!
 //! ```sh
@@ -64,7 +64,7 @@ async fn main() -> Result<ExitCode, BoxError> {
     Ok(ExitCode::from(u8::from(!held)))
 }
 
-// The client, which is all that an application needs.
+// The client: all that an application needs.
 
 type Api = BearerAuth<ConcurrencyLimit<Client<HttpConnector, Full<Bytes>>>, CloneBody>;
 
@@ -120,15 +120,16 @@ async fn cold_start() -> Result<Row, BoxError> {
     }
     let outcomes = requests.join_all().await;
 
-    let row = world.row(&outcomes, "one token request for all of them, 0 failed");
-    Ok(row
-        .law("0 failed", failures(&outcomes).next().is_none())
-        .law("1 token request", world.realm.lock().asked.len() == 1))
+    let token_requests = world.realm.lock().token_requests.len();
+    Ok(world
+        .row(&outcomes, "one token request for all of them, 0 failed")
+        .check("0 failed", failures(&outcomes).next().is_none())
+        .check("1 token request", token_requests == 1))
 }
 
 async fn steady_load() -> Result<Row, BoxError> {
     let lifetime = Duration::from_secs(2);
-    // What the layer leaves at least between two token requests that succeed, for tokens as short-lived.
+    // The least time between two successful token requests, for tokens this short-lived.
     let least_gap = Duration::from_secs(1);
 
     let world = World::start("steady load", lifetime).await?;
@@ -136,19 +137,18 @@ async fn steady_load() -> Result<Row, BoxError> {
     time::sleep(lifetime * 13 / 4).await;
     let outcomes = load.stop().await?;
 
-    let asked = world.realm.lock().asked.len();
+    let count = world.realm.lock().token_requests.len();
     let took = world.started.elapsed().as_secs_f64();
     let gaps = took / least_gap.as_secs_f64();
     let bound = 1 + gaps as usize;
-    let law = format!(
-        "over 3 lifetimes 0 failed; {asked} token requests of at most {bound}, the first and one more per second of \
-         {took:.1} s"
+    let promise = format!(
+        "0 failed over 3 lifetimes; {count} token requests, at most {bound}: the first, and one per second of {took:.1} s"
     );
     Ok(world
-        .row(&outcomes, law)
-        .law("0 failed", failures(&outcomes).next().is_none())
-        .law("a token request per lifetime", asked > 3)
-        .law("no more token requests than permitted", asked <= bound))
+        .row(&outcomes, promise)
+        .check("0 failed", failures(&outcomes).next().is_none())
+        .check("a token request per lifetime", count > 3)
+        .check("no more token requests than permitted", count <= bound))
 }
 
 async fn revocation() -> Result<Row, BoxError> {
@@ -161,15 +161,15 @@ async fn revocation() -> Result<Row, BoxError> {
 
     let (after, refused) = {
         let tables = world.realm.lock();
-        (tables.asked.len(), tables.refused)
+        (tables.token_requests.len(), tables.refused)
     };
-    let law = format!("{refused} refused and sent again, 0 failed, one token request more");
+    let promise = format!("{refused} refused and sent again, 0 failed, one more token request");
     Ok(world
-        .row(&outcomes, law)
-        .law("a token to revoke", revoked > 0)
-        .law("a request that is refused", refused > 0)
-        .law("0 failed", failures(&outcomes).next().is_none())
-        .law("1 token request more", after == before + 1))
+        .row(&outcomes, promise)
+        .check("a token to revoke", revoked > 0)
+        .check("a refused request", refused > 0)
+        .check("0 failed", failures(&outcomes).next().is_none())
+        .check("1 more token request", after == before + 1))
 }
 
 async fn short_outage() -> Result<Row, BoxError> {
@@ -179,7 +179,7 @@ async fn short_outage() -> Result<Row, BoxError> {
     world.realm.lock().down = true;
     let since = Instant::now();
     // Until a refresh has met it, with the refresh token and with the client's credentials.
-    let met = |tables: &Tables| tables.asked_while_down().len() >= 2;
+    let met = |tables: &Tables| tables.token_requests_while_down().len() >= 2;
     world.until(lifetime, met).await;
     world.realm.lock().down = false;
     let outage = since.elapsed().as_secs_f64();
@@ -187,13 +187,13 @@ async fn short_outage() -> Result<Row, BoxError> {
     time::sleep(Duration::from_millis(500)).await;
     let outcomes = load.stop().await?;
 
-    let law = format!("{outage:.1} s down, the token outlives it, 0 failed");
-    let row = world.row(&outcomes, law);
+    let promise = format!("{outage:.1} s down, the token outlives it, 0 failed");
+    let row = world.row(&outcomes, promise);
     let tables = world.realm.lock();
     Ok(row
-        .law("0 failed", failures(&outcomes).next().is_none())
-        .law("a refresh that meets the outage", met(&tables))
-        .law("a token again", tables.granted() == 2))
+        .check("0 failed", failures(&outcomes).next().is_none())
+        .check("a refresh that meets the outage", met(&tables))
+        .check("a token again", tables.granted() == 2))
 }
 
 async fn long_outage() -> Result<Row, BoxError> {
@@ -208,45 +208,49 @@ async fn long_outage() -> Result<Row, BoxError> {
     time::sleep(SLACK * 3 / 2).await;
     let outcomes = load.stop().await?;
 
-    let (asked, recovered) = {
+    let (requests, recovered) = {
         let tables = world.realm.lock();
-        (tables.asked_while_down(), tables.last_granted())
+        (tables.token_requests_while_down(), tables.last_granted())
     };
-    let permitted = permitted(asked.first().map_or(Duration::ZERO, |first| back - *first));
-    let gate = gate((asked.len() + 1).saturating_sub(FIRST_FLIGHT));
+    let permitted = permitted(
+        requests
+            .first()
+            .map_or(Duration::ZERO, |first| back - *first),
+    );
+    let gate = gate((requests.len() + 1).saturating_sub(FIRST_FLIGHT));
     let wait = recovered.saturating_duration_since(back);
-    // A token is attached for nine tenths of its life, counted from when it was asked for. It may still
-    // expire on its way, if the machine is so busy that a request takes longer than the last tenth.
+    // A token is attached for nine tenths of its life, counted from its request. It may still expire on its way,
+    // if the machine is so busy that a request takes longer than the last tenth.
     let margin = lifetime / 10;
     let died = world.started + lifetime - margin;
-    let law = format!(
-        "a token {:.1} s after the outage, of at most {:.1} s; {} token requests in it, of at most {permitted}",
+    let promise = format!(
+        "a token {:.1} s after the outage, at most {:.1} s; {} token requests during it, at most {permitted}",
         wait.as_secs_f64(),
         gate.as_secs_f64(),
-        asked.len(),
+        requests.len(),
     );
     Ok(world
-        .row(&outcomes, law)
-        .law("requests that fail", failures(&outcomes).next().is_some())
-        .law(
+        .row(&outcomes, promise)
+        .check("requests that fail", failures(&outcomes).next().is_some())
+        .check(
             "token errors and no others",
             failures(&outcomes)
                 .all(|(outcome, error)| error.is::<TokenError>() || outcome.latency() > margin),
         )
-        .law(
+        .check(
             "only while there is no token",
             failures(&outcomes)
                 .all(|(outcome, _)| outcome.ended >= died && outcome.due <= recovered + SLACK),
         )
-        .law(
+        .check(
             "no more token requests than permitted",
-            asked.len() <= permitted,
+            requests.len() <= permitted,
         )
-        .law("a token again", recovered > back)
-        .law("within one gate", wait <= gate + SLACK))
+        .check("a token again", recovered > back)
+        .check("within one gate", wait <= gate + SLACK))
 }
 
-/// How long the gate is shut at most after `failures` failed flights in a row.
+/// How long the gate stays closed at most after `failures` failed flights in a row.
 fn gate(failures: usize) -> Duration {
     let doubled = BACKOFF * 2_u32.pow(failures.saturating_sub(1).min(8) as u32);
     doubled.min(BACKOFF_CAP).mul_f64(1.1)
@@ -254,21 +258,21 @@ fn gate(failures: usize) -> Duration {
 
 /// How many token requests an outage of this length may see, counted from the first.
 fn permitted(outage: Duration) -> usize {
-    // A gate is shut for half its length at least.
+    // A gate stays closed for at least half its length.
     let half = |failures| BACKOFF.mul_f64(0.5) * 2_u32.pow(failures);
     let mut gates = 0;
-    let mut shut = half(0);
-    while shut <= outage {
+    let mut closed = half(0);
+    while closed <= outage {
         gates += 1;
-        shut += half(gates).min(BACKOFF_CAP / 2);
+        closed += half(gates).min(BACKOFF_CAP / 2);
     }
-    // Once per token, when it dies, a flight passes a gate that is shut.
+    // Once per token, when it expires, a flight passes a closed gate.
     FIRST_FLIGHT + gates as usize + 1
 }
 
 const BACKOFF: Duration = Duration::from_millis(500);
 const BACKOFF_CAP: Duration = Duration::from_secs(10);
-/// The token requests of a refresh that fails: the refresh token, and three times the client's credentials.
+/// The token requests of the first refresh that fails: the refresh token, and three times the client's credentials.
 /// Every further refresh is one request, until one succeeds.
 const FIRST_FLIGHT: usize = 4;
 /// What a busy machine may add to a wait.
@@ -276,7 +280,7 @@ const SLACK: Duration = Duration::from_secs(1);
 
 // The load.
 
-/// Requests at a constant rate, each at its time, however long the others take.
+/// Requests at a constant rate, each sent when it is due, however long the others take.
 struct Load {
     stop: oneshot::Sender<()>,
     outcomes: JoinHandle<Vec<Outcome>>,
@@ -284,7 +288,7 @@ struct Load {
 
 impl Load {
     async fn start(world: &World) -> Result<Self, BoxError> {
-        // Or else the slowest request is always one that waited for the first token.
+        // Otherwise the slowest request would always be one that waited for the first token.
         world.api.cache().get().await?;
         let (stop, mut stopped) = oneshot::channel();
         let (api, uri) = (world.api.clone(), world.uri.clone());
@@ -341,7 +345,7 @@ impl World {
         })
     }
 
-    /// Waits until the servers have seen something, but no longer than `limit`.
+    /// Waits until the servers have `seen` something, at most for `limit`.
     async fn until(&self, limit: Duration, seen: impl Fn(&Tables) -> bool) {
         let limit = Instant::now() + limit;
         while !seen(&self.realm.lock()) && Instant::now() < limit {
@@ -349,23 +353,23 @@ impl World {
         }
     }
 
-    /// The scene's line, with the laws that hold in all of them.
-    fn row(&self, outcomes: &[Outcome], law: impl Into<String>) -> Row {
+    /// The scene's line, with the promises that hold in all of them.
+    fn row(&self, outcomes: &[Outcome], promise: impl Into<String>) -> Row {
         let slowest = outcomes.iter().map(Outcome::latency).max();
         let tables = self.realm.lock();
         let row = Row {
             scene: self.scene,
             requests: outcomes.len(),
             failed: failures(outcomes).count(),
-            client_credentials: tables.asked_by("client_credentials"),
-            refresh_token: tables.asked_by("refresh_token"),
+            client_credentials: tables.token_requests_by("client_credentials"),
+            refresh_token: tables.token_requests_by("refresh_token"),
             slowest_ms: (slowest.unwrap_or_default().as_secs_f64() * 1e3).round(),
-            law: law.into(),
+            promise: promise.into(),
             held: true,
             broken: Vec::new(),
         };
-        row.law("no request without a token", tables.anonymous == 0)
-            .law("no refresh token sent twice", tables.reused == 0)
+        row.check("no request without a token", tables.anonymous == 0)
+            .check("no refresh token sent twice", tables.reused == 0)
     }
 }
 
@@ -380,27 +384,27 @@ struct Row {
     client_credentials: usize,
     refresh_token: usize,
     slowest_ms: f64,
-    law: String,
+    promise: String,
     held: bool,
-    /// What the law demands and was not so.
+    /// What was expected and did not hold.
     broken: Vec<&'static str>,
 }
 
 impl Row {
-    fn law(mut self, demand: &'static str, is_so: bool) -> Self {
-        if !is_so {
+    fn check(mut self, what: &'static str, holds: bool) -> Self {
+        if !holds {
             self.held = false;
-            self.broken.push(demand);
+            self.broken.push(what);
         }
         self
     }
 }
 
 fn print_table(rows: &[Row]) {
-    // Two of the columns have a common head.
+    // Two of the columns share a heading.
     println!("{:>55}", "token requests by");
     println!(
-        "{:<13} {:>8} {:>7} {:>18} {:>13} {:>8}  law",
+        "{:<13} {:>8} {:>7} {:>18} {:>13} {:>8}  promise",
         "scene", "requests", "failed", "client_credentials", "refresh_token", "slowest"
     );
     for row in rows {
@@ -416,7 +420,7 @@ fn print_table(rows: &[Row]) {
             row.client_credentials,
             row.refresh_token,
             row.slowest_ms,
-            row.law,
+            row.promise,
         );
     }
 }

@@ -1,6 +1,6 @@
-//! A gRPC service written by hand as `tonic-build` would generate it, but that its messages are plain strings.
+//! A gRPC service written by hand as `tonic-build` would generate it, except that its messages are plain strings.
 //!
-//! It sends back what it is sent, by all four kinds of calls, to callers that are let in.
+//! It echoes messages in all four kinds of calls, to callers that it admits.
 
 use std::{
     convert::Infallible,
@@ -102,7 +102,7 @@ where
     }
 }
 
-/// The server's side; `admit` is asked when a call begins, and again for each message of a stream.
+/// The server's side; `admit` runs when a call begins, and again for each message of a chat.
 #[derive(Clone)]
 pub(crate) struct EchoServer<A> {
     admit: A,
@@ -200,7 +200,7 @@ where
     }
 }
 
-/// Messages that are UTF-8 and nothing else.
+/// Encodes messages as plain UTF-8.
 #[derive(Clone, Copy)]
 struct Text;
 

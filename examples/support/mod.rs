@@ -25,7 +25,7 @@ use tower_bearer::BoxError;
 
 pub(crate) const CLIENT_ID: &str = "quickstart";
 pub(crate) const CLIENT_SECRET: &str = "quickstart-secret";
-/// The two above, as RFC 6749 section 2.3.1 has them.
+/// Both, encoded by RFC 6749 section 2.3.1.
 const BASIC: &str = "Basic cXVpY2tzdGFydDpxdWlja3N0YXJ0LXNlY3JldA==";
 const TOKEN_PATH: &str = "/auth/realms/tru-staff/protocol/openid-connect/token";
 
@@ -60,70 +60,69 @@ impl Realm {
     }
 }
 
-/// The tokens, and what was seen of them.
+/// The tokens, and the requests seen so far.
 #[derive(Default)]
 pub(crate) struct Tables {
     lifetime: Duration,
-    /// Whether the token endpoint is out of order.
+    /// Whether the token endpoint is down.
     pub(crate) down: bool,
     /// When each access token expires.
     access_tokens: HashMap<String, Instant>,
     /// Whether each refresh token has been used.
     refresh_tokens: HashMap<String, bool>,
-    /// The token requests so far.
-    pub(crate) asked: Vec<Asked>,
+    pub(crate) token_requests: Vec<Exchange>,
     /// How many refresh tokens came a second time.
     pub(crate) reused: usize,
     /// How many API requests had no token.
     pub(crate) anonymous: usize,
-    /// How many API requests had a token that is none, or no longer.
+    /// How many API requests had an unknown or expired token.
     pub(crate) refused: usize,
 }
 
 /// A token request and its answer.
-pub(crate) struct Asked {
+pub(crate) struct Exchange {
     at: Instant,
     grant: String,
     status: StatusCode,
 }
 
 impl Tables {
-    pub(crate) fn asked_by(&self, grant: &str) -> usize {
-        let asked = self.asked.iter();
-        asked.filter(|asked| asked.grant == grant).count()
+    pub(crate) fn token_requests_by(&self, grant: &str) -> usize {
+        let requests = self.token_requests.iter();
+        requests.filter(|request| request.grant == grant).count()
     }
 
     fn answered(&self, status: StatusCode) -> impl Iterator<Item = Instant> {
-        let asked = self.asked.iter();
-        asked
-            .filter(move |asked| asked.status == status)
-            .map(|asked| asked.at)
+        let requests = self.token_requests.iter();
+        requests
+            .filter(move |request| request.status == status)
+            .map(|request| request.at)
     }
 
     pub(crate) fn granted(&self) -> usize {
         self.answered(StatusCode::OK).count()
     }
 
-    /// When the last token was asked for that was granted.
+    /// When the last granted token was requested.
     pub(crate) fn last_granted(&self) -> Instant {
         self.answered(StatusCode::OK)
             .last()
             .unwrap_or_else(Instant::now)
     }
 
-    /// When the token endpoint was asked while it was out of order.
-    pub(crate) fn asked_while_down(&self) -> Vec<Instant> {
+    /// When each token request came that found the endpoint down.
+    pub(crate) fn token_requests_while_down(&self) -> Vec<Instant> {
         self.answered(StatusCode::SERVICE_UNAVAILABLE).collect()
     }
 
-    /// Ends every session, and returns how many tokens that took and how many token requests there were.
+    /// Ends every session, and returns how many tokens it revoked and how many token requests there were.
     pub(crate) fn revoke(&mut self) -> (usize, usize) {
         self.refresh_tokens.clear();
         let revoked = self.access_tokens.drain().count();
-        (revoked, self.asked.len())
+        (revoked, self.token_requests.len())
     }
 
-    /// Lets an API request in, or tells the challenge to answer it with (RFC 6750 section 3).
+    /// Accepts an API request, or returns the challenge to answer it with (RFC 6750 section 3).
     pub(crate) fn check(&mut self, headers: &HeaderMap) -> Result<(), &'static str> {
         let header = headers
             .get(AUTHORIZATION)
@@ -200,11 +199,11 @@ async fn token_endpoint(
         let (status, answer) = tables.answer(&headers, &form);
         let grant = form.get("grant_type").cloned().unwrap_or_default();
         let at = Instant::now();
-        tables.asked.push(Asked { at, grant, status });
+        tables.token_requests.push(Exchange { at, grant, status });
         (status, answer)
     };
     if status.is_success() {
-        // As real ones take their time. A request that waited for a refresh would show it.
+        // A real server takes time, too, and a request that waited for a refresh would show it.
         time::sleep(Duration::from_millis(100)).await;
     }
     (status, Json(answer))
@@ -219,7 +218,7 @@ async fn list_sims(
     Ok("[]")
 }
 
-/// Serves on a free port of this machine and returns the base of its URIs.
+/// Serves on a free loopback port, and returns the base of its URIs.
 pub(crate) async fn serve(router: Router) -> Result<String, BoxError> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
