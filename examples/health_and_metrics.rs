@@ -9,7 +9,7 @@
 //! ```
 //!
 //! `health_and_metrics/` holds a Grafana dashboard, and a configuration and alerts for Prometheus. The example also checks
-//! that the metrics which the dashboard draws exist.
+//! that the dashboard draws the metrics that exist.
 
 use std::{
     collections::BTreeSet,
@@ -45,10 +45,10 @@ use tower_bearer::{
     TokenCache, TokenEvent,
 };
 
-/// Shows what a service says of its tokens through an outage.
+/// Shows what a service reports about its tokens during an outage.
 #[derive(Parser)]
 struct Args {
-    /// Goes on for so many seconds, with traffic, at a fixed port of the loopback for Prometheus
+    /// Goes on for this many seconds, with traffic, on a fixed loopback port for Prometheus
     #[arg(long)]
     linger: Option<u64>,
 }
@@ -56,17 +56,23 @@ struct Args {
 #[tokio::main]
 async fn main() -> Result<(), BoxError> {
     let args = Args::parse();
-    // Before the cache is made, or the first token's requests are not counted.
+    // Before the cache is made, or the first token requests would not be counted.
     let recorder = PrometheusBuilder::new()
-        // Without buckets, histograms are exported as summaries, which cannot be added up.
-        .set_buckets_for_metric(Matcher::Suffix("flight_duration_seconds".into()), &TOOK)?
-        .set_buckets_for_metric(Matcher::Suffix("token_remaining_seconds".into()), &REMAINS)?
+        // Without buckets, histograms are exported as summaries, which cannot be aggregated.
+        .set_buckets_for_metric(
+            Matcher::Suffix("flight_duration_seconds".into()),
+            &DURATION_BUCKETS,
+        )?
+        .set_buckets_for_metric(
+            Matcher::Suffix("token_remaining_seconds".into()),
+            &REMAINING_BUCKETS,
+        )?
         .install_recorder()?;
-    // The exporter gathers the samples of histograms until they are counted: at a scrape, or by this.
+    // The exporter collects histogram samples until a scrape, or this, counts them.
     let upkeep = recorder.clone();
     tokio::spawn(async move {
         loop {
-            time::sleep(UPKEEP).await;
+            time::sleep(UPKEEP_PERIOD).await;
             upkeep.run_upkeep();
         }
     });
@@ -77,7 +83,7 @@ async fn main() -> Result<(), BoxError> {
     let source = ClientCredentials::builder(token_url, "client-id")
         .client_secret("client-secret")
         .build_with(client.clone())?;
-    // One attempt at a time: with tokens of three seconds there is no time for more before they expire.
+    // One attempt per flight: tokens of three seconds leave no time for more before they expire.
     let policy = RefreshPolicy::new().name("sims").attempts(1);
     let cache = TokenCache::with_policy(source, policy);
     let service = BearerAuthLayer::new(cache.clone())
@@ -88,25 +94,25 @@ async fn main() -> Result<(), BoxError> {
         Some(_) => "127.0.0.1:9464",
         None => "127.0.0.1:0",
     };
-    let watched = Watch {
+    let state = AppState {
         cache: cache.clone(),
         recorder,
     };
-    let watch = Watcher {
+    let monitor = Monitor {
         client,
-        base: serve(address, endpoints(watched)).await?,
+        base: serve(address, endpoints(state)).await?,
     };
-    tokio::spawn(tell(cache.clone()));
+    tokio::spawn(print_events(cache.clone()));
 
-    // Nobody has asked for a token yet, and the service may be sent requests.
-    let health = watch.health("before").await?;
+    // No token has been requested yet, and the service takes requests.
+    let health = monitor.health("before").await?;
     expect(&health, "ok", "missing", 200)?;
 
     let traffic = tokio::spawn(traffic(service, api));
     time::sleep(Duration::from_millis(500)).await;
-    let health = watch.health("steady load").await?;
+    let health = monitor.health("steady load").await?;
     expect(&health, "ok", "fresh", 200)?;
-    let metrics = watch.metrics().await?;
+    let metrics = monitor.metrics().await?;
     assert!(metrics.sum("tower_bearer_requests_total", "token=\"fresh\"") > 10.0);
     assert_eq!(
         metrics.sum("tower_bearer_requests_total", "token=\"failed\""),
@@ -114,18 +120,18 @@ async fn main() -> Result<(), BoxError> {
     );
     assert_eq!(metrics.sum("tower_bearer_closed_gates", ""), 0.0);
 
-    // The API forgets a token: it is replaced, and nobody notices.
+    // The API revokes a token: it is replaced, and nobody notices.
     realm.revoked.store(realm.granted(), Ordering::SeqCst);
     time::sleep(Duration::from_millis(500)).await;
-    let metrics = watch.metrics().await?;
+    let metrics = monitor.metrics().await?;
     assert!(metrics.sum("tower_bearer_token_refusals_total", "decision=\"started\"") >= 1.0);
     assert!(metrics.sum("tower_bearer_replays_total", "") >= 1.0);
 
-    // The authorization server is gone. Requests go on with the token that there is.
+    // The authorization server goes down. Requests go on with the token at hand ..
     realm.down.store(true, Ordering::SeqCst);
-    let health = watch.until("outage", "degraded").await?;
+    let health = monitor.until("outage", "degraded").await?;
     expect(&health, "degraded", "due", 200)?;
-    let metrics = watch.metrics().await?;
+    let metrics = monitor.metrics().await?;
     assert!(
         metrics.sum(
             "tower_bearer_token_requests_total",
@@ -137,27 +143,27 @@ async fn main() -> Result<(), BoxError> {
         metrics.sum("tower_bearer_requests_total", "token=\"failed\""),
         0.0
     );
-    // Until it has expired.
-    let health = watch.until("outage, later", "failing").await?;
+    // .. until it expires.
+    let health = monitor.until("outage, later", "failing").await?;
     expect(&health, "failing", "expired", 503)?;
     time::sleep(Duration::from_millis(200)).await;
-    let metrics = watch.metrics().await?;
+    let metrics = monitor.metrics().await?;
     assert!(metrics.sum("tower_bearer_requests_total", "token=\"failed\"") >= 1.0);
 
-    // It is back.
+    // The server comes back.
     realm.down.store(false, Ordering::SeqCst);
-    let health = watch.until("recovery", "ok").await?;
+    let health = monitor.until("recovery", "ok").await?;
     expect(&health, "ok", "fresh", 200)?;
-    let metrics = watch.metrics().await?;
+    let metrics = monitor.metrics().await?;
     assert_eq!(metrics.sum("tower_bearer_closed_gates", ""), 0.0);
 
-    // The dashboard draws all that there is, and nothing else.
+    // The dashboard draws every metric, and nothing else.
     let dashboard: Value = serde_json::from_str(DASHBOARD)?;
     assert_eq!(drawn(&dashboard, &metrics), metrics.names());
     println!("the dashboard draws all {} metrics", metrics.names().len());
 
     if let Some(seconds) = args.linger {
-        println!("serving {} for {seconds} s", watch.base);
+        println!("serving {} for {seconds} s", monitor.base);
         time::sleep(Duration::from_secs(seconds)).await;
     }
     traffic.abort();
@@ -167,22 +173,22 @@ async fn main() -> Result<(), BoxError> {
 // The service's own endpoints.
 
 #[derive(Clone)]
-struct Watch {
+struct AppState {
     cache: TokenCache,
     recorder: PrometheusHandle,
 }
 
-fn endpoints(watch: Watch) -> Router {
+fn endpoints(state: AppState) -> Router {
     Router::new()
         .route("/healthz", get(healthz))
         .route("/metrics", get(metrics))
-        .with_state(watch)
+        .with_state(state)
 }
 
-/// Out of service while requests would fail, since others may do better; in service, if not well, during an outage
-/// that the token outlives.
-async fn healthz(State(watch): State<Watch>) -> (StatusCode, Json<Value>) {
-    let status = watch.cache.status();
+/// Out of service while requests would fail, since other instances may do better; in service, though degraded, during
+/// an outage that the token outlives.
+async fn healthz(State(state): State<AppState>) -> (StatusCode, Json<Value>) {
+    let status = state.cache.status();
     let (code, text) = match (status.is_healthy(), status.consecutive_failures()) {
         (true, 0) => (StatusCode::OK, "ok"),
         (true, _) => (StatusCode::OK, "degraded"),
@@ -205,12 +211,12 @@ fn report(text: &str, status: &Status) -> Value {
     })
 }
 
-async fn metrics(State(watch): State<Watch>) -> String {
-    watch.recorder.render()
+async fn metrics(State(state): State<AppState>) -> String {
+    state.recorder.render()
 }
 
-/// What a program can do with events: here it prints those that matter.
-async fn tell(cache: TokenCache) {
+/// Prints the events that matter, as an example of what to do with them.
+async fn print_events(cache: TokenCache) {
     let mut events = cache.events();
     drop(cache);
     while let Some(event) = events.next().await {
@@ -231,16 +237,16 @@ async fn tell(cache: TokenCache) {
     }
 }
 
-// Those who watch it.
+// The monitoring.
 
-struct Watcher {
+struct Monitor {
     client: Http,
     base: String,
 }
 
 type Http = Client<HttpConnector, Full<Bytes>>;
 
-impl Watcher {
+impl Monitor {
     async fn health(&self, phase: &str) -> Result<(u16, Value), BoxError> {
         let (code, body) = self.get("/healthz").await?;
         let health = serde_json::from_slice(&body)?;
@@ -248,7 +254,7 @@ impl Watcher {
         Ok((code, health))
     }
 
-    /// Asks until the status is this one.
+    /// Polls until the status is this one.
     async fn until(&self, phase: &str, status: &str) -> Result<(u16, Value), BoxError> {
         let end = Instant::now() + Duration::from_secs(15);
         loop {
@@ -258,7 +264,7 @@ impl Watcher {
                 return self.health(phase).await;
             }
             if Instant::now() > end {
-                return Err(format!("it is never {status}: {health}").into());
+                return Err(format!("the status does not become {status}: {health}").into());
             }
             time::sleep(Duration::from_millis(10)).await;
         }
@@ -283,15 +289,15 @@ fn expect(
     token: &str,
     expected: u16,
 ) -> Result<(), BoxError> {
-    let fits = *code == expected && health["status"] == status && health["token"] == token;
-    let is_due = token == "fresh" && health["token"] == "due";
-    if fits || (is_due && *code == expected && health["status"] == status) {
+    // A fresh token may have become due meanwhile.
+    let token_fits = health["token"] == token || (token == "fresh" && health["token"] == "due");
+    if *code == expected && health["status"] == status && token_fits {
         return Ok(());
     }
     Err(format!("not {expected}, {status} and {token}").into())
 }
 
-/// What `/metrics` says, in the text format of Prometheus.
+/// The answer of `/metrics`, in Prometheus's text format.
 struct Metrics(String);
 
 impl Metrics {
@@ -339,20 +345,20 @@ async fn traffic(mut service: BearerAuth<Http, CloneBody>, api: Uri) {
         let mut request = Request::new(Full::default());
         *request.uri_mut() = api.clone();
         if service.ready().await.is_ok() {
-            // What fails is counted.
+            // The metrics count failures.
             let _ = service.call(request).await;
         }
         time::sleep(Duration::from_millis(5)).await;
     }
 }
 
-// The world around it: an authorization server whose tokens live for three seconds, and an API.
+// The servers: an authorization server whose tokens live for three seconds, and an API.
 
 #[derive(Default)]
 struct Realm {
     down: AtomicBool,
     granted: AtomicUsize,
-    /// Tokens up to this one are void.
+    /// Tokens up to this number are revoked.
     revoked: AtomicUsize,
 }
 
@@ -411,9 +417,9 @@ async fn serve(address: &str, router: Router) -> Result<String, BoxError> {
 
 const DASHBOARD: &str = include_str!("health_and_metrics/dashboard.json");
 
-/// The buckets of the histograms, in seconds. The second ones are for tokens of an hour at most.
-const TOOK: [f64; 9] = [0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0];
-const REMAINS: [f64; 9] = [0.0, 1.0, 5.0, 15.0, 30.0, 60.0, 300.0, 900.0, 3_600.0];
+/// The histograms' buckets, in seconds. The latter are for tokens of an hour at most.
+const DURATION_BUCKETS: [f64; 9] = [0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0];
+const REMAINING_BUCKETS: [f64; 9] = [0.0, 1.0, 5.0, 15.0, 30.0, 60.0, 300.0, 900.0, 3_600.0];
 
-/// How often the samples of histograms are counted.
-const UPKEEP: Duration = Duration::from_secs(5);
+/// How often histogram samples are counted.
+const UPKEEP_PERIOD: Duration = Duration::from_secs(5);
