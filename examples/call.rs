@@ -10,7 +10,7 @@
 //!     --client-id ID --client-secret-env CLIENT_SECRET --url https://HOST/sims
 //! ```
 //!
-//! The token endpoint comes from the authorization server's metadata; for a server without, use `--token-url`.
+//! The token endpoint comes from the authorization server's metadata; for a server without any, use `--token-url`.
 //! The method of client authentication follows from the credentials given, or from `--auth`:
 //!
 //! ```sh
@@ -77,7 +77,7 @@ use tower_bearer::{
 #[command(group(ArgGroup::new("secret")))]
 #[command(group(ArgGroup::new("proof").required(true).multiple(true)))]
 struct Args {
-    /// The issuer of the authorization server, which says where its token endpoint is
+    /// The authorization server's issuer, whose metadata names the token endpoint
     #[arg(long, value_name = "URL", group = "server")]
     issuer: Option<String>,
     /// The token endpoint, instead of the issuer
@@ -86,7 +86,7 @@ struct Args {
     /// The client's id at the authorization server
     #[arg(long, value_name = "ID")]
     client_id: String,
-    /// How the client proves its identity [default: by what it is given to do so]
+    /// How the client authenticates [default: by the credentials given]
     #[arg(
         long,
         value_enum,
@@ -106,52 +106,52 @@ struct Args {
     #[arg(long, value_name = "FILE", groups = ["secret", "proof"])]
     client_secret_file: Option<PathBuf>,
     /// The private key that signs the client's assertions, in PEM or as a JWK, read for every token request; with
-    /// --cert its key
+    /// --cert, the certificate's key
     #[arg(long, value_name = "FILE", group = "proof")]
     key: Option<PathBuf>,
     /// The key's id at the authorization server
     #[arg(long, value_name = "ID", requires = "key")]
     kid: Option<String>,
-    /// Whom assertions are addressed to [default: the issuer, or the token endpoint with --token-url]
+    /// The audience of assertions [default: the issuer, or the token endpoint with --token-url]
     #[arg(long, value_enum)]
     assertion_audience: Option<Audience>,
-    /// The client's certificate and its chain in PEM, perhaps with its key, to be presented to both servers
+    /// The client's certificate and its chain in PEM, optionally with its key, presented to both servers
     #[arg(long, value_name = "FILE", group = "proof")]
     cert: Option<PathBuf>,
-    /// Root certificates in PEM to trust beside the system's
+    /// Root certificates in PEM to trust in addition to the system's
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
-    /// A scope to ask for; may be repeated
+    /// A scope to request; may be repeated
     #[arg(long)]
     scope: Vec<String>,
-    /// A resource that the token is to be good for (RFC 8707); may be repeated
+    /// A resource that the token is for (RFC 8707); may be repeated
     #[arg(long, value_name = "URI")]
     resource: Vec<String>,
-    /// A further parameter of every token request, such as audience=..; may be repeated
+    /// An extra parameter of every token request, such as audience=..; may be repeated
     #[arg(long, value_name = "NAME=VALUE", value_parser = parameter)]
     param: Vec<(String, String)>,
-    /// What to call
+    /// The URL to call
     #[arg(long)]
     url: Uri,
-    /// How to call it
+    /// The method to call it with
     #[arg(long, default_value_t = Method::GET)]
     method: Method,
     /// How many requests to send [default: 1, or as many as fit into --duration]
     #[arg(long, value_name = "N")]
     requests: Option<NonZeroU64>,
-    /// How many requests may be under way at a time [default: 1, or no limit with --rate]
+    /// How many requests may be in flight at a time [default: 1, or no limit with --rate]
     #[arg(long, value_name = "N")]
     concurrency: Option<NonZeroUsize>,
     /// For how many seconds to send requests
     #[arg(long, value_name = "SECONDS", value_parser = amount)]
     duration: Option<f64>,
-    /// Requests per second, each sent when it is due however long the others take; latencies count from then
+    /// Requests per second, each sent when it is due, however long the others take; latencies count from then
     #[arg(long, value_name = "PER_SECOND", value_parser = amount)]
     rate: Option<f64>,
     /// How many requests may be out on the network at a time
     #[arg(long, value_name = "N", default_value = "256")]
     connections: NonZeroUsize,
-    /// How many seconds a request may take, with all its waits
+    /// How many seconds a request may take, including all waits
     #[arg(long, value_name = "SECONDS", value_parser = amount, default_value = "60")]
     timeout: f64,
     /// Lets secrets and tokens go over plain http to other machines, where anybody on the way can read them
@@ -178,7 +178,7 @@ enum Audience {
 }
 
 fn parameter(text: &str) -> Result<(String, String), &'static str> {
-    let (name, value) = text.split_once('=').ok_or("there is no = in it")?;
+    let (name, value) = text.split_once('=').ok_or("it contains no =")?;
     Ok((name.to_owned(), value.to_owned()))
 }
 
@@ -217,15 +217,14 @@ async fn main() -> ExitCode {
 
 // The client.
 
-/// Answers come without their bodies, which have been read by then.
+/// Its answers come without their bodies, which it reads and drops.
 type Api = BoxCloneService<Request<Full<Bytes>>, Response<()>, BoxError>;
 type Http = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
 
 fn client(args: &Args, report: &Report) -> Result<Api, BoxError> {
     let connector = connector(args)?;
     let report = report.clone();
-    // As the library's own client: a token request now and then is not worth a pool, and how often to try is
-    // for the cache to decide.
+    // Like the library's own client: occasional token requests need no pool, and the cache decides how often to try.
     let tokens: Http = Client::builder(TokioExecutor::new())
         .pool_max_idle_per_host(0)
         .retry_canceled_requests(false)
@@ -251,8 +250,8 @@ fn source(args: &Args) -> Result<ClientCredentialsBuilder, BoxError> {
     let mut source = match (&args.issuer, &args.token_url) {
         (Some(issuer), _) => ClientCredentials::discover(issuer, &args.client_id),
         (None, url) => {
-            let url = url.as_deref().expect("clap wants one of both");
-            // Nothing else is known that an assertion could be addressed to.
+            let url = url.as_deref().expect("clap requires one of them");
+            // The only audience for assertions that is known.
             ClientCredentials::builder(url, &args.client_id)
                 .assertion_audience(AssertionAudience::TokenEndpoint)
         }
@@ -277,7 +276,7 @@ fn source(args: &Args) -> Result<ClientCredentialsBuilder, BoxError> {
         Auth::Tls => AuthMethod::TlsClientAuth,
     });
     let has_secret = args.client_secret_env.is_some() || args.client_secret_file.is_some();
-    // The library does not know what the connector presents.
+    // The library cannot see that the connector presents a certificate.
     let by_certificate = (args.cert.is_some() && !has_secret).then_some(AuthMethod::TlsClientAuth);
     if let Some(method) = method.or(by_certificate) {
         source = source.auth_method(method);
@@ -311,11 +310,11 @@ fn secret(name: &str) -> Result<String, String> {
         Err(env::VarError::NotUnicode(_)) => "is not UTF-8",
     };
     Err(format!(
-        "the environment variable {name}, which is to hold the client's secret, {problem}"
+        "the environment variable {name} for the client's secret {problem}"
     ))
 }
 
-/// What is in a file whenever it is needed. A file that is not there is told before anything is sent.
+/// A credential that is read whenever it is needed. A missing file is reported before anything is sent.
 fn file(path: &Path) -> Result<Credential, String> {
     read(path).map(|_| Credential::file(path))
 }
@@ -367,7 +366,7 @@ fn roots(args: &Args) -> Result<RootCertStore, BoxError> {
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
-    // Errors of PEM quote the text that they stumbled over, which may be a key.
+    // PEM errors quote the text that caused them, which may be a key.
     CertificateDer::pem_slice_iter(&read(path)?)
         .collect::<Result<Vec<_>, _>>()
         .ok()
@@ -389,7 +388,7 @@ fn certificate(
     Err("neither --cert nor --key holds a private key in PEM".to_owned())
 }
 
-/// Reads the body below the limit, which so counts connections and not just requests without an answer.
+/// Reads the body below the limit, which thus counts connections and not only requests without an answer.
 async fn read_whole(http: Http, request: Request<Full<Bytes>>) -> Result<Response<()>, BoxError> {
     let (head, mut body) = http.request(request).await?.into_parts();
     while let Some(frame) = body.frame().await {
@@ -398,8 +397,8 @@ async fn read_whole(http: Http, request: Request<Full<Bytes>>) -> Result<Respons
     Ok(Response::from_parts(head, ()))
 }
 
-/// Counts a token request by its grant on its way to the token endpoint. What else goes to the server, such as the
-/// question for its metadata, is not counted.
+/// Sends a request to the authorization server. Counts token requests by their grant, but no others, such as for
+/// metadata.
 async fn send_counted(
     http: Http,
     report: Report,
@@ -408,17 +407,15 @@ async fn send_counted(
     let (head, body) = request.into_parts();
     let Ok(body) = body.collect().await;
     let body = body.to_bytes();
+    let request = Request::from_parts(head, Full::new(body.clone()));
     let grant = form_urlencoded::parse(&body).find(|(name, _)| name == "grant_type");
     let Some((_, grant)) = grant else {
-        return http
-            .request(Request::from_parts(head, Full::new(body)))
-            .await;
+        return http.request(request).await;
     };
     match &*grant {
         "refresh_token" => report.lock().refresh_token += 1,
         _ => report.lock().client_credentials += 1,
     }
-    let request = Request::from_parts(head, Full::new(body.clone()));
     let answer = http.request(request).await;
     let granted = matches!(&answer, Ok(answer) if answer.status().is_success());
     report.lock().failed_token_requests += u64::from(!granted);
@@ -436,21 +433,21 @@ struct Plan {
 
 impl Plan {
     fn new(args: &Args) -> Self {
-        let otherwise = if args.duration.is_some() { u64::MAX } else { 1 };
+        let default = if args.duration.is_some() { u64::MAX } else { 1 };
         let length = args.duration.map(Duration::from_secs_f64);
         Self {
-            requests: args.requests.map_or(otherwise, NonZeroU64::get),
+            requests: args.requests.map_or(default, NonZeroU64::get),
             until: length.map(|length| Instant::now() + length),
         }
     }
 
-    /// Whether the request of this number, from 0, is to be sent at `due`.
-    fn has(&self, number: u64, due: Instant) -> bool {
+    /// Whether to send this request at `due`; numbers start at 0.
+    fn allows(&self, number: u64, due: Instant) -> bool {
         number < self.requests && self.until.is_none_or(|until| due < until)
     }
 }
 
-/// Sends each request when one before it is done.
+/// Sends each request when an earlier one is done.
 async fn closed_loop(args: &Args, api: &Api, report: &Report) {
     let plan = Plan::new(args);
     let call = Call::new(args, api, report);
@@ -461,7 +458,7 @@ async fn closed_loop(args: &Args, api: &Api, report: &Report) {
         workers.spawn(async move {
             loop {
                 let now = Instant::now();
-                if !plan.has(numbers.fetch_add(1, Ordering::Relaxed), now) {
+                if !plan.allows(numbers.fetch_add(1, Ordering::Relaxed), now) {
                     break;
                 }
                 call.clone().run(now).await;
@@ -478,20 +475,20 @@ async fn open_loop(args: &Args, rate: f64, api: &Api, report: &Report) {
     let limit = args
         .concurrency
         .map_or(Semaphore::MAX_PERMITS, NonZeroUsize::get);
-    let places = Arc::new(Semaphore::new(limit.min(Semaphore::MAX_PERMITS)));
+    let permits = Arc::new(Semaphore::new(limit.min(Semaphore::MAX_PERMITS)));
     let started = Instant::now();
     let mut calls = JoinSet::new();
     for number in 0.. {
         let due = started + Duration::from_secs_f64(number as f64 / rate);
-        if !plan.has(number, due) {
+        if !plan.allows(number, due) {
             break;
         }
         time::sleep_until(due).await;
-        let place = Arc::clone(&places).acquire_owned().await;
+        let permit = Arc::clone(&permits).acquire_owned().await;
         let call = call.clone();
         calls.spawn(async move {
             call.run(due).await;
-            drop(place);
+            drop(permit);
         });
         while calls.try_join_next().is_some() {}
     }
@@ -531,7 +528,7 @@ impl Call {
 
 // The report.
 
-/// What came of all requests; clones share it.
+/// The outcomes of all requests; clones share them.
 #[derive(Clone)]
 struct Report(Arc<Mutex<Tally>>);
 
@@ -539,7 +536,7 @@ struct Tally {
     failed: u64,
     statuses: BTreeMap<u16, u64>,
     errors: BTreeMap<&'static str, Failure>,
-    /// In microseconds; what takes longer than an hour counts as one.
+    /// In microseconds; anything longer than an hour counts as one.
     latencies: Histogram<u64>,
     client_credentials: u64,
     refresh_token: u64,
@@ -656,7 +653,7 @@ impl Tally {
 
 const HOUR: u64 = 3_600_000_000;
 
-/// A word for what went wrong.
+/// A short name for what went wrong.
 fn kind(error: &BoxError) -> &'static str {
     if let Some(error) = error.downcast_ref::<TokenError>() {
         return token_error_kind(error);
@@ -682,11 +679,11 @@ fn token_error_kind(error: &TokenError) -> &'static str {
         (error.is_no_runtime(), "token_no_runtime"),
         (error.is_unavailable(), "token_unavailable"),
     ];
-    let kind = kinds.into_iter().find(|(is_so, _)| *is_so);
+    let kind = kinds.into_iter().find(|(matches, _)| *matches);
     kind.map_or("token_other", |(_, kind)| kind)
 }
 
-/// An error with its sources, each of which speaks for its own level.
+/// The messages of an error and of its sources.
 fn chain(error: &(dyn Error + 'static)) -> String {
     let levels = iter::successors(Some(error), |&error| error.source());
     levels
