@@ -1,9 +1,9 @@
 //! What happens to requests while you revoke their token, or slow down or break the token endpoint.
 //!
 //! A client sends requests at a constant rate, whether or not they are answered, through the layer to an API, all in
-//! memory. In a terminal you watch and interfere, by the keys shown at the bottom. Without one, or with `--svg`, a script
-//! of twelve seconds interferes, and the run is drawn as a picture. Afterwards the promises are checked by what the API
-//! and the token endpoint saw, and the exit status is 1 if one was broken.
+//! memory. In a terminal you watch and interfere with the keys shown at the bottom. Without one, or with `--svg`, a script
+//! of twelve seconds interferes, and the run is drawn. At the end the promises are checked by what the API and the token
+//! endpoint saw, and the exit status is 1 if one was broken.
 //!
 //! ```sh
 //! cargo run --release --example refresh_contention [-- --svg FILE]
@@ -26,10 +26,10 @@ mod plot;
 mod run;
 mod view;
 
-/// Shows what requests, their token and its endpoint do to each other.
+/// Shows how requests, their token and the token endpoint affect each other.
 #[derive(Parser)]
 struct Args {
-    /// Plays the script and draws it into this file
+    /// Plays the script and draws the run into this file
     #[arg(long)]
     svg: Option<PathBuf>,
     /// Requests per second
@@ -50,10 +50,10 @@ fn main() -> Result<ExitCode, BoxError> {
     }
     runtime.block_on(world.stop());
 
-    let laws = world.laws(scripted);
+    let promises = world.promises(scripted);
     println!();
-    for (law, held) in &laws {
-        println!("{}: {law}", if *held { "held" } else { "BROKEN" });
+    for (promise, held) in &promises {
+        println!("{}: {promise}", if *held { "held" } else { "BROKEN" });
     }
     if scripted {
         let file = || std::env::temp_dir().join("refresh_contention.svg");
@@ -61,11 +61,11 @@ fn main() -> Result<ExitCode, BoxError> {
         plot::draw(&file, &world.record())?;
         println!("drawn: {}", file.display());
     }
-    let held = laws.iter().all(|(_, held)| *held);
+    let held = promises.iter().all(|(_, held)| *held);
     Ok(ExitCode::from(u8::from(!held)))
 }
 
-/// Does to the world what one might do by hand.
+/// Plays the script: what a user might do by hand.
 async fn play(world: &World, rate: u32) {
     let script = [
         (2_000, Act::Revoke),
@@ -75,10 +75,9 @@ async fn play(world: &World, rate: u32) {
         (9_000, Act::Break(false)),
         (11_000, Act::Load(rate * 3)),
     ];
-    let ticks = script.map(|(millis, act)| (Duration::from_millis(millis), act));
-    for (at, act) in ticks {
-        time::sleep_until(world.began() + at).await;
-        world.act(act);
+    for (at, action) in script {
+        time::sleep_until(world.started() + Duration::from_millis(at)).await;
+        world.act(action);
     }
-    time::sleep_until(world.began() + Duration::from_secs(12)).await;
+    time::sleep_until(world.started() + Duration::from_secs(12)).await;
 }

@@ -1,4 +1,4 @@
-//! The run as a picture: panels over one time, on white, which a dark page shows as well.
+//! The run as a picture: panels over a common time axis, on white, which is legible on a dark page, too.
 
 use std::path::Path;
 
@@ -32,11 +32,11 @@ struct Picture<'a> {
     end: f64,
 }
 
-/// A stripe of the picture with an axis of its own.
+/// A strip of the picture with an axis of its own.
 struct Panel {
     top: i32,
     bottom: i32,
-    /// What its top stands for.
+    /// The value at its top.
     most: f64,
 }
 
@@ -51,12 +51,12 @@ type Drawn = Result<(), BoxError>;
 
 impl Picture<'_> {
     fn draw(&self) -> Drawn {
-        let title = "Requests and their token, while one interferes";
+        let title = "Requests and their token under interference";
         self.text(title, (LEFT, 26), 19, INK, HPos::Left, FontStyle::Bold)?;
         let record = self.record;
         let summary = format!(
             "{} requests, {} token requests. {} were refused for a revoked token and sent again; {} failed, {} of them \
-             with a valid token at hand.",
+             despite a valid token.",
             record.answered + record.failures.len(),
             record.asked.len(),
             record.refused,
@@ -109,7 +109,7 @@ impl Picture<'_> {
         self.caption(&age, "age of the token in seconds", &[])?;
         self.age(&age)?;
         let outcomes = [("granted", GREEN), ("failed", RED)];
-        self.caption(&asked, "token requests, from question to answer", &outcomes)?;
+        self.caption(&asked, "token requests, from start to answer", &outcomes)?;
         self.asked(&asked)?;
         self.root.present()?;
         Ok(())
@@ -120,7 +120,7 @@ impl Picture<'_> {
         LEFT + (width * (at / self.end).clamp(0.0, 1.0)).round() as i32
     }
 
-    /// Shades the time during which the token endpoint was not well.
+    /// Shades the times during which the token endpoint was slow or down.
     fn bands(&self, panels: &[&Panel]) -> Drawn {
         let acts = &self.record.acts;
         for (at, act) in acts {
@@ -145,7 +145,7 @@ impl Picture<'_> {
         Ok(())
     }
 
-    /// Draws the lines of a panel's values, and labels them.
+    /// Draws and labels the grid lines of a panel.
     fn grid(&self, panel: &Panel) -> Drawn {
         let step = step(panel.most);
         let mut value = 0.0;
@@ -186,10 +186,11 @@ impl Picture<'_> {
     fn caption(&self, panel: &Panel, name: &str, colours: &[(&str, RGBColor)]) -> Drawn {
         let y = panel.top - 14;
         self.text(name, (LEFT, y), 13, INK, HPos::Left, FontStyle::Bold)?;
-        // So that no line across the panels runs through it.
+        // Keeps the lines across the panels out of the legend.
         let width: i32 = colours.iter().map(|(name, _)| entry_width(name)).sum();
-        let place = [(RIGHT - width, y - 8), (RIGHT + 1, y + 8)];
-        self.root.draw(&Rectangle::new(place, WHITE.filled()))?;
+        let background = [(RIGHT - width, y - 8), (RIGHT + 1, y + 8)];
+        self.root
+            .draw(&Rectangle::new(background, WHITE.filled()))?;
         let mut x = RIGHT;
         for (name, colour) in colours.iter().rev() {
             let left = x - entry_width(name) + 20;
@@ -203,7 +204,7 @@ impl Picture<'_> {
 
     fn area(&self, panel: &Panel, value: fn(&Sample) -> f64, colour: RGBColor) -> Drawn {
         let samples = &self.record.samples;
-        // From zero to zero, and nothing between: a line along the bottom would hide that of another value.
+        // Draws from zero to zero, but no zeros between: a line along the bottom would hide that of another value.
         let at = |index: usize| samples.get(index).map_or(0.0, value);
         let is_part = |index: usize| at(index) + at(index + 1) + at(index.wrapping_sub(1)) > 0.0;
         let parts: Vec<_> = (0..samples.len())
@@ -248,15 +249,16 @@ impl Picture<'_> {
                 .draw(&PathElement::new(dash, RED.stroke_width(1)))?;
         }
         let name = "no longer attached";
-        let place = [(RIGHT - 110, y - 16), (RIGHT, y - 3)];
-        self.root.draw(&Rectangle::new(place, WHITE.filled()))?;
+        let background = [(RIGHT - 110, y - 16), (RIGHT, y - 3)];
+        self.root
+            .draw(&Rectangle::new(background, WHITE.filled()))?;
         self.note(name, (RIGHT, y - 9), 12, RED, HPos::Right)?;
         let mut line = Vec::new();
         for (index, sample) in self.record.samples.iter().enumerate() {
             let before = index
                 .checked_sub(1)
                 .and_then(|i| self.record.samples[i].age);
-            // A younger token than before is another one.
+            // A younger token is another one.
             if sample.age.is_none() || sample.age < before {
                 self.stroke(std::mem::take(&mut line), GREEN)?;
             }
@@ -287,13 +289,13 @@ impl Picture<'_> {
         Ok(())
     }
 
-    /// Draws what was done to it, across all panels.
+    /// Marks the interference, across all panels.
     fn acts(&self, panels: &[&Panel]) -> Drawn {
         let bottom = panels.iter().map(|panel| panel.bottom).max().unwrap_or(0);
         let style: ShapeStyle = INK.mix(0.55).stroke_width(1);
         for (index, (at, act)) in self.record.acts.iter().enumerate() {
             let x = self.x(*at);
-            // In two rows, for they may follow closely.
+            // In two rows, since they may follow each other closely.
             let y = if index % 2 == 0 { 76 } else { 92 };
             let mut top = y + 8;
             while top < bottom {
@@ -333,12 +335,12 @@ impl Picture<'_> {
     }
 }
 
-/// How much room a name takes beside its colour, in a wide font.
+/// The width of a legend entry in a wide font.
 fn entry_width(name: &str) -> i32 {
     7 * name.len() as i32 + 34
 }
 
-/// A round distance between the lines of a panel, of which there are two to five.
+/// A round distance between the grid lines of a panel, for two to five of them.
 fn step(most: f64) -> f64 {
     let power = 10_f64.powf((most / 2.0).log10().floor());
     let steps = [5.0, 2.0, 1.0].into_iter().map(|digit| digit * power);
@@ -356,7 +358,7 @@ const FONT: &str = "sans-serif";
 const INK: RGBColor = RGBColor(34, 34, 34);
 const GREY: RGBColor = RGBColor(110, 110, 110);
 const FAINT: RGBColor = RGBColor(230, 230, 230);
-// Told apart by those who see fewer colours, too (Okabe and Ito).
+// Distinguishable by the colour-blind, too (Okabe and Ito).
 const BLUE: RGBColor = RGBColor(0, 114, 178);
 const RED: RGBColor = RGBColor(213, 94, 0);
 const GREEN: RGBColor = RGBColor(0, 158, 115);

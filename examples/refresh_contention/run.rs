@@ -1,4 +1,4 @@
-//! The client, its API and its token endpoint, and what was seen of them.
+//! The client, its API and its token endpoint, and a record of the run.
 
 use std::{
     collections::HashMap,
@@ -22,23 +22,23 @@ use tower_bearer::{
 
 /// How long a token lives; it is attached for nine tenths of it.
 pub(crate) const LIFETIME: Duration = Duration::from_secs(4);
-/// How long the token endpoint takes for an answer.
+/// How long the token endpoint takes to answer.
 const LATENCY: Duration = Duration::from_millis(150);
-/// The same when it is slow.
+/// The same while it is slow.
 const SLOW: Duration = Duration::from_millis(500);
 /// How often a sample is taken.
 const STEP: Duration = Duration::from_millis(100);
 /// How many tasks send requests.
 const SENDERS: u32 = 4;
 
-/// What one can do to it.
+/// How to interfere with the run.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Act {
-    /// Voids every token.
+    /// Revokes every token.
     Revoke,
-    /// Makes the token endpoint slow, or quick again.
+    /// Makes the token endpoint slow, or fast again.
     Slow(bool),
-    /// Makes the token endpoint fail, or mends it.
+    /// Makes the token endpoint fail, or work again.
     Break(bool),
     /// Sets the requests per second.
     Load(u32),
@@ -49,7 +49,7 @@ impl fmt::Display for Act {
         match self {
             Self::Revoke => f.write_str("tokens revoked"),
             Self::Slow(true) => f.write_str("endpoint slow"),
-            Self::Slow(false) => f.write_str("quick again"),
+            Self::Slow(false) => f.write_str("fast again"),
             Self::Break(true) => f.write_str("endpoint down"),
             Self::Break(false) => f.write_str("up again"),
             Self::Load(rate) => write!(f, "{rate} requests/s"),
@@ -60,14 +60,14 @@ impl fmt::Display for Act {
 /// A moment of the run.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sample {
-    /// Seconds since it began.
+    /// Seconds since the start.
     pub(crate) at: f64,
     /// Requests that ended since the last sample, per second.
     pub(crate) answered: f64,
     pub(crate) failed: f64,
     /// The most requests that waited for a token since then.
     pub(crate) waiting: usize,
-    /// How long ago the token that requests take was asked for, in seconds.
+    /// How long ago the current token was requested, in seconds.
     pub(crate) age: Option<f64>,
 }
 
@@ -75,19 +75,19 @@ pub(crate) struct Sample {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Asked {
     pub(crate) at: f64,
-    /// Whether it was granted, once it is answered, and when that was.
+    /// Once answered: whether it was granted, and when it was answered.
     pub(crate) answer: Option<(bool, f64)>,
 }
 
-/// All that was seen.
+/// The whole run.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Record {
     pub(crate) samples: Vec<Sample>,
     pub(crate) asked: Vec<Asked>,
     pub(crate) acts: Vec<(f64, Act)>,
-    /// When each request that failed did.
+    /// When each failed request failed.
     pub(crate) failures: Vec<f64>,
-    /// How many of them failed although there was a token that the API would have taken.
+    /// How many of them failed despite a token that the API would have accepted.
     pub(crate) needless: usize,
     /// How many requests the API refused.
     pub(crate) refused: usize,
@@ -97,18 +97,18 @@ pub(crate) struct Record {
     at_once: usize,
 }
 
-/// Clones are one.
+/// The run; clones share it.
 #[derive(Clone)]
 pub(crate) struct World(Arc<Inner>);
 
 struct Inner {
-    began: Instant,
+    started: Instant,
     cache: TokenCache,
     endpoint: Arc<Endpoint>,
-    /// Whether what happens is printed.
+    /// Whether events are printed.
     prints: bool,
     rate: AtomicU32,
-    /// Requests that were started, that the API does not have and that have not ended.
+    /// Requests that have started, are not at the API and have not ended.
     waiting: AtomicUsize,
     most_waiting: AtomicUsize,
     record: Mutex<Record>,
@@ -125,7 +125,7 @@ impl World {
             async move { endpoint.answer().await }
         });
         let world = Self(Arc::new(Inner {
-            began: endpoint.began,
+            started: endpoint.started,
             cache: TokenCache::new(source),
             endpoint,
             prints,
@@ -150,12 +150,12 @@ impl World {
         tasks.shutdown().await;
     }
 
-    pub(crate) fn began(&self) -> Instant {
-        self.0.began
+    pub(crate) fn started(&self) -> Instant {
+        self.0.started
     }
 
     pub(crate) fn now(&self) -> f64 {
-        self.0.began.elapsed().as_secs_f64()
+        self.0.started.elapsed().as_secs_f64()
     }
 
     pub(crate) fn act(&self, act: Act) {
@@ -185,7 +185,7 @@ impl World {
         self.0.endpoint.down.load(Relaxed)
     }
 
-    /// What was seen so far.
+    /// The run so far.
     pub(crate) fn record(&self) -> Record {
         let mut record = self.record_mut().clone();
         let tables = self.0.endpoint.lock();
@@ -198,7 +198,7 @@ impl World {
         lock(&self.0.record)
     }
 
-    /// Sends its share of the requests, each at its time, however long the others take.
+    /// Sends this sender's share of the requests, each when it is due, however long the others take.
     async fn send(self) {
         let api = service_fn({
             let world = self.clone();
@@ -211,17 +211,17 @@ impl World {
         loop {
             due += Duration::from_secs(1) * SENDERS / self.rate().max(1);
             time::sleep_until(due).await;
-            requests.spawn(self.clone().one(client.clone()));
+            requests.spawn(self.clone().send_one(client.clone()));
             while requests.try_join_next().is_some() {}
         }
     }
 
-    /// Sends a request and judges what becomes of it.
-    async fn one<C>(self, mut client: C)
+    /// Sends a request and records its outcome.
+    async fn send_one<C>(self, mut client: C)
     where
         C: Service<Request<String>, Response = Response<()>, Error = BoxError>,
     {
-        let began = self.now();
+        let started = self.now();
         let Ok(client) = client.ready().await else {
             return;
         };
@@ -229,14 +229,14 @@ impl World {
         let mut request = Request::new(String::new());
         request.extensions_mut().insert(Arc::clone(&place));
         let response = client.call(request);
-        // One with a token at hand has got there by now.
+        // With a token at hand, it has arrived by now.
         if !place.arrived.load(Relaxed) {
             place.wait();
         }
         let result = response.await;
         place.end_wait();
         let now = self.now();
-        let needless = self.has_valid_token_since(began);
+        let needless = self.has_valid_token_since(started);
         let mut record = self.record_mut();
         match result {
             Ok(response) if response.status().is_success() => record.answered += 1,
@@ -247,15 +247,15 @@ impl World {
         }
     }
 
-    /// Whether the cache holds a token that the API takes, and held it when a request began.
-    fn has_valid_token_since(&self, began: f64) -> bool {
+    /// Whether the cache holds a token that the API accepts, and held it at the time `since`.
+    fn has_valid_token_since(&self, since: f64) -> bool {
         let token = self.0.cache.peek();
         let tables = self.0.endpoint.lock();
         let issued = token.and_then(|token| tables.valid.get(token.expose_secret()).copied());
-        issued.is_some_and(|issued| issued.granted < began && self.now() < issued.expiry)
+        issued.is_some_and(|issued| issued.granted < since && self.now() < issued.expiry)
     }
 
-    /// The API: a few milliseconds of work for whoever has a token that is valid.
+    /// The API: it takes a few milliseconds, and accepts valid tokens.
     fn serve(
         self,
         request: Request<String>,
@@ -276,7 +276,7 @@ impl World {
                 return Ok(Response::new(()));
             }
             self.record_mut().refused += 1;
-            // For another token, until it is sent again.
+            // Until it is sent again, it waits for another token.
             if let Some(place) = place {
                 place.wait();
             }
@@ -290,7 +290,7 @@ impl World {
     /// Takes a sample at each step.
     async fn sample(self) {
         let mut last = (self.now(), 0, 0);
-        let mut steps = time::interval_at(self.0.began + STEP, STEP);
+        let mut steps = time::interval_at(self.0.started + STEP, STEP);
         loop {
             steps.tick().await;
             let waiting = self.0.waiting.load(Relaxed);
@@ -303,8 +303,8 @@ impl World {
             };
             let mut record = self.record_mut();
             let (answered, failed) = (record.answered, record.failures.len());
-            let passed = (now - last.0).max(1e-3);
-            let rate = |count: usize, before: usize| (count - before) as f64 / passed;
+            let elapsed = (now - last.0).max(1e-3);
+            let rate = |count: usize, before: usize| (count - before) as f64 / elapsed;
             let sample = Sample {
                 at: now,
                 answered: rate(answered, last.1),
@@ -317,34 +317,34 @@ impl World {
         }
     }
 
-    /// What must hold, and whether it did.
-    pub(crate) fn laws(&self, scripted: bool) -> Vec<(String, bool)> {
+    /// The promises, and whether they held.
+    pub(crate) fn promises(&self, scripted: bool) -> Vec<(String, bool)> {
         let record = self.record();
         let span = self.now();
         let answers = record.asked.iter().filter_map(|asked| asked.answer);
         let granted = answers.filter(|(granted, _)| *granted).count();
         let asked = record.asked.len();
-        // Law 2 of the crate, for tokens of this lifetime. No refresh is due before 0.35 of it.
+        // The crate's bound on load for tokens of this lifetime. No refresh is due before 0.35 of it.
         let due = LIFETIME.mul_f64(0.35).max(Duration::from_secs(1));
         let forced = 1.0 + span / 5.0;
         let most_granted = 1.0 + span / due.as_secs_f64() + forced;
         let lost = 7 * (granted + 1) + 1 + (2.0 * span / 10.0) as usize;
         let most = 3 * (granted + 2) + lost;
         let count = record.answered + record.failures.len();
-        let mut laws = vec![
+        let mut promises = vec![
             (
                 format!("{count} requests, {asked} token requests, at most one at a time"),
                 record.at_once == 1,
             ),
             (
                 format!(
-                    "{granted} tokens granted <= {most_granted:.0}, {asked} asked for <= {most}"
+                    "{granted} tokens granted <= {most_granted:.0}, {asked} requested <= {most}"
                 ),
                 granted as f64 <= most_granted && asked <= most,
             ),
             (
                 format!(
-                    "of {} requests that failed, {} while there was a valid token",
+                    "of {} failed requests, {} despite a valid token",
                     record.failures.len(),
                     record.needless
                 ),
@@ -352,16 +352,16 @@ impl World {
             ),
         ];
         if scripted {
-            laws.extend(outage_laws(&record));
+            promises.extend(outage_promises(&record));
         }
-        laws
+        promises
     }
 }
 
 /// Where a request is.
 struct Place {
     world: Arc<Inner>,
-    /// Whether it has got to the API.
+    /// Whether it has reached the API.
     arrived: AtomicBool,
     waits: AtomicBool,
 }
@@ -389,8 +389,8 @@ impl Place {
     }
 }
 
-/// What must hold of a run with one outage.
-fn outage_laws(record: &Record) -> [(String, bool); 2] {
+/// The promises for a run with one outage.
+fn outage_promises(record: &Record) -> [(String, bool); 2] {
     let acted = |down| {
         let mut acts = record.acts.iter();
         acts.find_map(|(at, act)| matches!(act, Act::Break(it) if *it == down).then_some(*at))
@@ -401,7 +401,7 @@ fn outage_laws(record: &Record) -> [(String, bool); 2] {
     let flights = record.asked.iter().filter(lost).count().saturating_sub(2);
     let gate = 0.5 * 2_f64.powi(flights.saturating_sub(1) as i32);
     let gate = 1.1 * gate.min(10.0);
-    // None fails if the outage is over before the token has died.
+    // None fails if the outage ends before the token expires.
     let failures = &record.failures;
     let first = failures.first().map_or(f64::MAX, |first| *first);
     let late = failures.last().map_or(0.0, |last| (last - up).max(0.0));
@@ -424,7 +424,7 @@ fn outage_laws(record: &Record) -> [(String, bool); 2] {
 
 /// The token endpoint.
 struct Endpoint {
-    began: Instant,
+    started: Instant,
     prints: bool,
     slow: AtomicBool,
     down: AtomicBool,
@@ -434,9 +434,9 @@ struct Endpoint {
 
 #[derive(Default)]
 struct Tables {
-    /// The tokens that the API takes.
+    /// The tokens that the API accepts.
     valid: HashMap<String, Issued>,
-    /// When each token was asked for.
+    /// When each token was requested.
     sent: HashMap<String, f64>,
     asked: Vec<Asked>,
     at_once: usize,
@@ -451,7 +451,7 @@ struct Issued {
 impl Endpoint {
     fn new(prints: bool) -> Self {
         Self {
-            began: Instant::now(),
+            started: Instant::now(),
             prints,
             slow: AtomicBool::new(false),
             down: AtomicBool::new(false),
@@ -461,7 +461,7 @@ impl Endpoint {
     }
 
     fn now(&self) -> f64 {
-        self.began.elapsed().as_secs_f64()
+        self.started.elapsed().as_secs_f64()
     }
 
     fn lock(&self) -> MutexGuard<'_, Tables> {
@@ -469,7 +469,7 @@ impl Endpoint {
     }
 
     async fn answer(&self) -> Result<TokenResponse, TokenError> {
-        let _here = Count::enter(&self.in_flight);
+        let _in_flight = Count::enter(&self.in_flight);
         let sent = self.now();
         let number = {
             let mut tables = self.lock();
@@ -512,7 +512,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Counts somebody, until it is dropped.
+/// Counts one, until it is dropped.
 struct Count<'a>(&'a AtomicUsize);
 
 impl<'a> Count<'a> {

@@ -21,14 +21,14 @@ use ratatui::{
 
 use crate::run::{Act, LIFETIME, Record, Sample, World};
 
-/// How many seconds one sees.
+/// How many seconds the charts show.
 const WINDOW: f64 = 20.0;
 
-/// Shows the run until the user ends it.
+/// Shows the run until the user quits.
 pub(crate) fn show(world: &World) -> io::Result<()> {
     let ended = Arc::new(AtomicBool::new(false));
     let interrupted = Arc::clone(&ended);
-    // The key is read as one; the signal may come from elsewhere.
+    // Ctrl-C arrives as a key; the signal may come from elsewhere.
     tokio::spawn(async move {
         if tokio::signal::ctrl_c().await.is_ok() {
             interrupted.store(true, Relaxed);
@@ -40,14 +40,14 @@ pub(crate) fn show(world: &World) -> io::Result<()> {
     while !ended.load(Relaxed) {
         let record = world.record();
         terminal.draw(|frame| draw(frame, world, &record))?;
-        if event::poll(Duration::from_millis(80))? && !heed(world, &event::read()?) {
+        if event::poll(Duration::from_millis(80))? && !handle(world, &event::read()?) {
             break;
         }
     }
     Ok(())
 }
 
-/// Gives the terminal back, however the view ends.
+/// Restores the terminal, however the view ends.
 struct Restore;
 
 impl Drop for Restore {
@@ -56,8 +56,8 @@ impl Drop for Restore {
     }
 }
 
-/// Does what a key says, and returns whether the view goes on.
-fn heed(world: &World, event: &Event) -> bool {
+/// Handles a key, and returns whether to go on.
+fn handle(world: &World, event: &Event) -> bool {
     let Event::Key(key) = event else {
         return true;
     };
@@ -97,7 +97,7 @@ fn draw(frame: &mut Frame<'_>, world: &World, record: &Record) {
     };
 
     let [answered, failed] = [line(|s| s.answered), line(|s| s.failed)];
-    // A burst after a wait, cut off, leaves the rest its height.
+    // A burst after a wait is cut off, or the rest would look flat.
     let most = highest(&[&answered, &failed]).min(f64::from(world.rate()) * 3.0);
     Panel {
         title: Line::from(vec![
@@ -132,7 +132,7 @@ fn draw(frame: &mut Frame<'_>, world: &World, record: &Record) {
         title: Line::from(vec![
             "age of the token in seconds ".bold(),
             " token request ".fg(BLUE),
-            " one that failed ".fg(RED),
+            " failed token request ".fg(RED),
         ]),
         lines: vec![
             dots(GREEN, Marker::Braille, &ages),
@@ -153,7 +153,7 @@ fn headline<'a>(world: &World, record: &Record, last: Option<&Sample>) -> Paragr
     let endpoint = match (world.is_down(), world.is_slow()) {
         (true, _) => " down ".black().on_light_red(),
         (false, true) => " slow ".black().on_light_yellow(),
-        (false, false) => " well ".black().on_light_green(),
+        (false, false) => " up ".black().on_light_green(),
     };
     let token = match last.and_then(|sample| sample.age) {
         Some(age) => format!("{age:.1} s old").light_green(),
@@ -180,7 +180,7 @@ fn headline<'a>(world: &World, record: &Record, last: Option<&Sample>) -> Paragr
             count(record.refused),
             "   failed ".into(),
             count(record.failures.len()),
-            "   of these with a valid token at hand ".into(),
+            "   of these despite a valid token ".into(),
             needless,
             "   token requests ".into(),
             count(record.asked.len()),
@@ -188,13 +188,13 @@ fn headline<'a>(world: &World, record: &Record, last: Option<&Sample>) -> Paragr
     ])
 }
 
-/// What happened last, newest first.
+/// The latest events, newest first.
 fn history<'a>(record: &Record, area: Rect) -> Paragraph<'a> {
     let acts = record.acts.iter();
     let acts = acts.map(|(at, act)| (*at, format!("* {act}").light_yellow()));
     let asked = record.asked.iter().enumerate().map(|(index, asked)| {
         let number = index + 1;
-        let told = match asked.answer {
+        let text = match asked.answer {
             None => format!("token request {number} under way ..").into(),
             Some((granted, at)) => {
                 let took = (at - asked.at) * 1e3;
@@ -208,14 +208,14 @@ fn history<'a>(record: &Record, area: Rect) -> Paragraph<'a> {
                 }
             }
         };
-        (asked.at, told)
+        (asked.at, text)
     });
-    let mut told: Vec<_> = acts.chain(asked).collect();
-    told.sort_by(|(a, _), (b, _)| b.total_cmp(a));
-    told.truncate(usize::from(area.height.saturating_sub(1)));
-    let lines = told.into_iter();
-    let lines = lines.map(|(at, what)| Line::from(vec![format!("{at:7.2} s  ").dark_gray(), what]));
-    Paragraph::new(lines.collect::<Vec<_>>()).block(Block::new().title("what happened".bold()))
+    let mut events: Vec<_> = acts.chain(asked).collect();
+    events.sort_by(|(a, _), (b, _)| b.total_cmp(a));
+    events.truncate(usize::from(area.height.saturating_sub(1)));
+    let lines = events.into_iter();
+    let lines = lines.map(|(at, text)| Line::from(vec![format!("{at:7.2} s  ").dark_gray(), text]));
+    Paragraph::new(lines.collect::<Vec<_>>()).block(Block::new().title("events".bold()))
 }
 
 fn help<'a>(world: &World) -> Line<'a> {
@@ -225,7 +225,7 @@ fn help<'a>(world: &World) -> Line<'a> {
         " revoke the token  ".into(),
         key(" s "),
         if world.is_slow() {
-            " quick again  "
+            " fast endpoint  "
         } else {
             " slow endpoint  "
         }
@@ -244,7 +244,7 @@ fn help<'a>(world: &World) -> Line<'a> {
     ])
 }
 
-/// A chart over the time that one sees.
+/// A chart over the time shown.
 struct Panel<'a> {
     title: Line<'a>,
     lines: Vec<Dataset<'a>>,
