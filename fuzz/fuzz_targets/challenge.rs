@@ -1,4 +1,4 @@
-//! Any `WWW-Authenticate` of a 401, a value a line: the verdict is the same however the values are arranged.
+//! Any `WWW-Authenticate` of a 401, one value per line: the verdict is the same however the values are arranged.
 #![no_main]
 
 use std::{
@@ -33,7 +33,7 @@ fuzz_target!(|input: &[u8]| {
         }
         let reversed: Vec<_> = values.iter().rev().copied().collect();
         assert_eq!(world.judge(&reversed), verdict, "in reverse");
-        // A syntax error costs the rest of its value and nothing else.
+        // A syntax error discards only the rest of its value.
         if values
             .iter()
             .any(|value| world.judge(&[value]) == Verdict::InvalidToken)
@@ -52,18 +52,18 @@ thread_local! {
     static WORLD: RefCell<World> = RefCell::new(World::new());
 }
 
-/// What the layer makes of an answer, as its users see it.
+/// How the layer judges an answer, as its users see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
-    /// Nobody gets the token until the next one is there.
+    /// Others wait for the next token.
     InvalidToken,
-    /// A new token is asked for, and others go on with this one.
+    /// A new token is requested, and others go on with this one.
     Unexplained,
     /// The answer goes to the caller.
     NotOurs,
 }
 
-/// A value that is a list of challenges, by the letter of RFC 9110 section 11.6.1.
+/// A value that is a list of challenges to the letter of RFC 9110 section 11.6.1.
 static LIST: LazyLock<Regex> = LazyLock::new(|| {
     let token = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+";
     let token68 = r"[A-Za-z0-9\-._~+/]+=*";
@@ -149,7 +149,7 @@ async fn judge(refusal: Response<()>) -> Verdict {
     let response = response.await.expect("the API answers");
     assert_eq!(response.status(), StatusCode::OK);
     assert_eq!(requests.load(Ordering::Relaxed), 2);
-    // Or the task that watches its token would sleep for up to 30 s, and a hundred thousand of them fill the memory.
+    // Otherwise the task that watches its token sleeps for up to 30 s, and a hundred thousand of them fill the memory.
     cache.shutdown();
     verdict
 }

@@ -1,6 +1,6 @@
-//! Any answer of a token endpoint: a token that fits into a header, or an error that tells nothing of the body.
+//! Any answer of a token endpoint: a token that fits into a header, or an error that reveals nothing of the body.
 //!
-//! The first line of the input is the status and what `Retry-After` says; the rest is the body.
+//! The first line of the input is the status and the value of `Retry-After`; the rest is the body.
 #![no_main]
 
 use std::{
@@ -68,7 +68,7 @@ impl Answer {
     }
 }
 
-/// The members that a token must have come from, as another reader than the crate's sees them.
+/// The members that a token must come from, read independently of the crate.
 #[derive(Deserialize)]
 struct Document {
     access_token: String,
@@ -100,18 +100,18 @@ fn check_token(token: &AccessToken, answer: &Answer) {
     assert!(text.len() < 12 || !printed.contains(text), "{printed}");
 }
 
-/// The clamp of lifetimes.
+/// The longest lifetime.
 const YEAR: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 struct World {
     runtime: Runtime,
     source: Arc<ClientCredentials>,
     answer: Arc<std::sync::Mutex<Option<Response<Full<Bytes>>>>>,
-    /// All that errors say whatever the body is, in pieces.
+    /// All that errors say for any body, in pieces.
     words: HashSet<[u8; PIECE]>,
 }
 
-/// Chance alone hardly has a body and an error share so many bytes.
+/// A body and an error hardly share this many bytes by chance.
 const PIECE: usize = 8;
 
 impl World {
@@ -150,7 +150,7 @@ impl World {
         result
     }
 
-    /// Hears one error of each kind.
+    /// Learns the words from errors of each kind.
     fn learn(&mut self) {
         for status in ["200", "307", "401", "503"] {
             for after in ["", " 7", " 500"] {
@@ -166,7 +166,7 @@ impl World {
                     "{\"error\":\"slow_down\"}",
                 ] {
                     let answer = Answer::read(format!("{status}{after}\n{body}").as_bytes());
-                    let error = self.get(&answer).expect_err("it is none");
+                    let error = self.get(&answer).expect_err("it is no token");
                     self.words.extend(pieces(&shown(&error)));
                 }
             }
@@ -197,7 +197,7 @@ impl World {
                 .is_none_or(|after| !after.is_zero() && after <= cap)
         );
 
-        // Whatever it says beyond the words of all errors does not come from the body.
+        // What it says beyond the words of all errors does not come from the body.
         let body = collapse(&String::from_utf8_lossy(&answer.body));
         for piece in pieces(&shown(error)) {
             if !self.words.contains(&piece) {
@@ -208,7 +208,7 @@ impl World {
     }
 }
 
-/// All that an error says, less its code and with any number for any other.
+/// All that an error says, without its code and with each number replaced by 0.
 fn shown(error: &TokenError) -> String {
     let mut text = String::new();
     let mut next: Option<&dyn Error> = Some(error);
