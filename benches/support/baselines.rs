@@ -1,8 +1,8 @@
-//! What the layer is held against: token caches as users write them by hand, and the least that a layer does.
+//! The baselines: token caches as users write them by hand, and the least that a layer does.
 //!
-//! The caches are tower services of the shape that async code gives them. They are written with care: the header
-//! value is made once per token, the lock is looked through again after a wait, and the token request is made by one
-//! caller at a time. They differ in the lock alone.
+//! The caches are tower services as async code shapes them. They are written with care: the header value is made once
+//! per token, the token is checked again after a wait for the lock, and one caller at a time requests a token. They
+//! differ only in the lock.
 
 use std::{
     future::Future,
@@ -26,7 +26,7 @@ use tower_bearer::BoxError;
 
 use super::{DAY, endpoint::Endpoint};
 
-/// Where the header value comes from.
+/// Provides the header value.
 pub trait Cache: Send + Sync + 'static {
     fn new(endpoint: Arc<Endpoint>) -> Self;
 
@@ -54,7 +54,7 @@ impl Held {
     }
 }
 
-/// A mutex that is held through the token request.
+/// A mutex that is held during the token request.
 pub struct MutexCache {
     endpoint: Arc<Endpoint>,
     held: Mutex<Option<Held>>,
@@ -78,7 +78,7 @@ impl Cache for MutexCache {
     }
 }
 
-/// A lock that many read at a time, held for writing through the token request.
+/// A read-write lock that is held for writing during the token request.
 pub struct RwLockCache {
     endpoint: Arc<Endpoint>,
     held: RwLock<Option<Held>>,
@@ -105,7 +105,7 @@ impl Cache for RwLockCache {
     }
 }
 
-/// A pointer that is read without a lock, and a mutex for the token request.
+/// A pointer that is read without a lock, and a mutex that is held during the token request.
 pub struct ArcSwapCache {
     endpoint: Arc<Endpoint>,
     held: ArcSwapOption<Held>,
@@ -144,7 +144,7 @@ impl Cache for ArcSwapCache {
     }
 }
 
-/// Attaches the header of a cache to each request.
+/// Attaches a cache's header to each request.
 pub struct ByHand<S, C> {
     inner: S,
     cache: Arc<C>,
@@ -205,10 +205,10 @@ where
     }
 }
 
-/// What any layer does that looks at answers and has errors of its own: a static header with a future around the inner
-/// service's, and no token to look after.
+/// What any layer must do that looks at answers and has its own errors: a static header with a future around the inner
+/// service's, and no token to manage.
 ///
-/// `K` says what it keeps of a request until the answer is there: [`Nothing`], or a [`Copied`] one for a second sending.
+/// `K` says what it keeps of a request until the answer arrives: [`Nothing`], or a [`Copied`] one for a replay.
 #[derive(Clone)]
 pub struct Least<S, K> {
     inner: S,
@@ -229,7 +229,7 @@ pub struct Nothing;
 pub struct Copied;
 
 impl<Req> Keep<Req> for Nothing {
-    // No room for a request either, which would be moved with the future.
+    // Not an `Option`, whose space for a request would be moved with the future.
     type Kept = ();
 
     #[inline]
@@ -315,7 +315,7 @@ where
     }
 }
 
-/// Where a layer would do what it is there for.
+/// Where a real layer would replace the token.
 #[cold]
 #[inline(never)]
 fn refused<Kept: Default>(kept: &mut Kept) {

@@ -1,4 +1,4 @@
-//! A token endpoint in memory, and how many token requests it has seen.
+//! A token endpoint in memory, with a log of its token requests.
 
 use std::{
     sync::{
@@ -13,12 +13,12 @@ use tower_bearer::{TokenError, TokenResponse, TokenSource, source_fn};
 
 use super::token_text;
 
-/// Grants a token after `takes`, which lives for `lifetime` and is to be refreshed after half of it.
+/// Grants, after `takes`, a token that lives for `lifetime` and is to be refreshed after half of it.
 pub struct Endpoint {
     pub takes: Duration,
     pub lifetime: Duration,
     down: AtomicBool,
-    /// Token requests are answered when so many callers are there.
+    /// Token requests are answered once this many callers have arrived.
     crowd: AtomicUsize,
     callers: AtomicUsize,
     requests: Mutex<Vec<Seen>>,
@@ -28,7 +28,7 @@ pub struct Endpoint {
 #[derive(Clone, Copy)]
 pub struct Seen {
     pub sent: Instant,
-    /// Absent while it is under way.
+    /// Absent while it is in flight.
     pub answered: Option<Instant>,
 }
 
@@ -44,12 +44,12 @@ impl Endpoint {
         })
     }
 
-    /// Makes token requests fail as a 503 does, or succeed again.
+    /// Makes token requests fail as by a 503, or succeed again.
     pub fn set_down(&self, down: bool) {
         self.down.store(down, Ordering::Relaxed);
     }
 
-    /// Keeps the token back until so many callers have [arrived](Self::arrive).
+    /// Holds the token back until this many callers have [arrived](Self::arrive).
     pub fn wait_for(&self, callers: usize) {
         self.crowd.store(callers, Ordering::Relaxed);
     }

@@ -1,4 +1,4 @@
-//! What the benchmarks share: the work that they measure, what they put beside it, and how they report.
+//! What the benchmarks share: the work that they measure, its baselines, and the reports.
 #![expect(
     unreachable_pub,
     reason = "a benchmark exports nothing; `pub` marks what they share"
@@ -31,27 +31,27 @@ use tower_bearer::{TokenCache, TokenResponse, source_fn};
 
 pub type Body = Full<Bytes>;
 
-/// Whether each benchmark is to run once and soon, for its assertions and not for its figures.
+/// Whether each benchmark is to run once, briefly, for its assertions and not for its figures.
 ///
 /// Cargo passes `--bench` to a benchmark that is to measure.
 pub fn short() -> bool {
-    let told = |flag: &str| env::args().any(|argument| argument == flag);
-    env::var_os("TOWER_BEARER_BENCH_SHORT").is_some() || told("--test") || !told("--bench")
+    let has = |flag: &str| env::args().any(|argument| argument == flag);
+    env::var_os("TOWER_BEARER_BENCH_SHORT").is_some() || has("--test") || !has("--bench")
 }
 
-/// The inner service: it takes the request and is done, so that what is measured is the middleware.
+/// The inner service. It only takes the request, so that the middleware is measured.
 pub fn inner(request: Request<Body>) -> Ready<Result<Response<()>, Infallible>> {
     black_box(request);
     ready(Ok(Response::new(())))
 }
 
-/// A request whose URI was parsed before, so that what is measured is the middleware and not the parser.
+/// A request whose URI was parsed before, so that the middleware is measured and not the parser.
 pub fn request() -> Request<Body> {
     static URI: LazyLock<Uri> = LazyLock::new(|| Uri::from_static("https://api.example.com/sims"));
     request_to(&URI)
 }
 
-/// The same to this machine, by plain http.
+/// The same to this machine, over plain http.
 pub fn loopback_request() -> Request<Body> {
     static URI: LazyLock<Uri> = LazyLock::new(|| Uri::from_static("http://127.0.0.1:8080/sims"));
     request_to(&URI)
@@ -75,7 +75,7 @@ where
     assert!(matches!(black_box(response), Poll::Ready(Ok(_))));
 }
 
-/// A cache that holds a token as long as Keycloak's, that text, and the runtime that watches over it.
+/// A cache that holds a token as long as Keycloak's, the token's text, and the runtime that watches its expiry.
 pub fn cached() -> (TokenCache, String, Runtime) {
     let cache = TokenCache::new(source_fn(|_| async {
         Ok(TokenResponse::new(token_text())?.expires_in(DAY))
@@ -84,12 +84,12 @@ pub fn cached() -> (TokenCache, String, Runtime) {
     let token = runtime
         .block_on(cache.get())
         .expect("the source gives a token");
-    // The flight's task goes on to watch the token once it has told its waiters.
+    // The flight's task wakes its waiters first, and then watches the token.
     std::thread::sleep(Duration::from_millis(50));
     (cache, token.expose_secret().to_owned(), runtime)
 }
 
-/// The lifetime of a token that is to see the end of the benchmark.
+/// The lifetime of a token that is to outlive the benchmark.
 pub const DAY: Duration = Duration::from_secs(24 * 3_600);
 
 /// A token as long as Keycloak's.

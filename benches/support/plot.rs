@@ -1,4 +1,4 @@
-//! The two kinds of pictures, as SVG on white, which a dark page shows as well.
+//! The two kinds of plots, as SVG on white, which is legible on a dark page, too.
 
 use std::path::Path;
 
@@ -22,7 +22,7 @@ pub struct Line<'a> {
 /// The axis of a [chart](lines).
 pub struct Axis<'a> {
     pub name: &'a str,
-    /// The ratio of two of its steps.
+    /// The ratio of two successive steps.
     pub base: f64,
     pub label: &'a dyn Fn(&f64) -> String,
 }
@@ -71,7 +71,7 @@ pub fn lines(path: &Path, title: &str, x: Axis<'_>, y: Axis<'_>, lines: &[Line<'
             let dots = dots.map(|point| Circle::new(*point, 3, style.filled()));
             chart.draw_series(dots).expect(DRAWN);
         }
-        // The legend stands beside the lines, where it hides none.
+        // Beside the lines, where the legend hides none.
         let y = 60 + 24 * i32::try_from(index).unwrap_or(0);
         let sample = PathElement::new(vec![(4, y), (26, y)], style);
         legend.draw(&sample).expect(DRAWN);
@@ -81,7 +81,7 @@ pub fn lines(path: &Path, title: &str, x: Axis<'_>, y: Axis<'_>, lines: &[Line<'
     root.present().expect("the plot can be written");
 }
 
-/// Draws a bar for each name, with its value at its end.
+/// Draws a bar for each name, with the value at its end.
 pub fn bars(path: &Path, title: &str, unit: &str, bars: &[(String, f64)]) {
     let step = 26;
     let count = i32::try_from(bars.len()).unwrap_or(0);
@@ -129,7 +129,7 @@ const WIDTH: u32 = 900;
 const FONT: &str = "sans-serif";
 const DRAWN: &str = "the plot can be drawn";
 const GREY: RGBColor = RGBColor(150, 150, 150);
-/// Told apart by those who see fewer colours, too (Okabe and Ito).
+/// Distinguishable by the colour-blind, too (Okabe and Ito).
 const COLOURS: [RGBColor; 8] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),

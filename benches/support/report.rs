@@ -11,7 +11,7 @@ use std::{
 
 use super::short;
 
-/// What one benchmark has found.
+/// The results of one benchmark.
 pub struct Report {
     name: &'static str,
     goals: Table,
@@ -19,9 +19,9 @@ pub struct Report {
     details: Vec<Table>,
 }
 
-/// Rows under a header, the first column being what the row is about.
+/// Rows under a header. The first column names the row.
 pub struct Table {
-    /// The name of its file.
+    /// Part of the name of its file.
     name: &'static str,
     rows: Vec<Vec<String>>,
 }
@@ -105,7 +105,7 @@ impl Report {
         }
     }
 
-    /// What was to be reached and what was.
+    /// Adds a goal, and how close the measurement came.
     pub fn goal(&mut self, work: &str, goal: &str, measured: String, met: bool) {
         let verdict = if met { "met" } else { "missed" };
         let row = [work, goal, &measured, verdict];
@@ -116,12 +116,12 @@ impl Report {
         self.tables.push(table);
     }
 
-    /// A table that is written to its file and nowhere else.
+    /// Adds a table that is written only to its file.
     pub fn detail(&mut self, table: Table) {
         self.details.push(table);
     }
 
-    /// Prints everything and writes it down; in the README only what was measured at length.
+    /// Prints and writes all tables; into the README only after a full run.
     pub fn finish(mut self) {
         if self.goals.rows.len() > 1 {
             let goals = mem::replace(&mut self.goals, Table::new(GOALS, &[]));
@@ -150,7 +150,7 @@ impl Report {
     }
 }
 
-/// Where a plot goes: only one that was measured at length is for the eyes of others.
+/// Where a plot goes: only a full run replaces those of the README.
 pub fn plot_path(name: &str) -> PathBuf {
     let directory = match short() {
         true => results(),
@@ -183,7 +183,7 @@ fn fill_in(name: &str, section: &str) {
     fs::write(path, readme).expect("the README can be written");
 }
 
-/// The machine and the compiler, as far as they are easily told.
+/// The machine and the compiler, as far as they are easily found out.
 fn machine() -> String {
     let read = |path| fs::read_to_string(path).unwrap_or_default();
     let processors = read("/proc/cpuinfo");
@@ -214,7 +214,7 @@ pub fn millis(time: Duration) -> f64 {
     time.as_secs_f64() * 1_000.0
 }
 
-/// The middle one.
+/// The middle value.
 pub fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]

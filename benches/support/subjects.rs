@@ -1,4 +1,4 @@
-//! The services that are measured side by side when a token is at hand.
+//! The services that are measured side by side with a token at hand.
 
 use std::sync::LazyLock;
 
@@ -14,15 +14,15 @@ use super::{
     cached, inner, loopback_request, request,
 };
 
-/// Something to measure with each of the services.
+/// A measurement to make of each service.
 pub trait Measure {
     fn measure<S>(&mut self, name: &'static str, service: S, request: fn() -> Request<Body>)
     where
         S: Service<Request<Body>> + Clone + Send + Sync + 'static;
 }
 
-/// Shows every service to `measure`, and returns the runtime that watches over their token: once it is gone,
-/// requests read the clocks themselves.
+/// Measures every service, and returns the runtime that watches their token's expiry: once it is gone, requests read
+/// the clocks themselves.
 #[must_use = "the watch ends with the runtime"]
 pub fn subjects(measure: &mut impl Measure) -> Runtime {
     let (cache, token, runtime) = cached();
@@ -59,7 +59,7 @@ pub fn subjects(measure: &mut impl Measure) -> Runtime {
     runtime
 }
 
-/// A request that names what its token is for, by a name that was made once.
+/// A request with a [`TokenRequest`] that was made once.
 pub fn keyed_request() -> Request<Body> {
     let mut request = request();
     request.extensions_mut().insert(KEY.clone());
@@ -68,6 +68,6 @@ pub fn keyed_request() -> Request<Body> {
 
 pub static KEY: LazyLock<TokenRequest> = LazyLock::new(|| TokenRequest::new().scope("sims:read"));
 
-/// What is least to be done for a token.
+/// The least that a layer must do to send a token.
 pub const FLOOR: &str = "static header";
 pub const KEYED_FLOOR: &str = "keyed, static header";
