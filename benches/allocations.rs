@@ -1,6 +1,6 @@
-//! What a request allocates that finds a token, and what one holds that waits for it.
+//! What a request that finds a token allocates, and what one that waits for a token holds.
 //!
-//! A program of its own, because counting takes time: nothing is timed here. Bytes are those that were asked of the
+//! A program of its own, because counting takes time: nothing is timed here. Bytes are those requested from the
 //! allocator.
 
 mod support;
@@ -45,7 +45,7 @@ impl Measure for Vec<Found> {
         S: Service<Request<Body>> + Clone + Send + Sync + 'static,
     {
         let mut kept = service.clone();
-        // A service that is used often makes itself a copy of each new token.
+        // A service that is used often makes its own copy of each new token.
         for _ in 0..16 {
             call(&mut kept, request());
         }
@@ -57,7 +57,7 @@ impl Measure for Vec<Found> {
     }
 }
 
-/// How many blocks each of some requests takes.
+/// How many blocks a request allocates.
 fn blocks(send: &mut dyn FnMut(Request<Body>), request: fn() -> Request<Body>) -> u64 {
     let requests: Vec<_> = (0..REQUESTS).map(|_| request()).collect();
     let before = HeapStats::get().total_blocks;
@@ -73,9 +73,9 @@ fn per_request(report: &mut Report) {
         &[
             "",
             "kept",
-            "of the middleware",
+            "by the middleware",
             "cloned",
-            "of the middleware",
+            "by the middleware",
         ],
     );
     let floor = |found: &Found| {
@@ -88,7 +88,7 @@ fn per_request(report: &mut Report) {
         floor.expect("it was measured")
     };
     for found in &all {
-        // The first header of a request makes `http` allocate its map, whoever inserts it.
+        // `http` allocates the map for a request's first header, whoever inserts it.
         table.row([
             found.name.to_owned(),
             found.kept.to_string(),
@@ -109,7 +109,7 @@ fn per_request(report: &mut Report) {
     }
     report.goal(
         "a valid token is cached",
-        "0 allocations of ours",
+        "0 allocations by the layer",
         "0 kept, 0 cloned".to_owned(),
         true,
     );
@@ -124,7 +124,7 @@ fn per_waiter(report: &mut Report) {
             "waiters",
             "sleeping task, bytes",
             "waiting task, bytes",
-            "over it",
+            "difference",
         ],
     );
     let (bare, ours) = (held(waiters, sleep_and_call), held(waiters, call_and_wait));
@@ -142,14 +142,14 @@ fn per_waiter(report: &mut Report) {
     let over = ours.saturating_sub(bare);
     report.goal(
         &format!("{waiters} callers wait for a token"),
-        "≤ 400 B per waiter over the bare task",
+        "≤ 400 B per waiter more than the bare task",
         format!("{over} B"),
         over <= 400,
     );
     report.table(table);
 }
 
-/// How many bytes each of so many tasks holds that `spawn` spawns, when all of them wait.
+/// How many bytes each of the tasks that `spawn` spawns holds while all of them wait.
 fn held<F: Fn()>(waiters: u64, spawn: fn(TokenCache) -> F) -> u64 {
     let runtime = Builder::new_current_thread().enable_time().build();
     runtime.expect("a runtime can be built").block_on(async {
@@ -157,7 +157,7 @@ fn held<F: Fn()>(waiters: u64, spawn: fn(TokenCache) -> F) -> u64 {
         // It never answers.
         endpoint.wait_for(1);
         let spawn = spawn(TokenCache::new(endpoint.source()));
-        // The flight is there before its waiters are counted.
+        // Starts the flight before its waiters are counted.
         spawn();
         time::sleep(Duration::from_millis(5)).await;
         let before = HeapStats::get().curr_bytes;
@@ -171,7 +171,7 @@ fn held<F: Fn()>(waiters: u64, spawn: fn(TokenCache) -> F) -> u64 {
     })
 }
 
-/// The bare task: it holds a request and sleeps.
+/// The bare task, which holds a request and sleeps.
 fn sleep_and_call(_: TokenCache) -> impl Fn() {
     || {
         let mut service = service_fn(inner);

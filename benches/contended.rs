@@ -1,8 +1,7 @@
-//! What many tasks get done on one cache: 1 to 64 of them on two workers, beside the caches that users write by
-//! hand.
+//! How many requests 1 to 64 tasks on two workers send over one cache, beside the caches that users write by hand.
 //!
-//! Besides a token that is fresh there are the two that requests take the slow path for, though they need not
-//! wait: one that is due while its replacement is on its way, and one that is due while the token endpoint fails.
+//! The token is fresh, or in one of the two states in which requests take the slow path but need not wait: due while its
+//! replacement is in flight, and due while the token endpoint fails.
 
 mod support;
 
@@ -66,7 +65,7 @@ fn main() {
     report(&subjects);
 }
 
-/// Three caches, each with another token.
+/// Three caches, each with its token in another state.
 struct States {
     fresh: TokenCache,
     due: TokenCache,
@@ -87,10 +86,10 @@ impl States {
         }
         failing.set_down(true);
         hanging.wait_for(usize::MAX);
-        // At the latest, it is due after half of its life.
+        // A token is due after half of its life at the latest.
         time::sleep(lifetime / 2).await;
         for cache in [&due, &outage] {
-            cache.get().await.expect("the token lives on");
+            cache.get().await.expect("the token is still alive");
         }
         time::sleep(Duration::from_millis(20)).await;
         Self {
@@ -102,13 +101,13 @@ impl States {
         }
     }
 
-    /// The states were still what they are called when everything was measured.
+    /// Checks that the states lasted until everything was measured.
     fn check(&self) {
         for cache in [&self.fresh, &self.due, &self.outage] {
             assert!(cache.peek().is_some(), "a token died before the end");
         }
-        let under_way = |endpoint: &Endpoint| endpoint.seen().last().map(|s| s.answered.is_none());
-        assert_eq!(under_way(&self.hanging), Some(true));
+        let in_flight = |endpoint: &Endpoint| endpoint.seen().last().map(|s| s.answered.is_none());
+        assert_eq!(in_flight(&self.hanging), Some(true));
         assert!(self.failing.seen().len() > 1);
     }
 }
@@ -128,14 +127,14 @@ fn baselines(runtime: &Runtime) -> Vec<Subject> {
     ]
 }
 
-/// Returns how many requests so many tasks send in a second.
+/// Returns how many requests this many tasks send per second.
 type Run = dyn Fn(&Runtime, usize, Duration) -> f64;
 
 /// One service, measured in turns with the others.
 struct Subject {
     name: &'static str,
     run: Box<Run>,
-    /// For each number of tasks, a figure of each round.
+    /// For each number of tasks, the figures of all rounds.
     found: [Vec<f64>; TASKS.len()],
 }
 
@@ -158,8 +157,8 @@ impl Subject {
     }
 }
 
-/// Lets so many tasks send requests for as long as `slice`, each on a clone of its own, and returns how many they
-/// sent in a second.
+/// Lets this many tasks send requests for as long as `slice`, each on its own clone, and returns how many they send per
+/// second.
 async fn send<S>(service: S, tasks: usize, slice: Duration) -> f64
 where
     S: Service<Request<Body>> + Clone + Send + 'static,
@@ -241,6 +240,6 @@ fn report(subjects: &[Subject]) {
     report.finish();
 }
 
-/// Requests between two looks at whether to stop.
+/// Requests between two checks of whether to stop.
 const TURN: u64 = 32;
 const TASKS: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];

@@ -1,17 +1,14 @@
 //! What it costs a request to find a valid token, beside the same request without one, with a static header, and
 //! with the caches that users write by hand.
 //!
-//! The inner service takes the request and is done, so that what is measured is the middleware. `kept` calls
-//! one service again and again, `cloned` clones it for each request, as an HTTP client that hands out clones
-//! does. A `keyed` request names among its extensions what its token is for.
+//! The inner service only takes the request, so that the middleware is measured. `kept` calls one service repeatedly;
+//! `cloned` clones it for each request, as an HTTP client that hands out clones does. A `keyed` request has a
+//! `TokenRequest` among its extensions.
 //!
-//! Criterion tells the times of one thread, one subject after the other. The ratios are taken in rounds in which
-//! every subject has its turn, on one thread and on two at once, so that what else the machine does falls on all. Two
-//! threads have a service each, or clone one for all their requests.
-#![expect(
-    missing_docs,
-    reason = "the function is made by a macro of criterion's"
-)]
+//! Criterion measures one thread, one subject after the other. The ratios come from rounds in which every subject has
+//! its turn, on one thread and on two at once, so that other work of the machine affects all alike. Two threads have a
+//! service each, or clone one for all their requests.
+#![expect(missing_docs, reason = "a macro of criterion's makes the function")]
 
 mod support;
 
@@ -83,9 +80,9 @@ fn one_thread(criterion: &mut Criterion) {
 /// One service, measured in turns with the others.
 struct Subject {
     name: &'static str,
-    /// Returns the nanoseconds that a request takes, in a round of this number.
+    /// Returns the nanoseconds that a request takes in the round of this number.
     run: Box<dyn Fn(Way, usize, Duration) -> f64>,
-    /// For each way, a figure of each round.
+    /// For each way, the figures of all rounds.
     found: [Vec<f64>; WAYS.len()],
 }
 
@@ -119,7 +116,7 @@ impl Measure for Vec<Subject> {
             let threads = (0..way.threads).map(|_| {
                 let (service, start) = (Arc::clone(&service), Arc::clone(&start));
                 thread::spawn(move || {
-                    // A lock that is taken makes its caller wait.
+                    // A caller of a contended lock waits.
                     let runtime = runtime::Builder::new_current_thread().build();
                     let runtime = runtime.expect("a runtime can be built");
                     let run = || runtime.block_on(send(&*service, request, way, slice, &start));
@@ -142,8 +139,8 @@ impl Measure for Vec<Subject> {
 
 /// Runs something deeper in the stack.
 ///
-/// How fast requests are moved depends on how their addresses lie to one another modulo a page, and all rounds of a build
-/// would lie in the same way: up to 20 ns of a request are at stake.
+/// How fast requests are moved depends on their addresses relative to each other modulo a page, which would be the same
+/// in all rounds of a build: that can change a request by up to 20 ns.
 #[inline(never)]
 fn deeper(by: usize, run: &dyn Fn() -> f64) -> f64 {
     let room = black_box([0_u8; 256 - 64]);
@@ -153,7 +150,7 @@ fn deeper(by: usize, run: &dyn Fn() -> f64) -> f64 {
     }
 }
 
-/// Sends requests for about as long as `slice`, and returns how many nanoseconds each one took.
+/// Sends requests for about as long as `slice`, and returns how many nanoseconds each took.
 async fn send<S>(
     shared: &S,
     request: fn() -> Request<Body>,
@@ -258,7 +255,7 @@ fn report(all: &[Subject]) {
         ),
     ] {
         let ratio = subject.ratio(way, floor);
-        let goal_text = format!("≤ {goal} × floor+ in time");
+        let goal_text = format!("≤ {goal} × static header in time");
         report.goal(work, &goal_text, format!("{ratio:.2} ×"), ratio <= goal);
     }
     for (work, one, two) in [
@@ -268,7 +265,7 @@ fn report(all: &[Subject]) {
     ] {
         let (ours, least) = (bearer.scaling(one, two), bare.scaling(one, two));
         let measured = format!("{ours:.2}, bare {least:.2}");
-        // A ratio of two ratios is not told more exactly than that.
+        // A ratio of two ratios is not more exact than that.
         report.goal(
             work,
             "scaling of the bare service",
@@ -303,7 +300,7 @@ impl Subject {
         median(&mut self.found[way].clone())
     }
 
-    /// How much longer than `other` it takes, in the middle of the rounds.
+    /// How many times as long as `other` it takes, in the median round.
     fn ratio(&self, way: usize, other: &Self) -> f64 {
         let pairs = self.found[way].iter().zip(&other.found[way]);
         median(
@@ -313,7 +310,7 @@ impl Subject {
         )
     }
 
-    /// How many times as many requests two threads send in the one way as one does in the other.
+    /// How many times as many requests two threads send in the way `two` as one thread does in the way `one`.
     fn scaling(&self, one: usize, two: usize) -> f64 {
         let pairs = self.found[one].iter().zip(&self.found[two]);
         median(&mut pairs.map(|(one, two)| 2.0 * one / two).collect::<Vec<_>>())

@@ -1,9 +1,9 @@
-//! How many instructions a request takes that finds a token, counted by valgrind, and not more than the budget.
+//! How many instructions a request that finds a token takes, counted by valgrind, against a budget.
 //!
-//! Counts do not depend on what else the machine does, so they are what CI holds the hot path to. This program
-//! runs itself under valgrind, once with a thousand requests and once with two thousand: the difference is a
-//! thousand requests and nothing else. A clock reading counts for little in it, since valgrind makes it a
-//! system call, whose instructions are the kernel's; time is told by the bench `fresh_token`.
+//! CI holds the hot path to these counts, since they do not depend on other work of the machine. This program runs
+//! itself under valgrind, once with a thousand requests and once with two thousand: the difference is a thousand
+//! requests and nothing else. A clock reading counts for little, since valgrind makes it a system call, whose
+//! instructions are the kernel's; the bench `fresh_token` measures time.
 
 mod support;
 
@@ -25,8 +25,8 @@ use tower::{Layer, Service, ServiceBuilder, service_fn};
 use tower_bearer::{BearerAuthLayer, CloneBody};
 use tower_http::auth::AddAuthorizationLayer;
 
-/// What is measured, its baseline, and the most that it may take of that: a twentieth more than it took when the
-/// budget was set, since compilers and allocators differ.
+/// What is measured, its baseline, and its budget as a ratio to that: a twentieth more than measured when the budget was
+/// set, since compilers and allocators differ.
 const CASES: [(&str, &str, Option<f64>); 14] = [
     ("bare, kept", KEPT, None),
     (KEPT, KEPT, None),
@@ -49,7 +49,7 @@ const CLONED: &str = "static header, cloned";
 const KEYED: &str = "static header, keyed";
 
 fn main() -> ExitCode {
-    // Cargo passes flags of its own.
+    // By environment variables, since cargo passes flags of its own.
     if let Ok(case) = env::var(CASE) {
         run(
             &case,
@@ -57,7 +57,7 @@ fn main() -> ExitCode {
         );
         return ExitCode::SUCCESS;
     }
-    // What fails here is this program, not valgrind.
+    // Fails here if this program does, and not valgrind.
     run(KEPT, 0);
     if let Err(reason) = instructions(KEPT, 0) {
         println!("skipped: {reason}");
@@ -78,7 +78,7 @@ fn main() -> ExitCode {
             let measured = format!("{ratio:.2} ×");
             report.goal(
                 "a valid token is cached, service kept",
-                "≤ 1.06 × floor+ in instructions",
+                "≤ 1.06 × static header in instructions",
                 measured,
                 ratio <= 1.06,
             );
@@ -104,7 +104,7 @@ fn run(case: &str, count: u64) {
     let bearer = BearerAuthLayer::new(cache);
     let bare = service_fn(inner);
     let fixed = AddAuthorizationLayer::bearer(&token);
-    // The last one is looked for.
+    // Requests go to the last one.
     let pinned = ["https://login.example.com", "https://api.example.com"];
     let pinned = bearer.clone().origins(pinned);
     let elsewhere = ["https://login.example.com", "https://files.example.com"];
@@ -124,7 +124,7 @@ fn run(case: &str, count: u64) {
         "bearer with origins, kept" => {
             kept(pinned.expect("it is an origin").layer(bare), request, count);
         }
-        // It goes out without a header.
+        // The request passes without a token.
         "bearer to another origin, kept" => {
             kept(
                 elsewhere.expect("they are origins").layer(bare),
@@ -160,7 +160,7 @@ fn per_request(case: &str) -> f64 {
     (count(2_000) - count(1_000)) / 1_000.0
 }
 
-/// Counts a whole run of this program, or says why it cannot be.
+/// Counts a whole run of this program, or says why it cannot.
 fn instructions(case: &str, requests: u64) -> Result<f64, String> {
     let program = env::current_exe().expect("this program has a path");
     let output = Command::new("valgrind")

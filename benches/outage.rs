@@ -1,7 +1,7 @@
-//! What callers and the token endpoint go through when it is down, and when the API refuses a token of which ten
-//! thousand requests are under way.
+//! What callers and the token endpoint experience while it is down, and when the API refuses the token of ten thousand
+//! requests in flight.
 //!
-//! The outages are played through in paused time, where each figure is exact and two hundred runs take seconds.
+//! The outages run in paused time, where each figure is exact and two hundred runs take seconds.
 
 mod support;
 
@@ -38,7 +38,7 @@ fn main() {
     report.finish();
 }
 
-/// Runs `work` in time that passes only while all sleep.
+/// Runs `work` in time that passes only while all tasks sleep.
 fn paused<T>(work: impl Future<Output = T>) -> T {
     let runtime = Builder::new_current_thread()
         .enable_time()
@@ -56,7 +56,7 @@ struct Seen {
     recovered: Duration,
 }
 
-/// 100 callers every 10 ms, from before the outage until a token that was granted after it is there.
+/// Starts 100 callers every 10 ms, from before the outage until a token that is granted after it.
 async fn crowd(endpoint: Arc<Endpoint>, cache: TokenCache) -> Seen {
     let start = Instant::now();
     let before = endpoint.seen().len();
@@ -119,8 +119,8 @@ fn no_token(report: &mut Report, runs: u32) {
     let [most, _, slowest, recovered] = outage_table(report, "no_token", &seen);
     report.goal(
         "no token, 503 for 2 s, 100 callers every 10 ms",
-        "≤ 8 token requests, each call answered within 1 s, first token ≤ 1.2 s after recovery in the mean",
-        format!("{most} token requests at most, slowest call {slowest:.0} ms, {recovered:.0} ms in the mean of {runs}"),
+        "≤ 8 token requests, each call answered within 1 s, first token on average ≤ 1.2 s after recovery",
+        format!("at most {most} token requests, slowest call {slowest:.0} ms, first token after {recovered:.0} ms, averaged over {runs} runs"),
         most <= 8.0 && slowest <= 1_000.0 && recovered <= 1_200.0,
     );
 }
@@ -132,23 +132,23 @@ fn token_due(report: &mut Report, runs: u32) {
                 let endpoint = Endpoint::new(ANSWER, Duration::from_secs(300));
                 let cache = TokenCache::new(endpoint.source());
                 cache.get().await.expect("the endpoint grants a token");
-                // At the latest, it is due after half of its life.
+                // It is due after half of its life at the latest.
                 time::sleep(endpoint.lifetime / 2).await;
                 crowd(endpoint, cache).await
             })
         })
         .collect();
     let [most, failed, slowest, _] = outage_table(report, "token_due", &seen);
-    assert_eq!(failed, 0.0, "an outage was felt though there was a token");
+    assert_eq!(failed, 0.0, "calls failed despite a valid token");
     report.goal(
         "token due but valid, the same outage",
         "≤ 4 token requests, 0 failed calls, no call slower than usual",
-        format!("{most} token requests at most, {failed} failed, slowest call {slowest:.0} ms"),
+        format!("at most {most} token requests, {failed} failed, slowest call {slowest:.0} ms"),
         most <= 4.0 && slowest == 0.0,
     );
 }
 
-/// Writes the runs down, and returns the most token requests and failed calls, the slowest call, and the mean time to the
+/// Reports the runs, and returns the most token requests and failed calls, the slowest call, and the mean time to the
 /// first token, in milliseconds.
 fn outage_table(report: &mut Report, name: &'static str, seen: &[Seen]) -> [f64; 4] {
     let mut table = Table::new(
@@ -181,7 +181,7 @@ fn outage_table(report: &mut Report, name: &'static str, seen: &[Seen]) -> [f64;
     ]
 }
 
-/// All requests have left with a token when the API begins to refuse it.
+/// All requests are in flight when the API begins to refuse their token.
 fn refused(report: &mut Report, runs: u32) {
     let runtime = runtime(2);
     let (mut ours, mut bare) = (Vec::new(), Vec::new());
@@ -194,7 +194,7 @@ fn refused(report: &mut Report, runs: u32) {
         "401 to 10,000 requests in flight",
         "1 token request, 10,000 replays, the refresh adds one round trip",
         format!(
-            "1 token request, 10,000 replays; {ours:.0} ms, as many tasks that sleep for three trips of 50 ms: {bare:.0} ms"
+            "1 token request, 10,000 replays; {ours:.0} ms, and {bare:.0} ms for as many tasks that sleep for three trips of 50 ms"
         ),
         ours <= bare * 1.1,
     );
@@ -250,7 +250,7 @@ async fn refused_once() -> f64 {
     millis(took)
 }
 
-/// What it takes as many tasks to do nothing for as long.
+/// How long as many tasks take to sleep for the same time.
 async fn three_sleeps() -> f64 {
     let all = Together::new();
     let mut callers = JoinSet::new();
@@ -267,7 +267,7 @@ async fn three_sleeps() -> f64 {
     millis(all.since())
 }
 
-/// Where tasks wait for the last one of them.
+/// Where tasks wait for the last of them.
 struct Together {
     barrier: Barrier,
     met: OnceLock<Instant>,
@@ -296,5 +296,5 @@ const CALLERS: usize = 10_000;
 const OUTAGE: Duration = Duration::from_secs(2);
 /// How long the endpoint takes to answer.
 const ANSWER: Duration = Duration::from_millis(20);
-/// How long the API and the endpoint take for the replay.
+/// How long the API and the token endpoint each take to answer.
 const TRIP: Duration = Duration::from_millis(50);

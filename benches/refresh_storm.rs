@@ -1,8 +1,7 @@
-//! What becomes of those who wait for one token: how soon the last of them goes on, and how many token requests
-//! they cause.
+//! Many callers wait for one token: how soon the last of them goes on, and how many token requests they cause.
 //!
-//! They are measured beside as many tasks that sleep instead. In one half of it the token request takes 50 ms, from
-//! which on no caller has to wait; in the other it lasts until the last caller is there, so that all of them wait.
+//! They are measured beside as many tasks that sleep instead. In one half, the token request takes 50 ms, after which no
+//! caller has to wait; in the other, it lasts until the last caller has arrived, so that all of them wait.
 
 mod support;
 
@@ -54,8 +53,8 @@ fn main() {
 
 /// Runs `work` on two workers that nothing else has used.
 ///
-/// A crowd leaves behind as many free blocks as it had tasks, and the allocator puts those in order when it is next
-/// asked for a larger one, such as a token. It is asked here, so that no measurement pays for the one before it.
+/// A crowd leaves behind as many free blocks as it had tasks, and the allocator tidies them when it is next asked for a
+/// larger one, such as a token. This asks for one, so that no measurement pays for the one before it.
 fn alone(work: impl Future<Output = f64>) -> f64 {
     let tidy = || drop(black_box(vec![0_u8; 64 * 1_024]));
     tidy();
@@ -72,10 +71,10 @@ fn alone(work: impl Future<Output = f64>) -> f64 {
 /// Milliseconds of each round.
 struct Found {
     crowd: usize,
-    /// From the first task's start until the last one is done.
+    /// From the first task's start until the last task is done.
     callers_total: Vec<f64>,
     sleepers_total: Vec<f64>,
-    /// From the token's arrival until the last one is done.
+    /// From the token's arrival until the last task is done.
     callers_after: Vec<f64>,
     sleepers_after: Vec<f64>,
 }
@@ -92,7 +91,7 @@ impl Found {
     }
 }
 
-/// Tells when the last one of a crowd is done.
+/// Records when the last task of a crowd is done.
 struct Crowd {
     left: AtomicUsize,
     done: watch::Sender<Option<Instant>>,
@@ -135,7 +134,7 @@ async fn sleepers(size: usize) -> f64 {
     millis(crowd.last().await - start)
 }
 
-/// Tasks that send a request and find no token.
+/// Tasks that send a request while there is no token.
 async fn callers(size: usize) -> f64 {
     let endpoint = Endpoint::new(FETCH, DAY);
     let crowd = Crowd::of(size);
@@ -146,7 +145,7 @@ async fn callers(size: usize) -> f64 {
     millis(took)
 }
 
-/// The same with a token that arrives when all of them wait for it.
+/// The same with a token that arrives once all of them wait for it.
 async fn waiters(size: usize) -> f64 {
     let endpoint = Endpoint::new(FETCH, DAY);
     endpoint.wait_for(size);
@@ -157,11 +156,11 @@ async fn waiters(size: usize) -> f64 {
     millis(last.saturating_duration_since(endpoint.answered()))
 }
 
-/// The same as tasks that sleep until one moment, when all of them are asleep.
+/// As many tasks that sleep until a moment by which all of them are asleep.
 async fn woken(size: usize) -> f64 {
     let crowd = Crowd::of(size);
     let asleep = Arc::new(AtomicUsize::new(0));
-    // More than it takes to send that many tasks to sleep.
+    // Longer than it takes to put that many tasks to sleep.
     let moment =
         Instant::now() + FETCH + Duration::from_micros(5) * u32::try_from(size).unwrap_or(0);
     for _ in 0..size {
@@ -197,7 +196,7 @@ fn spawn_callers(endpoint: &Arc<Endpoint>, crowd: &Arc<Crowd>, size: usize) {
     }
 }
 
-/// The caller that starts the token request is dropped when half of it is over; returns how long after the start the
+/// If `dropped`, drops the caller that started the token request halfway through it. Returns how long after the start the
 /// last of the others is done.
 async fn first_dropped(size: usize, dropped: bool) -> f64 {
     let endpoint = Endpoint::new(FETCH, DAY);
@@ -293,7 +292,7 @@ fn report(found: &mut [Found], rounds: u32) {
         if found.crowd == 100_000 {
             report.goal(
                 "100,000 callers, no token, a fetch of 50 ms",
-                "1 token request, the last served ≤ 10 % after as many sleepers",
+                "1 token request, the last served ≤ 10 % later than as many sleepers",
                 format!("1 token request, {:+.0} %", (ratio - 1.0) * 100.0),
                 ratio <= 1.1,
             );
@@ -307,8 +306,8 @@ fn report(found: &mut [Found], rounds: u32) {
     }
     let [undisturbed, dropped] = times.map(|mut times| median(&mut times));
     report.goal(
-        "first caller of 1,000 dropped at half of the fetch",
-        "1 token request, nobody late",
+        "first caller of 1,000 dropped halfway through the fetch",
+        "1 token request, nobody delayed",
         format!(
             "1 token request, all served after {dropped:.1} ms, undisturbed {undisturbed:.1} ms"
         ),
@@ -316,7 +315,7 @@ fn report(found: &mut [Found], rounds: u32) {
     );
     plot::lines(
         &plot_path("refresh_storm"),
-        "From the token's arrival to the last waiter's going on",
+        "From the token's arrival until the last waiter goes on",
         Axis {
             name: "waiters",
             base: 10.0,

@@ -1,9 +1,9 @@
-//! Whether requests feel that their token is refreshed: an open-loop load at a fixed rate, across several refreshes,
-//! beside the caches that users write by hand, and through an outage.
+//! Whether a refresh slows requests down: an open-loop load at a fixed rate, across several refreshes, beside the caches
+//! that users write by hand, and through an outage.
 //!
-//! One thread sends each request when it is due, whatever became of those before it, and a request that has to wait
-//! is left to the runtime. Latency counts from when the request was due (so the omission that a closed loop
-//! commits does not come about), and tells the sender's own delays as well: those are the same for all.
+//! One thread sends each request when it is due, whatever happened to those before it, and leaves a request that has to
+//! wait to the runtime. Latency counts from when the request was due, which avoids the coordinated omission of a closed
+//! loop, and includes the sender's own delays, which are the same for all.
 
 mod support;
 
@@ -77,11 +77,11 @@ struct Plan {
     rate: u32,
     lasts: Duration,
     lifetime: Duration,
-    /// One is short, and few requests of it are the slowest in a thousand.
+    /// One is short, and has few of the slowest requests in a thousand.
     outages: usize,
 }
 
-/// What a load came to.
+/// The outcome of a load.
 struct Run {
     name: &'static str,
     sent: Vec<Sent>,
@@ -116,7 +116,7 @@ impl Plan {
         self.warm_up(runtime, &mut service);
         let (sent, waited) = self.load(runtime, &mut service, self.lasts);
         let seen = endpoint.seen();
-        // The sender learns that a token is due a little before its request is sent.
+        // A request finds the token due a little before the token request is sent.
         let refreshes = seen.iter().skip(1).map(|seen| {
             let answered = seen.answered.unwrap_or_else(Instant::now);
             (seen.sent - MARGIN, answered + MARGIN)
@@ -130,7 +130,7 @@ impl Plan {
         );
         if name == "bearer" {
             assert_eq!(run.waited, 0, "requests waited for a refresh");
-            // The replacements come one after the other, and none before half of a life, less a tenth by chance.
+            // Token requests follow one another, none sooner than after half a life, less a random tenth.
             let apart = self.lifetime.mul_f64(0.4) - MARGIN;
             let mut pairs = seen.windows(2);
             assert!(pairs.all(|pair| pair[1].sent - pair[0].sent >= apart));
@@ -139,7 +139,7 @@ impl Plan {
         run
     }
 
-    /// A load through an outage of 2 s while the token is due, and on until it is refreshed.
+    /// A load through an outage of 2 s while the token is due, and on until its refresh.
     fn outage(&self, runtime: &Runtime) -> Run {
         // Due after 4 to 5 s, dead after 9.
         let endpoint = Endpoint::new(Duration::from_millis(5), Duration::from_secs(10));
@@ -181,7 +181,7 @@ impl Plan {
         run
     }
 
-    /// Has the token fetched and the caches of the machine filled.
+    /// Has the token fetched and the machine's caches filled.
     fn warm_up<S>(&self, runtime: &Runtime, service: &mut S)
     where
         S: Service<Request<Body>>,
@@ -234,7 +234,7 @@ impl Plan {
     }
 }
 
-/// Drives a request that has to wait to its end.
+/// Waits for the end of a request that has to wait.
 async fn finish<F, T, E>(response: Pin<Box<F>>, due: Instant, done: mpsc::Sender<Sent>)
 where
     F: Future<Output = Result<T, E>>,
@@ -256,7 +256,7 @@ impl Run {
         let histogram = || Histogram::new(3).expect("three digits can be kept");
         let (mut inside, mut outside) = (histogram(), histogram());
         for Sent { due, took } in &sent {
-            // A request is in a window if any of its time is.
+            // A request is in a window if any part of its time is.
             let within = windows
                 .iter()
                 .any(|(from, to)| *due <= *to && *due + *took >= *from);
@@ -274,7 +274,7 @@ impl Run {
         }
     }
 
-    /// Both together, with the token requests of the one that had most.
+    /// Combines both, with the token requests of the one that had more.
     fn and(mut self, other: Self) -> Self {
         self.sent.extend(other.sent);
         self.waited += other.waited;
@@ -305,8 +305,8 @@ fn report(plan: &Plan, runs: &[Run], outage: &Run) {
             "max",
         ],
     );
-    let fetch = ["outside of it", "while a token is fetched"];
-    let down = ["outside of it", "while the endpoint is down"];
+    let fetch = ["at other times", "while a token is fetched"];
+    let down = ["at other times", "while the endpoint is down"];
     let fetches = runs.iter().map(|run| (run, fetch));
     for (run, [outside, inside]) in fetches.chain(iter::once((outage, down))) {
         let windows = [(outside, &run.outside), (inside, &run.inside)];
@@ -330,14 +330,14 @@ fn report(plan: &Plan, runs: &[Run], outage: &Run) {
     let p999 = |histogram: &Histogram<u64>| micros(histogram.value_at_quantile(0.999));
     let verdict = |run: &Run| {
         let (inside, outside) = (p999(&run.inside), p999(&run.outside));
-        let text = format!("p99.9 {inside:.1} µs inside, {outside:.1} µs outside");
+        let text = format!("p99.9 {inside:.1} µs during it, {outside:.1} µs at other times");
         (text, inside <= outside * 1.1)
     };
     let mut report = Report::new("refresh_under_load");
     let (text, same) = verdict(bearer);
     report.goal(
         &format!("expiry under {} requests/s", plan.rate),
-        "1 token request per due refresh, no request waits; p99.9 inside the refresh = outside",
+        "1 token request per due refresh, no request waits; p99.9 during a refresh = at other times",
         format!(
             "{} refreshes, {} waited; {text}",
             bearer.token_requests - 1,
@@ -350,7 +350,7 @@ fn report(plan: &Plan, runs: &[Run], outage: &Run) {
         &format!("token due but valid, 503 for 2 s, {} requests/s", plan.rate),
         "≤ 4 token requests, 0 failed calls, no call slower than usual",
         format!(
-            "{} token requests at most, 0 failed; {text}",
+            "at most {} token requests, 0 failed; {text}",
             outage.token_requests
         ),
         same && outage.token_requests <= 4,
@@ -367,7 +367,7 @@ fn draw(runs: &[Run]) {
         .map(|run| {
             let mut all = run.outside.clone();
             all.add(&run.inside).expect("both have the same digits");
-            // As far as ten requests tell.
+            // Down to the share of ten requests.
             let least = 10.0 / run.sent.len() as f64;
             let shares = iter::successors(Some(1.0), |share| Some(share / 1.3));
             let points = shares.take_while(|share| *share > least).map(|share| {
@@ -384,7 +384,7 @@ fn draw(runs: &[Run]) {
         &plot_path("refresh_under_load"),
         "Latency from when a request was due, across refreshes",
         Axis {
-            name: "how many requests take longer than this",
+            name: "share of requests that take longer",
             base: 10.0,
             label: &|one_in| match one_in.round() > 1.0 {
                 true => format!("1 in {one_in:.0}"),
