@@ -20,7 +20,7 @@ use clap::Parser;
 use tokio::{runtime::Runtime, time};
 use tower_bearer::BoxError;
 
-use self::run::{Act, World};
+use self::run::{Action, World};
 
 mod plot;
 mod run;
@@ -68,16 +68,16 @@ fn main() -> Result<ExitCode, BoxError> {
 /// Plays the script: what a user might do by hand.
 async fn play(world: &World, rate: u32) {
     let script = [
-        (2_000, Act::Revoke),
-        (4_000, Act::Slow(true)),
-        (5_700, Act::Slow(false)),
-        (6_300, Act::Break(true)),
-        (9_000, Act::Break(false)),
-        (11_000, Act::Load(rate * 3)),
+        (2_000, Action::Revoke),
+        (4_000, Action::Slow(true)),
+        (5_700, Action::Slow(false)),
+        (6_300, Action::Break(true)),
+        (9_000, Action::Break(false)),
+        (11_000, Action::Load(rate * 3)),
     ];
     for (at, action) in script {
         time::sleep_until(world.started() + Duration::from_millis(at)).await;
-        world.act(action);
+        world.apply(action);
     }
     time::sleep_until(world.started() + Duration::from_secs(12)).await;
 }

@@ -15,7 +15,7 @@ use plotters::{
 };
 use tower_bearer::BoxError;
 
-use crate::run::{Act, LIFETIME, Record, Sample};
+use crate::run::{Action, LIFETIME, Record, Sample};
 
 /// Draws the run into a file.
 pub(crate) fn draw(file: &Path, record: &Record) -> Result<(), BoxError> {
@@ -58,7 +58,7 @@ impl Picture<'_> {
             "{} requests, {} token requests. {} were refused for a revoked token and sent again; {} failed, {} of them \
              despite a valid token.",
             record.answered + record.failures.len(),
-            record.asked.len(),
+            record.token_requests.len(),
             record.refused,
             record.failures.len(),
             record.needless,
@@ -84,18 +84,18 @@ impl Picture<'_> {
             bottom: 584,
             most: LIFETIME.as_secs_f64() * 1.08,
         };
-        let asked = Panel {
+        let requests = Panel {
             top: 626,
             bottom: 650,
             most: 1.0,
         };
-        let panels = [&rates, &waiting, &age, &asked];
+        let panels = [&rates, &waiting, &age, &requests];
         self.bands(&panels)?;
         for panel in &panels[..3] {
             self.grid(panel)?;
         }
         self.seconds(&panels)?;
-        self.acts(&panels)?;
+        self.actions(&panels)?;
 
         self.caption(
             &rates,
@@ -109,8 +109,8 @@ impl Picture<'_> {
         self.caption(&age, "age of the token in seconds", &[])?;
         self.age(&age)?;
         let outcomes = [("granted", GREEN), ("failed", RED)];
-        self.caption(&asked, "token requests, from start to answer", &outcomes)?;
-        self.asked(&asked)?;
+        self.caption(&requests, "token requests, from start to answer", &outcomes)?;
+        self.token_requests(&requests)?;
         self.root.present()?;
         Ok(())
     }
@@ -122,18 +122,18 @@ impl Picture<'_> {
 
     /// Shades the times during which the token endpoint was slow or down.
     fn bands(&self, panels: &[&Panel]) -> Drawn {
-        let acts = &self.record.acts;
-        for (at, act) in acts {
-            let colour = match act {
-                Act::Slow(true) => AMBER,
-                Act::Break(true) => RED,
+        let actions = &self.record.actions;
+        for (at, action) in actions {
+            let colour = match action {
+                Action::Slow(true) => AMBER,
+                Action::Break(true) => RED,
                 _ => continue,
             };
-            let ends = |other: &Act| match act {
-                Act::Slow(_) => matches!(other, Act::Slow(false)),
-                _ => matches!(other, Act::Break(false)),
+            let ends = |other: &Action| match action {
+                Action::Slow(_) => matches!(other, Action::Slow(false)),
+                _ => matches!(other, Action::Break(false)),
             };
-            let mut later = acts.iter().filter(|(other, _)| other > at);
+            let mut later = actions.iter().filter(|(other, _)| other > at);
             let end = later.find(|(_, other)| ends(other));
             let end = end.map_or(self.end, |(end, _)| *end);
             for panel in panels {
@@ -277,11 +277,11 @@ impl Picture<'_> {
         Ok(())
     }
 
-    fn asked(&self, panel: &Panel) -> Drawn {
-        for asked in &self.record.asked {
-            let (granted, end) = asked.answer.unwrap_or((true, self.end));
+    fn token_requests(&self, panel: &Panel) -> Drawn {
+        for exchange in &self.record.token_requests {
+            let (granted, end) = exchange.answer.unwrap_or((true, self.end));
             let colour = if granted { GREEN } else { RED };
-            let left = self.x(asked.at);
+            let left = self.x(exchange.at);
             let right = self.x(end).max(left + 3);
             let corners = [(left, panel.top + 4), (right, panel.bottom - 4)];
             self.root.draw(&Rectangle::new(corners, colour.filled()))?;
@@ -290,10 +290,10 @@ impl Picture<'_> {
     }
 
     /// Marks the interference, across all panels.
-    fn acts(&self, panels: &[&Panel]) -> Drawn {
+    fn actions(&self, panels: &[&Panel]) -> Drawn {
         let bottom = panels.iter().map(|panel| panel.bottom).max().unwrap_or(0);
         let style: ShapeStyle = INK.mix(0.55).stroke_width(1);
-        for (index, (at, act)) in self.record.acts.iter().enumerate() {
+        for (index, (at, action)) in self.record.actions.iter().enumerate() {
             let x = self.x(*at);
             // In two rows, since they may follow each other closely.
             let y = if index % 2 == 0 { 76 } else { 92 };
@@ -304,7 +304,7 @@ impl Picture<'_> {
                 top += 6;
             }
             self.text(
-                &act.to_string(),
+                &action.to_string(),
                 (x, y),
                 12,
                 INK,

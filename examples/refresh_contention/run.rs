@@ -33,7 +33,7 @@ const SENDERS: u32 = 4;
 
 /// How to interfere with the run.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Act {
+pub(crate) enum Action {
     /// Revokes every token.
     Revoke,
     /// Makes the token endpoint slow, or fast again.
@@ -44,7 +44,7 @@ pub(crate) enum Act {
     Load(u32),
 }
 
-impl fmt::Display for Act {
+impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Revoke => f.write_str("tokens revoked"),
@@ -73,7 +73,7 @@ pub(crate) struct Sample {
 
 /// A token request.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Asked {
+pub(crate) struct Exchange {
     pub(crate) at: f64,
     /// Once answered: whether it was granted, and when it was answered.
     pub(crate) answer: Option<(bool, f64)>,
@@ -83,8 +83,8 @@ pub(crate) struct Asked {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Record {
     pub(crate) samples: Vec<Sample>,
-    pub(crate) asked: Vec<Asked>,
-    pub(crate) acts: Vec<(f64, Act)>,
+    pub(crate) token_requests: Vec<Exchange>,
+    pub(crate) actions: Vec<(f64, Action)>,
     /// When each failed request failed.
     pub(crate) failures: Vec<f64>,
     /// How many of them failed despite a token that the API would have accepted.
@@ -119,9 +119,9 @@ impl World {
     /// Starts everything on the current runtime.
     pub(crate) fn start(rate: u32, prints: bool) -> Self {
         let endpoint = Arc::new(Endpoint::new(prints));
-        let asked = Arc::clone(&endpoint);
+        let shared = Arc::clone(&endpoint);
         let source = source_fn(move |_| {
-            let endpoint = Arc::clone(&asked);
+            let endpoint = Arc::clone(&shared);
             async move { endpoint.answer().await }
         });
         let world = Self(Arc::new(Inner {
@@ -158,18 +158,18 @@ impl World {
         self.0.started.elapsed().as_secs_f64()
     }
 
-    pub(crate) fn act(&self, act: Act) {
+    pub(crate) fn apply(&self, action: Action) {
         let now = self.now();
         if self.0.prints {
-            println!("{now:6.2} s  * {act}");
+            println!("{now:6.2} s  * {action}");
         }
-        self.record_mut().acts.push((now, act));
+        self.record_mut().actions.push((now, action));
         let endpoint = &self.0.endpoint;
-        match act {
-            Act::Revoke => endpoint.lock().valid.clear(),
-            Act::Slow(slow) => endpoint.slow.store(slow, Relaxed),
-            Act::Break(down) => endpoint.down.store(down, Relaxed),
-            Act::Load(rate) => self.0.rate.store(rate, Relaxed),
+        match action {
+            Action::Revoke => endpoint.lock().valid.clear(),
+            Action::Slow(slow) => endpoint.slow.store(slow, Relaxed),
+            Action::Break(down) => endpoint.down.store(down, Relaxed),
+            Action::Load(rate) => self.0.rate.store(rate, Relaxed),
         }
     }
 
@@ -189,7 +189,7 @@ impl World {
     pub(crate) fn record(&self) -> Record {
         let mut record = self.record_mut().clone();
         let tables = self.0.endpoint.lock();
-        record.asked.clone_from(&tables.asked);
+        record.token_requests.clone_from(&tables.token_requests);
         record.at_once = tables.at_once;
         record
     }
@@ -225,16 +225,16 @@ impl World {
         let Ok(client) = client.ready().await else {
             return;
         };
-        let place = Place::new(&self.0);
+        let progress = Progress::new(&self.0);
         let mut request = Request::new(String::new());
-        request.extensions_mut().insert(Arc::clone(&place));
+        request.extensions_mut().insert(Arc::clone(&progress));
         let response = client.call(request);
         // With a token at hand, it has arrived by now.
-        if !place.arrived.load(Relaxed) {
-            place.wait();
+        if !progress.arrived.load(Relaxed) {
+            progress.wait();
         }
         let result = response.await;
-        place.end_wait();
+        progress.end_wait();
         let now = self.now();
         let needless = self.has_valid_token_since(started);
         let mut record = self.record_mut();
@@ -265,10 +265,10 @@ impl World {
         let now = self.now();
         let known = text.and_then(|text| self.0.endpoint.lock().valid.get(text).copied());
         let valid = known.is_some_and(|issued| now < issued.expiry);
-        let place = request.extensions().get::<Arc<Place>>().cloned();
-        if let Some(place) = &place {
-            place.arrived.store(true, Relaxed);
-            place.end_wait();
+        let progress = request.extensions().get::<Arc<Progress>>().cloned();
+        if let Some(progress) = &progress {
+            progress.arrived.store(true, Relaxed);
+            progress.end_wait();
         }
         async move {
             time::sleep(Duration::from_millis(fastrand::u64(5..20))).await;
@@ -277,8 +277,8 @@ impl World {
             }
             self.record_mut().refused += 1;
             // Until it is sent again, it waits for another token.
-            if let Some(place) = place {
-                place.wait();
+            if let Some(progress) = progress {
+                progress.wait();
             }
             let refusal = Response::builder()
                 .status(StatusCode::UNAUTHORIZED)
@@ -321,9 +321,12 @@ impl World {
     pub(crate) fn promises(&self, scripted: bool) -> Vec<(String, bool)> {
         let record = self.record();
         let span = self.now();
-        let answers = record.asked.iter().filter_map(|asked| asked.answer);
+        let answers = record
+            .token_requests
+            .iter()
+            .filter_map(|exchange| exchange.answer);
         let granted = answers.filter(|(granted, _)| *granted).count();
-        let asked = record.asked.len();
+        let requested = record.token_requests.len();
         // The crate's bound on load for tokens of this lifetime. No refresh is due before 0.35 of it.
         let due = LIFETIME.mul_f64(0.35).max(Duration::from_secs(1));
         let forced = 1.0 + span / 5.0;
@@ -333,14 +336,14 @@ impl World {
         let count = record.answered + record.failures.len();
         let mut promises = vec![
             (
-                format!("{count} requests, {asked} token requests, at most one at a time"),
+                format!("{count} requests, {requested} token requests, at most one at a time"),
                 record.at_once == 1,
             ),
             (
                 format!(
-                    "{granted} tokens granted <= {most_granted:.0}, {asked} requested <= {most}"
+                    "{granted} tokens granted <= {most_granted:.0}, {requested} requested <= {most}"
                 ),
-                granted as f64 <= most_granted && asked <= most,
+                granted as f64 <= most_granted && requested <= most,
             ),
             (
                 format!(
@@ -359,14 +362,14 @@ impl World {
 }
 
 /// Where a request is.
-struct Place {
+struct Progress {
     world: Arc<Inner>,
     /// Whether it has reached the API.
     arrived: AtomicBool,
     waits: AtomicBool,
 }
 
-impl Place {
+impl Progress {
     fn new(world: &Arc<Inner>) -> Arc<Self> {
         Arc::new(Self {
             world: Arc::clone(world),
@@ -392,13 +395,20 @@ impl Place {
 /// The promises for a run with one outage.
 fn outage_promises(record: &Record) -> [(String, bool); 2] {
     let acted = |down| {
-        let mut acts = record.acts.iter();
-        acts.find_map(|(at, act)| matches!(act, Act::Break(it) if *it == down).then_some(*at))
+        let mut actions = record.actions.iter();
+        actions.find_map(|(at, action)| {
+            matches!(action, Action::Break(it) if *it == down).then_some(*at)
+        })
     };
     let (down, up) = (acted(true).unwrap_or(0.0), acted(false).unwrap_or(0.0));
     // The first flight has three attempts, the later ones one each.
-    let lost = |asked: &&Asked| asked.answer.is_some_and(|(granted, _)| !granted);
-    let flights = record.asked.iter().filter(lost).count().saturating_sub(2);
+    let lost = |exchange: &&Exchange| exchange.answer.is_some_and(|(granted, _)| !granted);
+    let flights = record
+        .token_requests
+        .iter()
+        .filter(lost)
+        .count()
+        .saturating_sub(2);
     let gate = 0.5 * 2_f64.powi(flights.saturating_sub(1) as i32);
     let gate = 1.1 * gate.min(10.0);
     // None fails if the outage ends before the token expires.
@@ -438,7 +448,7 @@ struct Tables {
     valid: HashMap<String, Issued>,
     /// When each token was requested.
     sent: HashMap<String, f64>,
-    asked: Vec<Asked>,
+    token_requests: Vec<Exchange>,
     at_once: usize,
 }
 
@@ -474,11 +484,11 @@ impl Endpoint {
         let number = {
             let mut tables = self.lock();
             tables.at_once = tables.at_once.max(self.in_flight.load(Relaxed));
-            tables.asked.push(Asked {
+            tables.token_requests.push(Exchange {
                 at: sent,
                 answer: None,
             });
-            tables.asked.len()
+            tables.token_requests.len()
         };
         let slow = self.slow.load(Relaxed);
         time::sleep(if slow { SLOW } else { LATENCY }).await;
@@ -486,7 +496,7 @@ impl Endpoint {
         let now = self.now();
         let text = format!("token-{number}");
         let mut tables = self.lock();
-        tables.asked[number - 1].answer = Some((granted, now));
+        tables.token_requests[number - 1].answer = Some((granted, now));
         if granted {
             let issued = Issued {
                 granted: now,

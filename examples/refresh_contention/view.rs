@@ -19,7 +19,7 @@ use ratatui::{
     widgets::{Axis, Block, Chart, Dataset, GraphType, Paragraph},
 };
 
-use crate::run::{Act, LIFETIME, Record, Sample, World};
+use crate::run::{Action, LIFETIME, Record, Sample, World};
 
 /// How many seconds the charts show.
 const WINDOW: f64 = 20.0;
@@ -67,11 +67,13 @@ fn handle(world: &World, event: &Event) -> bool {
     match key.code {
         KeyCode::Char('q') | KeyCode::Esc => return false,
         KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return false,
-        KeyCode::Char('r') => world.act(Act::Revoke),
-        KeyCode::Char('s') => world.act(Act::Slow(!world.is_slow())),
-        KeyCode::Char('b') => world.act(Act::Break(!world.is_down())),
-        KeyCode::Up | KeyCode::Char('+') => world.act(Act::Load((world.rate() * 2).min(6_400))),
-        KeyCode::Down | KeyCode::Char('-') => world.act(Act::Load((world.rate() / 2).max(25))),
+        KeyCode::Char('r') => world.apply(Action::Revoke),
+        KeyCode::Char('s') => world.apply(Action::Slow(!world.is_slow())),
+        KeyCode::Char('b') => world.apply(Action::Break(!world.is_down())),
+        KeyCode::Up | KeyCode::Char('+') => {
+            world.apply(Action::Load((world.rate() * 2).min(6_400)))
+        }
+        KeyCode::Down | KeyCode::Char('-') => world.apply(Action::Load((world.rate() / 2).max(25))),
         _ => {}
     }
     true
@@ -123,9 +125,13 @@ fn draw(frame: &mut Frame<'_>, world: &World, record: &Record) {
     let ages = shown.iter();
     let ages: Vec<_> = ages.filter_map(|s| Some((s.at, s.age?))).collect();
     let marks = |good: bool| -> Vec<_> {
-        let asked = record.asked.iter().filter(|asked| asked.at >= window[0]);
-        let asked = asked.filter(|asked| asked.answer.is_none_or(|(granted, _)| granted) == good);
-        asked.map(|asked| (asked.at, 0.15)).collect()
+        let exchanges = record
+            .token_requests
+            .iter()
+            .filter(|exchange| exchange.at >= window[0]);
+        let exchanges =
+            exchanges.filter(|exchange| exchange.answer.is_none_or(|(granted, _)| granted) == good);
+        exchanges.map(|exchange| (exchange.at, 0.15)).collect()
     };
     let (good, bad) = (marks(true), marks(false));
     Panel {
@@ -183,34 +189,38 @@ fn headline<'a>(world: &World, record: &Record, last: Option<&Sample>) -> Paragr
             "   of these despite a valid token ".into(),
             needless,
             "   token requests ".into(),
-            count(record.asked.len()),
+            count(record.token_requests.len()),
         ]),
     ])
 }
 
 /// The latest events, newest first.
 fn history<'a>(record: &Record, area: Rect) -> Paragraph<'a> {
-    let acts = record.acts.iter();
-    let acts = acts.map(|(at, act)| (*at, format!("* {act}").light_yellow()));
-    let asked = record.asked.iter().enumerate().map(|(index, asked)| {
-        let number = index + 1;
-        let text = match asked.answer {
-            None => format!("token request {number} under way ..").into(),
-            Some((granted, at)) => {
-                let took = (at - asked.at) * 1e3;
-                match granted {
-                    true => {
-                        Span::from(format!("token request {number} granted after {took:.0} ms"))
-                    }
-                    false => {
-                        format!("token request {number} failed after {took:.0} ms").light_red()
+    let actions = record.actions.iter();
+    let actions = actions.map(|(at, action)| (*at, format!("* {action}").light_yellow()));
+    let exchanges = record
+        .token_requests
+        .iter()
+        .enumerate()
+        .map(|(index, exchange)| {
+            let number = index + 1;
+            let text = match exchange.answer {
+                None => format!("token request {number} under way ..").into(),
+                Some((granted, at)) => {
+                    let took = (at - exchange.at) * 1e3;
+                    match granted {
+                        true => {
+                            Span::from(format!("token request {number} granted after {took:.0} ms"))
+                        }
+                        false => {
+                            format!("token request {number} failed after {took:.0} ms").light_red()
+                        }
                     }
                 }
-            }
-        };
-        (asked.at, text)
-    });
-    let mut events: Vec<_> = acts.chain(asked).collect();
+            };
+            (exchange.at, text)
+        });
+    let mut events: Vec<_> = actions.chain(exchanges).collect();
     events.sort_by(|(a, _), (b, _)| b.total_cmp(a));
     events.truncate(usize::from(area.height.saturating_sub(1)));
     let lines = events.into_iter();
@@ -232,7 +242,7 @@ fn help<'a>(world: &World) -> Line<'a> {
         .into(),
         key(" b "),
         if world.is_down() {
-            " mend endpoint  "
+            " repair endpoint  "
         } else {
             " break endpoint  "
         }
