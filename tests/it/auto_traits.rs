@@ -1,6 +1,6 @@
 //! Which of the public types are `Send`, `Sync` and `Unpin`.
 //!
-//! The tables are of plain values, so that they fail whichever way a type changes.
+//! The tables hold plain values, so they fail whichever way a type changes.
 
 use std::{
     cell::Cell,
@@ -25,8 +25,8 @@ use tower_bearer::{
 
 use crate::support::AuthServer;
 
-/// Asks at compile time whether a concrete type has a trait: an inherent constant, which is there if it has,
-/// goes before the trait's.
+/// Tells at compile time whether a concrete type has a trait: if so, it has an inherent constant, which wins over
+/// the trait's.
 struct Probe<T: ?Sized>(PhantomData<T>);
 
 macro_rules! probe {
@@ -58,7 +58,7 @@ macro_rules! assert_table {
 
 const ALL: [bool; 3] = [true, true, true];
 
-/// A service that is `Clone + Send + Sync`, of which the future is as `F` is.
+/// A service that is `Clone + Send + Sync`, whose future is `F`.
 struct Inner<F>(PhantomData<fn() -> F>);
 
 impl<F> Clone for Inner<F> {
@@ -88,7 +88,7 @@ type Answer = Result<Response<String>, Infallible>;
 type SendFuture = Pin<Box<dyn Future<Output = Answer> + Send>>;
 type LocalFuture = Pin<Box<dyn Future<Output = Answer>>>;
 
-/// A future that is not `Unpin`, as those of `async` blocks.
+/// A future that is not `Unpin`, like an `async` block's.
 struct Pinned(PhantomPinned);
 
 impl Future for Pinned {
@@ -131,14 +131,14 @@ fn plain_types_are_send_and_sync() {
         TokenState => ALL,
         SourceFn<fn()> => ALL,
         SourceFn<Local> => [false, false, true],
-        // It goes from a user's hand to `build` and holds what that made of it.
+        // It holds whatever the user passed to its setters.
         ClientCredentialsBuilder => ALL,
     }
 }
 
-/// Law 5: the service is what its inner service is, whatever the body.
+/// Law 5: the service has its inner service's auto traits, whatever the body.
 #[test]
-fn the_service_is_as_its_inner_service() {
+fn auto_traits_follow_the_inner_service() {
     assert_table! {
         BearerAuth<Inner<SendFuture>, Never> => ALL,
         BearerAuth<Inner<SendFuture>, CloneBody> => ALL,
@@ -159,20 +159,20 @@ fn a_response_future_is_send_if_inner_service_and_body_are() {
         ResponseFuture<Inner<SendFuture>, EmptyBody, Request<String>> => [true, false, true],
         // `Sync` comes for free where the inner future is.
         ResponseFuture<Inner<Ready<Answer>>, CloneBody, Request<String>> => ALL,
-        // Bodies that cannot be shared between threads, as many streaming ones.
+        // Bodies that threads cannot share, like many streaming ones.
         ResponseFuture<Inner<SendFuture>, Never, Request<Cell<u8>>> => [true, false, true],
         // Local services and bodies work in a `LocalSet`.
         ResponseFuture<Inner<LocalFuture>, Never, Request<String>> => [false, false, true],
         ResponseFuture<Inner<SendFuture>, CloneBody, Request<Local>> => [false, false, true],
         ResponseFuture<Inner<SendFuture>, Never, Request<Local>> => [false, false, true],
-        // An inner future is pinned where it stands: no box of ours.
+        // The inner future is pinned in place, not boxed.
         ResponseFuture<Inner<Pinned>, Never, Request<String>> => [true, true, false],
     }
 }
 
-/// Law 5: so may one whose body is read first, and the body that comes of it be sent.
+/// Law 5: the same holds if the body is read first, and for the collected body.
 #[test]
-fn a_body_that_is_read_first_is_as_it_was() {
+fn collecting_a_body_keeps_its_auto_traits() {
     assert_table! {
         CollectedBody<String> => ALL,
         CollectedBody<Cell<u8>> => [true, false, true],
@@ -195,7 +195,7 @@ fn the_futures_of_caches_and_sources_are_send() {
     let _ = of_any_source::<ClientCredentials>;
 }
 
-/// Law 5: a body that is not `Send` needs no thread of its own, only a task that stays on one.
+/// Law 5: a body that is not `Send` only needs a task that stays on one thread.
 #[tokio::test(start_paused = true)]
 async fn a_body_that_is_not_send_works() {
     fn assert_service<B, S: Service<Request<B>, Error = BoxError, Future: fmt::Debug>>(_: &S) {}

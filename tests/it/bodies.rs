@@ -1,4 +1,4 @@
-//! What is sent again is what was sent, and what cannot be is not.
+//! A replay sends the same request, and only what can be replayed is.
 
 use std::{
     convert::Infallible,
@@ -26,7 +26,7 @@ use tower_bearer::{BearerAuthLayer, BoxError, CloneBody, EmptyBody, Never, Repla
 
 use crate::support::{AuthServer, INVALID_TOKEN, bearer, echo, settle, timed, unauthorized};
 
-/// All that a request brought.
+/// A request as the API saw it.
 #[derive(Clone, Debug)]
 struct Received {
     head: Parts,
@@ -98,7 +98,7 @@ fn request<B>(body: B) -> Request<B> {
     request
 }
 
-/// That it is the request above, with these bytes and this token.
+/// Asserts that it is the request above, with this body and token.
 fn assert_whole(received: &Received, body: &[u8], token: &str) {
     let Received { head, body: bytes } = received;
     assert_eq!(head.method, Method::PATCH);
@@ -125,7 +125,7 @@ macro_rules! send {
             .layer(api);
         let response = client.clone().oneshot(request($body)).await.unwrap();
         settle().await;
-        // Sent once or twice, the token is replaced.
+        // The token is replaced whether or not the request is replayed.
         assert_eq!(server.requests(), 2);
         let token = client.cache().peek().unwrap();
         assert_eq!(token.expose_secret(), "token-2");
@@ -152,7 +152,7 @@ fn assert_sent_once((response, received): (Response<String>, Vec<Received>), bod
     assert_whole(once, body, "token-1");
 }
 
-/// Law 8 (T15): a cloned request is the request, to the byte.
+/// Law 8 (T15): the clone equals the request, to the byte.
 #[tokio::test(start_paused = true)]
 async fn cloned_bodies_are_sent_again_whole() {
     let large: Vec<u8> = (0..1_000_000_u32).map(|n| (n % 251) as u8).collect();
@@ -168,7 +168,7 @@ async fn cloned_bodies_are_sent_again_whole() {
 
 /// Law 8 (T15): the clone is taken before the body is read.
 #[tokio::test(start_paused = true)]
-async fn a_cloned_body_of_which_nothing_was_read_is_sent_again_whole() {
+async fn an_unread_cloned_body_is_sent_again_whole() {
     let server = AuthServer::new();
     let (log, api) = reading(0);
     let client = BearerAuthLayer::new(server).replay(CloneBody).layer(api);
@@ -178,7 +178,7 @@ async fn a_cloned_body_of_which_nothing_was_read_is_sent_again_whole() {
     assert_eq!(log.lock().unwrap().len(), 2);
 }
 
-/// Law 8: by default nothing is sent twice, whatever the body.
+/// Law 8: the default sends nothing twice.
 #[tokio::test(start_paused = true)]
 async fn without_replay_every_body_is_sent_once() {
     assert_sent_once(send!(Never, ALL, Empty::<Bytes>::new()), b"");
@@ -189,21 +189,21 @@ async fn without_replay_every_body_is_sent_once() {
     assert_sent_once(send!(Never, ALL, upload), b"de");
 }
 
-/// A body that can be sent once and be neither cloned nor shared.
+/// A body that can be neither cloned nor shared.
 fn boxed(text: &'static str) -> UnsyncBoxBody<Bytes, BoxError> {
     Full::new(Bytes::from(text))
         .map_err(|never| match never {})
         .boxed_unsync()
 }
 
-/// A body whose chunks come from elsewhere while it is sent: no `Clone`, and not all there.
+/// A body whose chunks arrive while it is sent, so it is not `Clone`.
 #[derive(Default)]
 struct Upload {
     chunks: Option<mpsc::UnboundedReceiver<Bytes>>,
 }
 
 impl Upload {
-    /// Begins with these chunks, and goes on until the sender is dropped unless it is `complete`.
+    /// Starts with these chunks; unless `complete`, more may follow until the sender is dropped.
     fn of(chunks: &[&'static str], complete: bool) -> (Self, Option<mpsc::UnboundedSender<Bytes>>) {
         let (sender, receiver) = mpsc::unbounded_channel();
         for chunk in chunks {
@@ -237,7 +237,7 @@ impl Body for Upload {
     }
 }
 
-/// Law 8 (T15): bodies that cannot be cloned are sent again if there is nothing in them.
+/// Law 8 (T15): even bodies that cannot be cloned.
 #[tokio::test(start_paused = true)]
 async fn empty_bodies_are_sent_again() {
     assert_sent_twice(send!(EmptyBody, ALL, Empty::<Bytes>::new()), b"");
@@ -247,22 +247,22 @@ async fn empty_bodies_are_sent_again() {
     assert_sent_twice(send!(EmptyBody, ALL, Upload::default()), b"");
 }
 
-/// Law 8 (T15): a body with anything in it is sent once, and its token is replaced all the same.
+/// Law 8 (T15): the token is replaced all the same.
 #[tokio::test(start_paused = true)]
-async fn bodies_that_are_not_empty_are_sent_once_with_empty_body() {
+async fn empty_body_sends_bodies_that_are_not_empty_once() {
     assert_sent_once(send!(EmptyBody, ALL, Full::new(Bytes::from("a"))), b"a");
     assert_sent_once(send!(EmptyBody, ALL, "b".to_owned()), b"b");
     assert_sent_once(send!(EmptyBody, ALL, boxed("c")), b"c");
     let (upload, _) = Upload::of(&["d", "e"], true);
     assert_sent_once(send!(EmptyBody, ALL, upload), b"de");
-    // One that happens to yield nothing, which nobody could tell beforehand.
+    // It turns out to be empty, which nobody could tell beforehand.
     let (upload, _) = Upload::of(&[], true);
     assert_sent_once(send!(EmptyBody, ALL, upload), b"");
 }
 
-/// Law 8 (T15): a stream that was refused in the middle is not begun anew, and its caller is not kept waiting.
+/// Law 8 (T15): it is not restarted, and its caller does not wait.
 #[tokio::test(start_paused = true)]
-async fn a_stream_that_is_half_sent_returns_its_refusal_at_once() {
+async fn a_refusal_of_a_half_sent_stream_is_returned_at_once() {
     let (upload, sender) = Upload::of(&["half"], false);
     assert_sent_once(send!(EmptyBody, 1, upload), b"half");
     assert!(sender.unwrap().is_closed(), "the rest is not read");
@@ -283,7 +283,7 @@ async fn a_stream_that_is_half_sent_returns_its_refusal_at_once() {
     assert_eq!(took, Duration::ZERO);
 }
 
-/// An API that counts its clones, and takes any token.
+/// An API that counts its clones and takes any token.
 #[derive(Default)]
 struct Counted {
     clones: Arc<AtomicUsize>,
@@ -312,9 +312,9 @@ impl<B> Service<Request<B>> for Counted {
     }
 }
 
-/// Limits and connections may come with a clone, so a request that is sent once takes none.
+/// A clone may cost a limit or a connection, so a request that is sent once takes none.
 #[tokio::test(start_paused = true)]
-async fn the_inner_service_is_cloned_only_for_what_may_be_sent_again() {
+async fn only_replayable_requests_clone_the_inner_service() {
     async fn clones<R: Replay<Request<String>>>(replay: R, body: &str) -> usize {
         let inner = Counted::default();
         let clones = Arc::clone(&inner.clones);

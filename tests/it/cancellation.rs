@@ -1,4 +1,4 @@
-//! Any caller may be dropped at any point: the token request goes on, and the others have its token.
+//! Any caller may be dropped at any point: the token request goes on, and the others get its token.
 
 use std::{
     future::Future,
@@ -19,17 +19,17 @@ use crate::support::{Api, AuthServer, caller, get, millis, now, poll_once, ready
 
 const LIMIT: u32 = 8;
 
-/// All that a request waits for on its way, to be let go of step by step.
+/// All that a request waits for, released step by step.
 struct Course {
     server: AuthServer,
-    /// The inner service is ready for so many.
+    /// How many requests the inner service is ready for.
     permits: Arc<Semaphore>,
     taken: Option<OwnedSemaphorePermit>,
     api: Api,
 }
 
 impl Course {
-    /// How many times a request is pending on its way.
+    /// How many times a request is pending.
     const STAGES: usize = 4;
 
     fn new() -> Self {
@@ -60,10 +60,10 @@ impl Course {
         BearerAuthLayer::new(self.server.clone()).layer(api)
     }
 
-    /// Lets go of what a request waits for after so many polls.
+    /// Releases what a request waits for after so many polls.
     async fn pass(&mut self, stage: usize) {
         match stage {
-            // The token request is out. While they wait for it, nobody holds a permit (law 10).
+            // The token request is out. Nobody who waits for it holds a permit (law 10).
             1 => {
                 let permits = Arc::clone(&self.permits).try_acquire_many_owned(LIMIT);
                 self.taken = Some(permits.unwrap());
@@ -77,7 +77,7 @@ impl Course {
     }
 }
 
-/// Sends a request through `client` and keeps `client` until the answer is there, as a connection's owner does.
+/// Sends a request through `client` and keeps `client` until the answer comes, like a connection's owner.
 async fn request<S>(mut client: S) -> Result<Response<String>, BoxError>
 where
     S: Service<Request<String>, Response = Response<String>, Error = BoxError>,
@@ -85,8 +85,8 @@ where
     client.ready().await?.call(get()).await
 }
 
-/// Polls `victim` so many times, unless it finishes before, with a `step` after each; drops it, and returns whether it
-/// has finished.
+/// Polls `victim` so many times or until it finishes, with a `step` after each poll; drops it and returns whether
+/// it finished.
 async fn poll_and_drop(
     victim: impl Future,
     polls: usize,
@@ -102,17 +102,17 @@ async fn poll_and_drop(
     false
 }
 
-/// Lets the token go once whoever is polled has waited for it.
-async fn release_at_second(server: &AuthServer, stage: usize) {
+/// Releases the token once the polled caller has waited for it.
+async fn release_at_stage_2(server: &AuthServer, stage: usize) {
     if stage == 2 {
         server.release();
     }
     settle().await;
 }
 
-/// Law 5 (T2): polled any number of times, as the first caller or as one of many, and then dropped.
+/// Law 5 (T2): after any number of polls, as the first caller or one of many.
 #[tokio::test(start_paused = true)]
-async fn a_request_dropped_at_any_poll_leaves_the_others_their_token() {
+async fn other_requests_get_their_token_whenever_one_is_dropped() {
     for first in [true, false] {
         for polls in 0.. {
             let mut course = Course::new();
@@ -134,7 +134,7 @@ async fn a_request_dropped_at_any_poll_leaves_the_others_their_token() {
                 course.pass(stage).await;
             }
             for other in others {
-                let response = time::timeout(secs(1), other).await.expect("it is not hung");
+                let response = time::timeout(secs(1), other).await.expect("it hangs");
                 assert_eq!(response.unwrap().unwrap().body(), "token-1", "{polls}");
             }
             assert_eq!(course.server.requests(), 1, "first: {first}, {polls} polls");
@@ -148,9 +148,9 @@ async fn a_request_dropped_at_any_poll_leaves_the_others_their_token() {
     }
 }
 
-/// Law 5 (T2): the same for a request that was refused and waits to be sent once more.
+/// Law 5 (T2): the same for a refused request that waits for its replay.
 #[tokio::test(start_paused = true)]
-async fn a_refused_request_dropped_at_any_poll_leaves_the_others_their_replacement() {
+async fn others_get_the_replacement_whenever_a_refused_request_is_dropped() {
     for polls in 0.. {
         let server = AuthServer::new();
         let client = BearerAuthLayer::new(server.clone())
@@ -160,7 +160,7 @@ async fn a_refused_request_dropped_at_any_poll_leaves_the_others_their_replaceme
         cache.get().await.unwrap();
         server.hold();
 
-        let release = async |stage| release_at_second(&server, stage).await;
+        let release = async |stage| release_at_stage_2(&server, stage).await;
         let finished = poll_and_drop(client.clone().oneshot(get()), polls, release).await;
 
         let others = [(); 3].map(|()| tokio::spawn(client.clone().oneshot(get())));
@@ -179,7 +179,7 @@ async fn a_refused_request_dropped_at_any_poll_leaves_the_others_their_replaceme
 
 /// Law 5 (T2): the same without a layer.
 #[tokio::test(start_paused = true)]
-async fn a_get_dropped_at_any_poll_leaves_the_others_their_token() {
+async fn other_gets_return_the_token_whenever_one_is_dropped() {
     for first in [true, false] {
         for polls in 0.. {
             let server = AuthServer::new();
@@ -191,7 +191,7 @@ async fn a_get_dropped_at_any_poll_leaves_the_others_their_token() {
                 settle().await;
             }
 
-            let release = async |stage| release_at_second(&server, stage).await;
+            let release = async |stage| release_at_stage_2(&server, stage).await;
             let finished = poll_and_drop(cache.get(), polls, release).await;
 
             others.extend([caller(&cache), caller(&cache)]);
@@ -224,7 +224,7 @@ async fn a_caller_dropped_before_its_first_poll_costs_no_token_request() {
 
 /// Law 5.
 #[tokio::test(start_paused = true)]
-async fn a_token_request_outlives_all_its_callers_and_its_token_is_kept() {
+async fn a_token_request_outlives_its_callers_and_its_token_is_kept() {
     let server = AuthServer::new();
     server.hold();
     let cache = TokenCache::new(server.clone());
@@ -241,9 +241,9 @@ async fn a_token_request_outlives_all_its_callers_and_its_token_is_kept() {
     assert_eq!(server.requests(), 1);
 }
 
-/// Law 5: and the retries go on as well.
+/// Law 5: so do the retries.
 #[tokio::test(start_paused = true)]
-async fn the_attempts_of_a_flight_go_on_without_its_callers() {
+async fn a_flight_retries_without_its_callers() {
     let server = AuthServer::new();
     server.set(crate::support::Answer::Hang);
     let cache = TokenCache::new(server.clone());
@@ -260,7 +260,7 @@ async fn the_attempts_of_a_flight_go_on_without_its_callers() {
 
 /// Law 5.
 #[tokio::test(start_paused = true)]
-async fn a_dropped_caller_frees_its_seat() {
+async fn a_dropped_caller_frees_its_place() {
     let server = AuthServer::new();
     server.hold();
     let cache = TokenCache::with_policy(server.clone(), RefreshPolicy::new().max_waiters(1));
@@ -276,14 +276,14 @@ async fn a_dropped_caller_frees_its_seat() {
     assert_eq!(server.requests(), 1);
 }
 
-/// A waker that can be counted.
+/// A waker whose references are counted.
 struct Counted;
 
 impl Wake for Counted {
     fn wake(self: Arc<Self>) {}
 }
 
-/// Law 5: nothing is left of a dropped caller.
+/// Law 5: a dropped caller leaks nothing.
 #[tokio::test(start_paused = true)]
 async fn a_dropped_caller_leaves_no_waker_behind() {
     let server = AuthServer::new();

@@ -1,4 +1,4 @@
-//! How a client proves its identity, and what becomes of credentials that change.
+//! How a client proves its identity, and what happens when its credentials change.
 
 use std::{
     fs,
@@ -60,7 +60,7 @@ fn builder() -> ClientCredentialsBuilder {
     ClientCredentials::builder(URL, "id")
 }
 
-/// A directory of its own, gone with the test.
+/// A directory that is removed with the test.
 struct Directory(PathBuf);
 
 impl Directory {
@@ -73,7 +73,7 @@ impl Directory {
 
     fn write(&self, name: &str, text: &str) -> PathBuf {
         let path = self.0.join(name);
-        // As Kubernetes does it: what is there is whole.
+        // Atomically, as Kubernetes does.
         fs::write(path.with_extension("new"), text).unwrap();
         fs::rename(path.with_extension("new"), &path).unwrap();
         path
@@ -87,7 +87,7 @@ impl Drop for Directory {
 }
 
 #[tokio::test]
-async fn a_file_that_is_replaced_is_read_for_the_next_token() {
+async fn a_replaced_file_is_read_for_the_next_token() {
     let directory = Directory::new("replaced");
     let server = Server::new("one");
     let source = server.source(Credential::file(directory.write("secret", "one\n")));
@@ -98,9 +98,9 @@ async fn a_file_that_is_replaced_is_read_for_the_next_token() {
     assert_eq!(server.bodies().len(), 2);
 }
 
-/// Many keys of one source ask the function once.
+/// Concurrent fetches call the function once.
 #[tokio::test]
-async fn a_secret_that_the_server_has_replaced_is_asked_for_once() {
+async fn concurrent_refusals_ask_for_a_new_secret_once() {
     let asked = Arc::new(AtomicUsize::new(0));
     let server = Server::new("0");
     let count = asked.clone();
@@ -123,9 +123,9 @@ async fn a_secret_that_the_server_has_replaced_is_asked_for_once() {
     assert_eq!(asked.load(Ordering::SeqCst), 2);
 }
 
-/// Law 7: whoever holds the error of a wrong secret back learns when there is another one.
+/// Law 7: a cache that remembers the refusal learns that there is another secret.
 #[tokio::test]
-async fn a_wrong_secret_that_was_replaced_is_told() {
+async fn a_source_reports_a_replaced_secret() {
     let directory = Directory::new("wrong");
     let server = Server::new("right");
     let source = server.source(Credential::file(directory.write("secret", "wrong")));
@@ -139,7 +139,7 @@ async fn a_wrong_secret_that_was_replaced_is_told() {
 }
 
 #[tokio::test]
-async fn a_credential_that_cannot_be_had_sends_nothing() {
+async fn an_unavailable_credential_sends_nothing() {
     let server = Server::new("secret");
     for credential in [
         Credential::file("/nonexistent/secret"),
@@ -154,9 +154,9 @@ async fn a_credential_that_cannot_be_had_sends_nothing() {
     assert!(server.bodies().is_empty());
 }
 
-/// RFC 7009: a server that hangs over the one token is asked about the other one all the same.
+/// RFC 7009: the server hangs on one token, and is still asked to revoke the other.
 #[tokio::test(start_paused = true)]
-async fn a_revocation_that_hangs_does_not_spare_the_other_token() {
+async fn a_revocation_is_sent_though_the_other_hangs() {
     let endpoint = TokenEndpoint::new(|request| async move {
         if request.body().contains("token=refresh") {
             std::future::pending::<()>().await;
@@ -178,7 +178,7 @@ async fn a_revocation_that_hangs_does_not_spare_the_other_token() {
     assert!(bodies[2].contains("token=access&"));
 }
 
-/// The default client finds the server by itself, and follows it nowhere else.
+/// The default client finds the server and follows no redirect.
 #[cfg(feature = "rustls")]
 #[tokio::test]
 async fn a_server_is_discovered_over_a_socket() {
@@ -237,7 +237,7 @@ mod jwt {
         value.into_owned()
     }
 
-    /// A server that leaves it to the test to judge its clients.
+    /// The token requests that a server refuses and the test judges.
     async fn bodies(builder: ClientCredentialsBuilder, fetches: usize) -> Vec<String> {
         let server = Server::new("secret");
         let source = builder.build_with(server.endpoint.clone()).unwrap();
@@ -248,7 +248,7 @@ mod jwt {
     }
 
     #[tokio::test]
-    async fn every_token_request_has_an_assertion_of_its_own() {
+    async fn every_token_request_has_its_own_assertion() {
         let key = rcgen::KeyPair::generate().unwrap();
         let builder = builder()
             .issuer("https://as.example/")
@@ -283,7 +283,7 @@ mod jwt {
     }
 
     #[tokio::test]
-    async fn a_secret_that_signs_stays_at_home() {
+    async fn a_signing_secret_is_not_sent() {
         let builder = builder()
             .client_secret("CANARY")
             .auth_method(AuthMethod::ClientSecretJwt)
@@ -306,9 +306,9 @@ mod jwt {
         builder.build_with(server.endpoint.clone()).unwrap()
     }
 
-    /// Law 7: a broken key is no panic, and is forgotten once it has been replaced.
+    /// Law 7: a broken key does not panic, and is forgotten once replaced.
     #[tokio::test]
-    async fn a_key_that_breaks_is_terminal_until_it_is_replaced() {
+    async fn a_broken_key_is_terminal_until_it_is_replaced() {
         let directory = Directory::new("key");
         let server = Server::new("secret");
         let source = with_broken_key(&directory, &server);
@@ -323,9 +323,9 @@ mod jwt {
         assert_eq!(error.oauth_error(), Some("invalid_client"));
     }
 
-    /// Every key has the same credentials, so all of them wait and none of them longer than it takes.
+    /// All keys of the cache share the credentials, so all wait, and none longer than needed.
     #[tokio::test(start_paused = true)]
-    async fn a_cache_asks_as_soon_as_a_broken_key_was_replaced() {
+    async fn a_cache_asks_as_soon_as_a_broken_key_is_replaced() {
         let directory = Directory::new("cache");
         let server = Server::new("secret");
         let source = with_broken_key(&directory, &server);
@@ -337,7 +337,7 @@ mod jwt {
         assert!(server.bodies().is_empty());
         let new = rcgen::KeyPair::generate().unwrap();
         directory.write("key", &new.serialize_pem());
-        // The files are looked at ten times a second.
+        // The files are checked ten times a second.
         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
         let error = cache.get_for(&key).await.unwrap_err();
         assert_eq!(error.oauth_error(), Some("invalid_client"));
@@ -363,7 +363,7 @@ mod mutual_tls {
         support::everything,
     };
 
-    /// A server that gives a token to those who present a certificate it knows, and tells which it was.
+    /// A server that gives a token to clients whose certificate it knows, and tells which it was.
     async fn endpoint(
         own: &CertifiedKey<KeyPair>,
         clients: &[&CertifiedKey<KeyPair>],
@@ -413,9 +413,9 @@ mod mutual_tls {
         rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap()
     }
 
-    /// RFC 8705 section 2: the certificate proves who it is, and the body says it.
+    /// RFC 8705 section 2: the body names the client, and the certificate proves it.
     #[tokio::test]
-    async fn a_certificate_is_presented_and_followed_when_it_changes() {
+    async fn the_current_certificate_is_presented() {
         let (own, one, other) = (certified(), certified(), certified());
         let (url, seen) = endpoint(&own, &[&one, &other]).await;
         let directory = Directory::new("tls");
@@ -429,7 +429,7 @@ mod mutual_tls {
             .unwrap();
         source.fetch(Fetch::new()).await.unwrap();
 
-        // Half of the pair has been replaced: they do not fit, and nothing is sent.
+        // Only half of the pair is replaced: they do not match, and nothing is sent.
         directory.write("tls.crt", &other.cert.pem());
         let error = source.fetch(Fetch::new()).await.unwrap_err();
         assert!(!error.is_transient(), "{error:?}");
@@ -446,9 +446,9 @@ mod mutual_tls {
         }
     }
 
-    /// Law 7: the one is read before the other, and they are replaced in between.
+    /// Law 7: both files are replaced after one was read.
     #[tokio::test]
-    async fn a_pair_that_is_replaced_while_it_is_read_fails_no_request() {
+    async fn replacing_a_pair_while_it_is_read_fails_no_request() {
         let (own, one, other) = (certified(), certified(), certified());
         let (url, seen) = endpoint(&own, &[&one, &other]).await;
         let directory = Directory::new("tls-between");
@@ -473,14 +473,14 @@ mod mutual_tls {
         assert_eq!(asked.load(Ordering::SeqCst), 2);
     }
 
-    /// A pair that stays broken is looked at twice, and no more.
+    /// A mismatched pair is read twice and no more.
     #[tokio::test]
-    async fn a_pair_that_never_fits_is_not_asked_for_over_and_over() {
+    async fn a_pair_that_never_matches_is_read_twice() {
         let (own, one, other) = (certified(), certified(), certified());
         let (url, seen) = endpoint(&own, &[&one, &other]).await;
         let asked = Arc::new(AtomicUsize::new(0));
         let count = asked.clone();
-        // Another one each time, and never the right one.
+        // A different wrong one each time.
         let keys = [&own, &other].map(|certified| certified.signing_key.serialize_pem());
         let wrong = Credential::from_fn(move || {
             let key = keys[count.fetch_add(1, Ordering::SeqCst) % 2].clone();
@@ -497,9 +497,9 @@ mod mutual_tls {
         assert!(seen.lock().unwrap().is_empty());
     }
 
-    /// Law 7: a certificate that has expired, for example. The server refuses it without a word of OAuth.
+    /// Law 7: it may have expired, for example. The refusal is not an OAuth error.
     #[tokio::test]
-    async fn a_function_is_asked_for_another_certificate_when_the_server_refuses_it() {
+    async fn a_refused_certificate_is_asked_for_again() {
         let (own, one, other) = (certified(), certified(), certified());
         let (url, seen) = endpoint(&own, &[&other]).await;
         let giving = |texts: [String; 2]| {
@@ -523,7 +523,7 @@ mod mutual_tls {
     }
 
     #[tokio::test]
-    async fn a_server_that_does_not_know_the_certificate_gives_no_token() {
+    async fn an_unknown_certificate_gets_no_token() {
         let (own, one, other) = (certified(), certified(), certified());
         let (url, seen) = endpoint(&own, &[&one]).await;
         let source = ClientCredentials::builder(url, "id")
@@ -536,9 +536,9 @@ mod mutual_tls {
         assert!(seen.lock().unwrap().is_empty());
     }
 
-    /// nginx ends no connection over a certificate, and answers with a page. Any other failure says nothing of it.
+    /// nginx answers a bad certificate with a page and keeps the connection. No other failure is about it.
     #[tokio::test]
-    async fn a_page_instead_of_an_answer_may_be_about_the_certificate() {
+    async fn an_error_page_may_be_about_the_certificate() {
         for (reply, asked_again) in [
             (
                 Reply::new(400, "", "<h1>The SSL certificate error</h1>"),
@@ -573,9 +573,9 @@ mod mutual_tls {
         }
     }
 
-    /// Its PEM is as it should be, so the error says what else is wrong.
+    /// Its PEM is valid, so the error says what else is wrong.
     #[test]
-    fn an_encrypted_key_is_told_and_not_shown() {
+    fn an_encrypted_key_is_reported_but_not_shown() {
         let one = certified();
         let key = one.signing_key.serialize_pem();
         let key = key.replace("PRIVATE KEY", "ENCRYPTED PRIVATE KEY");
@@ -589,7 +589,7 @@ mod mutual_tls {
     }
 
     #[test]
-    fn a_key_of_another_certificate_is_refused_at_once() {
+    fn a_key_of_another_certificate_is_a_config_error() {
         let (one, other) = (certified(), certified());
         let builder = builder()
             .client_certificate(one.cert.pem(), other.signing_key.serialize_pem())

@@ -1,4 +1,4 @@
-//! Streaming bodies that are read before they go on.
+//! Streaming bodies that are read before the request is sent.
 
 use std::{
     convert::Infallible,
@@ -21,10 +21,10 @@ use tower_bearer::{
 
 use crate::support::{AuthServer, INVALID_TOKEN, bearer, echo, now, poll_once, secs, unauthorized};
 
-/// A body that streams what is sent to it.
+/// A body that streams what a channel sends.
 struct Upload {
     frames: mpsc::UnboundedReceiver<Result<Frame<Bytes>, BoxError>>,
-    /// What it says of its length, at least and at most.
+    /// Its size hint, lower and upper bound.
     length: (u64, Option<u64>),
 }
 
@@ -37,7 +37,7 @@ impl Upload {
         (sender, Self { frames, length })
     }
 
-    /// A body of these chunks, and of these trailers if they are not empty.
+    /// A body of these chunks, with these trailers unless they are empty.
     fn of(chunks: &[&'static str], trailers: HeaderMap) -> Self {
         let (sender, upload) = Self::new();
         for chunk in chunks {
@@ -93,11 +93,11 @@ fn put<B>(body: B) -> Request<B> {
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Mark(u8);
 
-/// What the API got, a chunk for each frame.
+/// What the API got, one chunk per frame.
 #[derive(Debug, PartialEq)]
 struct Received {
     token: String,
-    /// What the body says of its length beforehand.
+    /// The body's size hint before it is read.
     length: (u64, Option<u64>),
     chunks: Vec<Bytes>,
     trailers: HeaderMap,
@@ -164,12 +164,12 @@ fn received(
     }
 }
 
-/// Law 8: what was read within the limit is sent again, with all that belongs to it.
+/// Law 8.
 #[tokio::test(start_paused = true)]
 async fn a_body_within_the_limit_is_sent_again_with_its_trailers() {
     for (chunks, trailers, length) in [
         (&["one", "", "two"][..], HeaderMap::new(), (6, Some(6))),
-        // A length would have HTTP/1 send no trailers.
+        // An exact length would make HTTP/1 drop the trailers.
         (&["onetwo"], checksum(), (6, None)),
     ] {
         let (log, api) = api();
@@ -187,7 +187,7 @@ async fn a_body_within_the_limit_is_sent_again_with_its_trailers() {
     }
 }
 
-/// Law 8: a longer one is sent whole and once, and its token is replaced all the same.
+/// Law 8: it is sent whole, and its token is replaced all the same.
 #[tokio::test(start_paused = true)]
 async fn a_longer_body_is_sent_once_as_it_comes() {
     let (log, api) = api();
@@ -208,9 +208,9 @@ async fn a_longer_body_is_sent_once_as_it_comes() {
     assert_eq!(*log.lock().unwrap(), [of("token-1"), of("token-2")]);
 }
 
-/// What is held of a body is bounded: the rest is read when the client asks for it.
+/// This bounds the memory: the rest is read when the client asks for it.
 #[tokio::test(start_paused = true)]
-async fn no_more_is_read_than_the_frame_that_passes_the_limit() {
+async fn reading_stops_at_the_frame_that_exceeds_the_limit() {
     let (sender, mut bodies) = mpsc::unbounded_channel();
     let client = CollectBodyLayer::new(5).layer(service_fn(move |request: Request<_>| {
         sender.send(request.into_body()).unwrap();
@@ -234,7 +234,7 @@ async fn no_more_is_read_than_the_frame_that_passes_the_limit() {
     frames.send(data("four")).unwrap();
     assert_eq!(more.await, "four");
 
-    // One that is known to be too long is not read at all, and its length is passed on.
+    // A body known to be too long is not read at all, and its length is passed on.
     let (frames, mut upload) = Upload::new();
     upload.length = (6, Some(6));
     assert!(now(client.oneshot(put(upload))).is_ok());
@@ -250,9 +250,9 @@ async fn no_more_is_read_than_the_frame_that_passes_the_limit() {
     assert!(body.frame().await.is_none());
 }
 
-/// What a body says of its length comes from a peer where a gateway passes it on, and is no reason to run out of memory.
+/// In a gateway the size hint comes from a peer, which must not exhaust the memory.
 #[test]
-fn no_room_is_made_for_a_body_on_its_own_word() {
+fn a_huge_size_hint_allocates_nothing() {
     let client = CollectBodyLayer::new(usize::MAX).layer(service_fn(|request: Request<_>| async {
         let body: CollectedBody<Upload> = request.into_body();
         body.collect().await.map(|body| body.to_bytes())
@@ -264,9 +264,9 @@ fn no_room_is_made_for_a_body_on_its_own_word() {
     }
 }
 
-/// Nor is it a reason to panic.
+/// They must not panic either.
 #[test]
-fn lengths_that_cannot_be_added_up_are_left_out() {
+fn lengths_that_overflow_are_left_out() {
     let client = CollectBodyLayer::new(2).layer(service_fn(|request: Request<_>| async {
         let body: CollectedBody<Upload> = request.into_body();
         Ok::<_, Infallible>((body.size_hint().lower(), body.size_hint().upper()))
@@ -295,15 +295,15 @@ async fn an_error_of_the_body_is_the_error_of_the_request() {
         frames.send(Err("the user went away".into())).unwrap();
         let error = client.clone().oneshot(put(upload)).await.unwrap_err();
         assert_eq!(error.to_string(), "the user went away");
-        // The second one is the client's to find: it has the request by then.
+        // The second error comes once the client has the request.
         assert_eq!(server.requests(), sent);
     }
     assert!(log.lock().unwrap().is_empty());
 }
 
-/// Law 10: nothing is held of the inner service while a body is awaited.
+/// Law 10.
 #[tokio::test(start_paused = true)]
-async fn a_body_that_is_awaited_holds_no_permit() {
+async fn waiting_for_a_body_holds_no_permit() {
     let (log, api) = api();
     let mut client = ServiceBuilder::new()
         .layer(CollectBodyLayer::new(100))
@@ -329,7 +329,7 @@ async fn a_body_that_is_awaited_holds_no_permit() {
     );
 }
 
-/// A service of which each clone has to be made ready, and answers with whether it is a clone.
+/// A service whose clones must each be made ready, and which answers whether it is a clone.
 struct Original {
     is_clone: bool,
     is_ready: bool,
@@ -363,9 +363,9 @@ impl Service<Request<CollectedBody<Upload>>> for Original {
     }
 }
 
-/// Law 10: readiness is the inner service's, and a request that waits for nothing goes to the one that was ready.
+/// Law 10.
 #[test]
-fn a_body_that_is_not_read_goes_to_the_service_that_was_ready() {
+fn an_unread_body_goes_to_the_service_that_was_ready() {
     let (_sender, mut long) = Upload::new();
     long.length = (101, Some(101));
     let (_, mut empty) = Upload::new();
@@ -387,7 +387,7 @@ fn a_body_that_is_not_read_goes_to_the_service_that_was_ready() {
 }
 
 #[test]
-fn a_body_is_not_shown() {
+fn debug_shows_no_body() {
     let (frames, upload) = Upload::new();
     frames.send(data("secret")).unwrap();
     let shown = Arc::new(Mutex::new(String::new()));
@@ -407,9 +407,9 @@ fn a_body_is_not_shown() {
     assert!(!shown.contains("secret"), "{shown}");
 }
 
-/// A request whose body panics is not sent, and leaves nothing behind.
+/// The request is not sent, and nothing leaks.
 #[test]
-fn an_empty_body_that_panics_when_it_is_dropped_costs_its_request_alone() {
+fn an_empty_body_that_panics_on_drop_fails_only_its_request() {
     struct Empty;
 
     impl Body for Empty {

@@ -1,4 +1,4 @@
-//! What becomes of the copies for a second sending, when bodies and services panic and requests are dropped.
+//! What happens to the copies for replays when bodies and services panic and requests are dropped.
 
 use std::{
     collections::HashMap,
@@ -24,7 +24,7 @@ use crate::support::{
     Api, AuthServer, INVALID_TOKEN, bearer, echo, poll_once, settle, unauthorized,
 };
 
-/// A body that counts how many of it there are, and panics when it is cloned if it is told to.
+/// A body that counts its live instances, and panics on clone if told to.
 struct Counted(Arc<Census>);
 
 #[derive(Default)]
@@ -78,9 +78,9 @@ fn panics<T>(f: impl FnOnce() -> T) -> bool {
     catch_unwind(AssertUnwindSafe(f)).is_err()
 }
 
-/// A copy is kept of what left with a token: a request that waits is there once, and so is one that passes bare.
+/// A request that waits exists once, and so does one that passes bare.
 #[tokio::test(start_paused = true)]
-async fn only_a_request_with_a_token_keeps_a_copy() {
+async fn only_requests_sent_with_a_token_are_copied() {
     let server = AuthServer::new();
     let api = Api::refusing_the_first();
     let mut client = BearerAuthLayer::new(server.clone())
@@ -111,7 +111,7 @@ async fn only_a_request_with_a_token_keeps_a_copy() {
     assert_eq!(census.alive(), 1);
     let mut sending = Box::pin(client.call(signed));
     assert!(poll_once(sending.as_mut()).is_pending());
-    assert_eq!(census.alive(), 1, "it waits alone");
+    assert_eq!(census.alive(), 1, "no copy yet");
     assert_eq!(api.arrivals().len(), 3);
 
     server.release();
@@ -124,9 +124,9 @@ async fn only_a_request_with_a_token_keeps_a_copy() {
     assert_eq!(census.alive(), 0);
 }
 
-/// Bodies are foreign code: in `call`, and in a poll once the token is there.
+/// Bodies are foreign code, in `call` and in a poll once the token has come.
 #[tokio::test(start_paused = true)]
-async fn a_body_that_panics_when_it_is_cloned_costs_its_request_alone() {
+async fn a_body_that_panics_on_clone_fails_only_its_request() {
     let server = AuthServer::new();
     let api = Api::refusing_the_first();
     let mut client = replaying(&server, &api);
@@ -151,9 +151,9 @@ async fn a_body_that_panics_when_it_is_cloned_costs_its_request_alone() {
     assert_eq!(census.alive(), 0);
 }
 
-/// Neither the request that waits nor, with it, the cache is left behind.
+/// Neither the waiting request nor the cache that it holds.
 #[tokio::test(start_paused = true)]
-async fn a_copy_that_panics_when_it_is_dropped_leaks_nothing() {
+async fn a_copy_that_panics_on_drop_leaks_nothing() {
     enum Body {
         Original,
         Copy,
@@ -187,9 +187,9 @@ async fn a_copy_that_panics_when_it_is_dropped_leaks_nothing() {
     assert!(api.arrivals().is_empty());
 }
 
-/// Nor is anything left behind by a refusal, whether another token is there at once or has to be waited for.
+/// Whether another token is there at once or has to be waited for.
 #[tokio::test(start_paused = true)]
-async fn a_refusal_that_panics_when_it_is_dropped_leaks_nothing() {
+async fn a_refusal_that_panics_on_drop_leaks_nothing() {
     struct Refusal;
 
     impl Drop for Refusal {
@@ -230,9 +230,9 @@ async fn a_refusal_that_panics_when_it_is_dropped_leaks_nothing() {
     }
 }
 
-/// Nor by the copy of a request whose refusal is passed on: neither the answer, and with it its connection, nor the cache.
+/// Neither the answer, with its connection, nor the cache.
 #[tokio::test(start_paused = true)]
-async fn a_copy_that_panics_when_its_refusal_is_passed_on_leaks_nothing() {
+async fn a_copy_that_panics_as_its_refusal_is_returned_leaks_nothing() {
     struct Body {
         is_copy: bool,
     }
@@ -249,7 +249,7 @@ async fn a_copy_that_panics_when_its_refusal_is_passed_on_leaks_nothing() {
         }
     }
 
-    // About something else, and about the token while there is no other to be had.
+    // About something else; then about the token, with no other available.
     for challenge in ["Basic", INVALID_TOKEN] {
         let used = Arc::new(());
         let kept = Arc::downgrade(&used);
@@ -283,9 +283,9 @@ async fn a_copy_that_panics_when_its_refusal_is_passed_on_leaks_nothing() {
     }
 }
 
-/// So are services, at either sending.
+/// Services are foreign code too, at either send.
 #[tokio::test(start_paused = true)]
-async fn a_service_that_panics_costs_its_request_alone() {
+async fn a_service_that_panics_fails_only_its_request() {
     let server = AuthServer::new();
     let broken = Arc::new(AtomicUsize::new(1));
     let countdown = Arc::clone(&broken);
@@ -309,7 +309,7 @@ async fn a_service_that_panics_costs_its_request_alone() {
     assert!(poll_once(sending.as_mut()).is_pending());
     settle().await;
     assert!(panics(|| poll_once(sending.as_mut())));
-    // What was sent is not sent again by a caller that goes on.
+    // Polling again does not send the request again.
     assert!(panics(|| poll_once(sending.as_mut())));
     drop(sending);
     assert_eq!(census.alive(), 0);
@@ -320,9 +320,9 @@ async fn a_service_that_panics_costs_its_request_alone() {
     assert_eq!(broken.load(Ordering::Relaxed), 9);
 }
 
-/// Law 8, for a caller that does not know when to stop and an inner future that goes on refusing.
+/// Law 8: the caller does not stop, and the inner future goes on refusing.
 #[tokio::test(start_paused = true)]
-async fn a_future_that_is_polled_after_its_answer_sends_nothing_a_third_time() {
+async fn a_future_polled_after_its_answer_sends_nothing_more() {
     #[derive(Clone, Default)]
     struct Refusing(Arc<AtomicUsize>);
 
@@ -357,9 +357,9 @@ async fn a_future_that_is_polled_after_its_answer_sends_nothing_a_third_time() {
     assert_eq!(server.requests(), 2);
 }
 
-/// Laws 5 and 8: twenty requests that wait, are refused and are dropped in any order are each sent as they are.
+/// Laws 5 and 8: twenty requests wait, are refused and are dropped in any order.
 #[tokio::test(start_paused = true)]
-async fn each_request_is_sent_again_as_itself_whatever_is_dropped() {
+async fn each_replay_sends_its_own_request_whatever_is_dropped() {
     for seed in 0..200 {
         let mut rng = Rng::with_seed(seed);
         let server = AuthServer::new();

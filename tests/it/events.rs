@@ -1,4 +1,4 @@
-//! What a cache tells programs: [`TokenCache::events`].
+//! What a cache reports to programs: [`TokenCache::events`].
 
 use std::{
     future::Future,
@@ -13,7 +13,7 @@ use tower_bearer::{Events, RefreshPolicy, TokenCache, TokenError, TokenEvent, To
 
 use crate::support::{Answer, AuthServer, millis, now, poll_once, secs, settle, stand_still};
 
-/// What the stream has to say now.
+/// The events in the stream now.
 fn told(events: &mut Events) -> Vec<TokenEvent> {
     let mut told = Vec::new();
     while let std::task::Poll::Ready(Some(event)) =
@@ -82,7 +82,7 @@ async fn a_listener_hears_of_an_outage_and_its_end() {
     };
     assert!(error.is_transient() && !retry_in.is_zero());
 
-    // It dies; one flight may pass the gate, and the next caller fails at once.
+    // The token dies; one flight may pass the gate, and the next caller fails at once.
     time::sleep(secs(6) - millis(100)).await;
     cache.get().await.unwrap();
     settle().await;
@@ -100,7 +100,7 @@ async fn a_listener_hears_of_an_outage_and_its_end() {
             ..
         }
     ));
-    // That was told, so it is not told again.
+    // No event is sent twice.
     cache.get().await.unwrap_err();
     assert!(told(&mut events).is_empty());
 
@@ -119,7 +119,7 @@ async fn a_listener_hears_of_an_outage_and_its_end() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_listener_hears_of_refusals_that_start_something_and_of_keys() {
+async fn a_listener_hears_of_refusals_and_keys() {
     let server = AuthServer::new();
     let cache = TokenCache::with_policy(server.clone(), RefreshPolicy::new().max_keys(1));
     let token = cache.get().await.unwrap();
@@ -150,7 +150,7 @@ async fn a_listener_hears_of_refusals_that_start_something_and_of_keys() {
     ));
 }
 
-/// It holds nobody up, and is told what it has missed.
+/// It holds nobody up.
 #[tokio::test(start_paused = true)]
 async fn a_slow_listener_misses_the_oldest_events_and_is_told_how_many() {
     let server = AuthServer::new();
@@ -172,12 +172,12 @@ async fn a_slow_listener_misses_the_oldest_events_and_is_told_how_many() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_listener_keeps_no_cache_alive_and_the_stream_ends_with_it() {
+async fn the_stream_ends_with_the_last_handle_of_the_cache() {
     let server = AuthServer::new();
     server.hold();
     let cache = TokenCache::new(server.clone());
     let events = cache.events();
-    // A flight that goes on does not keep the stream open either.
+    // Nor does a flight in progress keep the stream open.
     assert!(poll_once(pin!(cache.get())).is_pending());
     settle().await;
     drop(cache);
@@ -187,14 +187,14 @@ async fn a_listener_keeps_no_cache_alive_and_the_stream_ends_with_it() {
     assert_eq!(names(&told), ["FlightStarted"]);
 }
 
-/// An attempt that the flight has no time for is not announced, nor is it waited for.
+/// An attempt that there is no time for is neither announced nor waited for.
 #[tokio::test(start_paused = true)]
-async fn a_flight_that_has_no_time_for_another_attempt_ends_with_its_last_one() {
+async fn a_flight_without_time_for_another_attempt_ends() {
     let down = || Answer::Fail(TokenError::transient("down"));
     for (answer, timeout, ends_after, attempts) in [
         // The second attempt is cut short.
         (Answer::Hang, secs(15), secs(15), 2),
-        // With a token at hand the pause takes half a second at least.
+        // While there is a token, the pause takes at least half a second.
         (down(), millis(400), millis(0), 1),
     ] {
         let server = AuthServer::new();
@@ -220,7 +220,7 @@ async fn a_flight_that_has_no_time_for_another_attempt_ends_with_its_last_one() 
     }
 }
 
-/// Whoever is not driven until the time is over has asked nobody, and has nothing to say of the server.
+/// It was not driven in time and sent nothing, so it says nothing about the server.
 #[tokio::test(start_paused = true)]
 async fn a_flight_that_oversleeps_its_first_attempt_is_lost() {
     let server = AuthServer::new();
@@ -234,7 +234,7 @@ async fn a_flight_that_oversleeps_its_first_attempt_is_lost() {
     assert_eq!(names(&told(&mut events)), ["FlightStarted", "FlightLost"]);
     assert_eq!(server.requests(), 1);
 
-    // Without any time it is nobody's fault but the policy's.
+    // With no time at all, the policy is at fault.
     let policy = RefreshPolicy::new().flight_timeout(millis(0));
     let cache = TokenCache::with_policy(server.clone(), policy);
     assert!(cache.get().await.unwrap_err().is_timeout());
@@ -267,9 +267,9 @@ async fn a_dropped_wait_for_an_event_loses_none() {
     );
 }
 
-/// What woke whoever waited may have panicked.
+/// The waker is foreign code.
 #[tokio::test(start_paused = true)]
-async fn a_waker_that_panics_keeps_no_event_back() {
+async fn a_panic_of_a_waker_loses_no_event() {
     struct Panics;
 
     impl Wake for Panics {

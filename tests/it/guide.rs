@@ -1,4 +1,4 @@
-//! The guides name the tests that back them, as `<!-- FILE: TEST, TEST -->`; these are there.
+//! The guides name the tests that back them, as `<!-- FILE: TEST, TEST -->`.
 
 use std::{collections::HashMap, fs, path::Path};
 
@@ -39,9 +39,9 @@ fn every_test_that_a_guide_names_exists() {
     }
 }
 
-/// What the first three tables of the page say is said of each row by a test.
+/// A test backs each row of the page's first three tables.
 #[test]
-fn every_situation_of_the_guide_to_failures_is_backed_by_a_test() {
+fn a_test_backs_every_situation_of_the_guide_to_failures() {
     let text = read("src/guide/failures.md");
     let (situations, _) = text
         .split_once("# What each error means")
@@ -55,9 +55,9 @@ fn every_situation_of_the_guide_to_failures_is_backed_by_a_test() {
     }
 }
 
-/// People find the events of their log on the page by the messages.
+/// People look up the events of their log by message.
 #[test]
-fn the_guide_to_failures_has_every_message_at_info_and_above() {
+fn the_guide_to_failures_lists_every_message_from_info_up() {
     let text = read("src/guide/failures.md");
     let (_, alerts) = text.split_once("# How to alert").expect("the section");
     let source = read("src/telemetry/mod.rs");
@@ -69,14 +69,14 @@ fn the_guide_to_failures_has_every_message_at_info_and_above() {
         else {
             continue;
         };
-        // By itself, or handed to the macro that the event is in.
+        // In the event itself, or passed to the macro that contains it.
         let own = event
             .lines()
             .filter_map(|line| line.trim().strip_prefix('"')?.strip_suffix("\","));
         let handed = event.split("tell!(").skip(1);
         let handed = handed.filter_map(|call| call.split('"').nth(1));
         let messages: Vec<_> = own.chain(handed).collect();
-        assert!(!messages.is_empty(), "no message: {event}");
+        assert!(!messages.is_empty(), "no message in {event}");
         for message in messages {
             let cell = format!("| {level} {message} |");
             assert!(alerts.contains(&cell), "there is no {cell}");

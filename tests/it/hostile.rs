@@ -1,7 +1,7 @@
-//! A token endpoint below HTTP that does what no honest one does, and the cases that this makes.
+//! A token endpoint below HTTP that does what no honest one does, and test cases for it.
 //!
-//! [`Hostile`] gives every connection the same [`Reply`], byte by byte as it stands, over plain http or TLS.
-//! [`cases`] are replies with what a client has to make of them; each holds a canary that must show up nowhere.
+//! [`Hostile`] gives every connection the same [`Reply`], byte for byte, over plain http or TLS.
+//! [`cases`] pairs replies with the outcome at the client; each holds a canary that must show up nowhere.
 
 use std::{
     io,
@@ -25,10 +25,10 @@ use tower_bearer::{ClientCredentials, ClientCredentialsBuilder};
 use crate::support::{millis, secs};
 
 pub const SECRET: &str = "CANARY-client-secret";
-/// What the request's header holds of the secret: `client-id:` and its first half in Base64.
+/// The secret in the request's header: `client-id:` and its first half in Base64.
 pub const BASIC: &str = "Y2xpZW50LWlkOkNBTkFSWS";
 
-/// What a connection gets once its request is read: `head`, and then `piece` over and over.
+/// What a connection gets once its request is read: `head`, then `piece` over and over.
 #[derive(Clone)]
 pub struct Reply {
     head: Vec<u8>,
@@ -42,16 +42,16 @@ pub struct Reply {
 pub enum End {
     /// The connection is closed.
     Close,
-    /// It is reset, as a server that dies does it.
+    /// It is reset, as by a server that dies.
     Reset,
-    /// Over TLS it is closed without a word of it (`close_notify`), as who is in the middle does it.
+    /// Over TLS it is closed without `close_notify`, as by a man in the middle.
     Cut,
     /// It is left open until the client closes it.
     Keep,
 }
 
 impl Reply {
-    /// These bytes and no others.
+    /// Exactly these bytes.
     pub fn raw(head: impl Into<Vec<u8>>) -> Self {
         Self {
             head: head.into(),
@@ -62,7 +62,7 @@ impl Reply {
         }
     }
 
-    /// An answer as it should be, with lines of headers that each end in CRLF.
+    /// A proper answer, with header lines that each end in CRLF.
     pub fn new(status: u16, headers: &str, body: impl AsRef<[u8]>) -> Self {
         let body = body.as_ref();
         let length = body.len();
@@ -81,14 +81,14 @@ impl Reply {
         ))
     }
 
-    /// Goes on with this piece, so many times.
+    /// Adds this piece, so many times.
     pub fn then(mut self, piece: impl Into<Vec<u8>>, times: usize) -> Self {
         self.piece = piece.into();
         self.times = times;
         self
     }
 
-    /// Waits that long before each piece.
+    /// Waits this long before each piece.
     pub const fn every(mut self, pause: Duration) -> Self {
         self.pause = pause;
         self
@@ -114,7 +114,7 @@ impl Reply {
     }
 }
 
-/// A token endpoint that gives every request the same reply. It ends when it is dropped.
+/// A token endpoint that gives every request the same reply. It ends when dropped.
 pub struct Hostile {
     url: String,
     shared: Arc<Shared>,
@@ -159,7 +159,7 @@ impl Hostile {
         &self.url
     }
 
-    /// A client of this endpoint with a canary for its secret.
+    /// A client of this endpoint whose secret is a canary.
     pub fn client(&self) -> ClientCredentialsBuilder {
         let builder = ClientCredentials::builder(&self.url, "client-id").client_secret(SECRET);
         match self.url.starts_with("https") {
@@ -173,7 +173,7 @@ impl Hostile {
         *self.shared.reply.lock().unwrap() = reply;
     }
 
-    /// All requests that it has read to their end.
+    /// All requests that it has read in full.
     pub fn requests(&self) -> Vec<String> {
         self.shared.requests.lock().unwrap().clone()
     }
@@ -197,7 +197,7 @@ async fn accept(listener: TcpListener, tls: Option<TlsAcceptor>, shared: Arc<Sha
         shared.open.fetch_add(1, Ordering::SeqCst);
         let (tls, shared) = (tls.clone(), shared.clone());
         connections.spawn(async move {
-            // An error is the client's hanging up, which it is free to do.
+            // An error means that the client hung up, which it may.
             let _ = serve(stream, tls, &shared).await;
             shared.open.fetch_sub(1, Ordering::SeqCst);
         });
@@ -234,7 +234,7 @@ async fn answer<S>(stream: &mut S, shared: &Shared) -> io::Result<End>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    // To its end, or closing the connection would reset it.
+    // In full, or closing the connection would reset it.
     let request = read_request(stream).await?;
     shared.requests.lock().unwrap().push(request);
     let reply = shared.reply.lock().unwrap().clone();
@@ -265,7 +265,7 @@ async fn read_request(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Strin
     }
 }
 
-/// The certificate of all these endpoints, which signs itself.
+/// The self-signed certificate of all these endpoints.
 pub fn certificate() -> &'static rcgen::CertifiedKey<rcgen::KeyPair> {
     static CERTIFICATE: OnceLock<rcgen::CertifiedKey<rcgen::KeyPair>> = OnceLock::new();
     CERTIFICATE
@@ -285,7 +285,7 @@ fn acceptor() -> TlsAcceptor {
     TlsAcceptor::from(Arc::new(config))
 }
 
-/// Another host, which nobody should come to.
+/// Another host, which nobody should connect to.
 pub struct Bystander(TcpListener);
 
 impl Bystander {
@@ -299,21 +299,20 @@ impl Bystander {
         self.0.local_addr().unwrap()
     }
 
-    /// How many connections have been made to it since the last call. One that was made waits in the
-    /// listener's queue, so there is nothing to wait for.
+    /// Connections made to it since the last call. They wait in the listener's queue, so there is no need to wait.
     pub fn visitors(&self) -> usize {
         std::iter::from_fn(|| self.0.accept().ok()).count()
     }
 }
 
-/// What a client has to make of a reply.
+/// What a client must make of a reply.
 #[derive(Clone, Copy, Debug)]
 pub enum Outcome {
     /// A token of this lifetime.
     Token(Duration),
-    /// No usable token response, although the status is this one.
+    /// No usable token response, with this status.
     Malformed(u16),
-    /// This status, which says nothing of the client.
+    /// This status, which says nothing about the client.
     Unavailable(u16),
     /// No complete answer.
     Transport,
@@ -327,7 +326,7 @@ pub struct Case {
     pub outcome: Outcome,
 }
 
-/// All replies that have been thought of; `elsewhere` is where those point that point anywhere.
+/// All replies; those that point anywhere point to `elsewhere`.
 pub fn cases(elsewhere: SocketAddr) -> Vec<Case> {
     let mut cases = Vec::new();
     let mut add = |name: &str, reply, outcome| {
@@ -350,7 +349,7 @@ pub fn cases(elsewhere: SocketAddr) -> Vec<Case> {
 
 type Add<'a> = &'a mut dyn FnMut(&str, Reply, Outcome);
 
-/// What a token lives for whose server does not name a lifetime that makes sense.
+/// The lifetime of a token whose server names none that makes sense.
 const UNNAMED: Duration = secs(300);
 
 const TOKEN: &str = r#"{"access_token":"CANARY-access","token_type":"Bearer","expires_in":300}"#;
@@ -372,7 +371,7 @@ fn pointing_elsewhere(elsewhere: SocketAddr, add: Add<'_>) {
         Reply::new(307, &format!("location: //{elsewhere}/CANARY\r\n"), ""),
         Outcome::Unavailable(307),
     );
-    // None of them is what it stands for in an answer of this status.
+    // These headers mean nothing in an answer of this status.
     for header in [
         format!("location: http://{elsewhere}/"),
         format!("content-location: http://{elsewhere}/"),
@@ -416,7 +415,7 @@ fn too_much(add: Add<'_>) {
         Reply::raw(chunked).then(chunk.clone(), 640),
         Outcome::Malformed(200),
     );
-    // Whoever reads these to their end reads for ever.
+    // Reading these to their end takes for ever.
     add(
         "chunks without end",
         Reply::raw(chunked).then(chunk, usize::MAX),
@@ -489,7 +488,7 @@ fn too_much(add: Add<'_>) {
         Reply::raw("").then(b"HTTP/1.1 100 x\r\n\r\n".repeat(100), usize::MAX),
         Outcome::Timeout,
     );
-    // Nobody asked for a coding, so none is undone: these would be a token, and 10 MB with one in them.
+    // No coding was requested, so none is undone: these would be a token, and 10 MB with one in them.
     let gzip = "content-type: application/json\r\ncontent-encoding: gzip\r\n";
     add(
         "a token in gzip",
@@ -643,7 +642,7 @@ fn pages(add: Add<'_>) {
         Reply::new(400, "", ""),
         Outcome::Unavailable(400),
     );
-    // Codes that a server of ours made up, or took from what it was sent.
+    // Codes that a server made up, or took from the request.
     for code in [
         "CANARY",
         "Not Found",

@@ -1,4 +1,4 @@
-//! What callers see when a token request is lost: with its task, with its runtime, or for want of one.
+//! What callers see when a token request is lost, with its task or its runtime, or has no runtime.
 
 use std::{
     convert::Infallible,
@@ -43,13 +43,13 @@ fn multi_thread() -> Runtime {
         .unwrap()
 }
 
-/// Waits for all of `callers` and holds that they got one and the same interruption.
+/// Waits for all of `callers` and asserts that they got the same interruption.
 async fn assert_share_an_interruption(
     callers: Vec<tokio::task::JoinHandle<Result<tower_bearer::AccessToken, TokenError>>>,
 ) {
     let mut texts = Vec::new();
     for caller in callers {
-        let error = time::timeout(secs(1), caller).await.expect("it is told");
+        let error = time::timeout(secs(1), caller).await.expect("it hangs");
         let error = error.unwrap().unwrap_err();
         assert!(error.is_interrupted() && error.is_transient(), "{error:?}");
         texts.push(format!("{error:?} {error}"));
@@ -71,7 +71,7 @@ async fn a_panic_in_the_sources_future_is_shared_and_the_next_flight_succeeds() 
     assert_share_an_interruption(callers).await;
     assert_eq!(server.requests(), 1);
 
-    // While the gate is shut.
+    // The gate is still shut.
     server.set(Answer::Grant(secs(300)));
     assert!(now(cache.get()).unwrap_err().is_interrupted());
     time::sleep(millis(560)).await;
@@ -98,16 +98,16 @@ async fn a_panic_in_fetch_itself_is_shared_and_the_next_flight_succeeds() {
     assert_eq!(cache.get().await.unwrap().expose_secret(), "mended");
 }
 
-/// Law 7: a log that panics at each event, also at the one that tells of its panic, ends neither process nor cache.
+/// Law 7: it panics at each event, even the one that reports its panic, and ends neither process nor cache.
 #[tokio::test(start_paused = true)]
-async fn a_log_that_panics_loses_a_flight_and_no_more() {
+async fn a_log_that_panics_only_loses_a_flight() {
     let (panics, _guard) = PanickingLog::collect(&[Told::Event]);
     panics.store(true, Ordering::SeqCst);
     let server = AuthServer::new();
     let cache = TokenCache::new(server.clone());
     let waiting = caller(&cache);
     settle().await;
-    // Its wait is told of, too.
+    // Its wait is logged too.
     assert!(waiting.await.unwrap_err().is_panic());
     assert_eq!(server.requests(), 0);
 
@@ -116,9 +116,9 @@ async fn a_log_that_panics_loses_a_flight_and_no_more() {
     assert_eq!(cache.get().await.unwrap().expose_secret(), "token-1");
 }
 
-/// Laws 3 and 7: a panic takes no valid token away, nor the refreshes that follow.
+/// Laws 3 and 7: nor does it end the refreshes that follow.
 #[tokio::test(start_paused = true)]
-async fn a_panic_of_a_refresh_leaves_the_token_in_use() {
+async fn a_panic_during_a_refresh_leaves_the_token_in_use() {
     let server = AuthServer::new();
     let cache = TokenCache::new(server.clone());
     cache.get().await.unwrap();
@@ -134,7 +134,7 @@ async fn a_panic_of_a_refresh_leaves_the_token_in_use() {
     assert_eq!(now(cache.get()).unwrap().expose_secret(), "token-3");
 }
 
-/// Laws 1 and 6 (T3): those on another runtime start the next flight.
+/// Laws 1 and 6 (T3): callers on another runtime start the next flight.
 #[test]
 fn callers_are_served_when_the_flights_runtime_is_dropped() {
     let server = AuthServer::new();
@@ -151,7 +151,7 @@ fn callers_are_served_when_the_flights_runtime_is_dropped() {
         assert_eq!(server.requests(), 1);
 
         first.shutdown_background();
-        // The next flight waits for the gate, a quarter of a second at least.
+        // The next flight waits for the gate, at least a quarter of a second.
         until(|| server.in_flight() == 0).await;
         server.release();
         for caller in callers {
@@ -163,10 +163,10 @@ fn callers_are_served_when_the_flights_runtime_is_dropped() {
     assert_eq!(server.most_at_once(), 1);
 }
 
-/// Laws 1 and 6 (T3): a runtime that nobody drives stops the flight with its timers, but not the others'; and
-/// when it is driven again, its flight does no harm.
+/// Laws 1 and 6 (T3): a runtime that nobody drives stops the flight and its timers, but no others; driven again,
+/// its flight does no harm.
 #[test]
-fn callers_are_served_when_the_flights_runtime_is_parked_and_its_late_result_counts_for_nothing() {
+fn callers_are_served_when_the_flights_runtime_is_parked_and_its_late_result_is_ignored() {
     for late in [
         Answer::Grant(secs(300)),
         Answer::Fail(TokenError::transient("late")),
@@ -198,7 +198,7 @@ fn callers_are_served_when_the_flights_runtime_is_parked_and_its_late_result_cou
             time::sleep(millis(500)).await;
             stuck
         });
-        // Its caller has found the newer token.
+        // Its caller finds the newer token.
         let stuck = stuck.expect("it is served").unwrap().unwrap();
         assert_eq!(stuck.expose_secret(), "token-2");
         assert_eq!(now(cache.get()).unwrap().expose_secret(), "token-2");
@@ -206,9 +206,9 @@ fn callers_are_served_when_the_flights_runtime_is_parked_and_its_late_result_cou
     }
 }
 
-/// Law 6: whoever waits may be polled on one runtime and then on another, and the first one tells no time any more.
+/// Law 6: the first runtime's clock no longer ticks.
 #[test]
-fn a_caller_that_moves_to_another_runtime_takes_its_deadline_along() {
+fn a_callers_deadline_holds_when_it_moves_to_another_runtime() {
     for dropped in [true, false] {
         let server = AuthServer::new();
         server.hold();
@@ -231,8 +231,8 @@ fn a_caller_that_moves_to_another_runtime_takes_its_deadline_along() {
     }
 }
 
-/// Laws 6 and 7: a program that blocks on one request after the other drives no token request in between, as does a
-/// process that is frozen then. The time for it runs out, or whoever is at the other end gives up.
+/// Laws 6 and 7: a program that blocks on one request after another drives no token request in between; nor does
+/// a frozen process. The token request times out, or the server gives up.
 #[test]
 fn no_request_fails_on_a_runtime_that_stands_still_between_requests() {
     let never = secs(3_600);
@@ -249,7 +249,7 @@ fn no_request_fails_on_a_runtime_that_stands_still_between_requests() {
             .start_paused(true)
             .build()
             .unwrap();
-        // It takes longer than a request of the API, and each of its steps has to be waited for.
+        // It takes longer than a request to the API, and waits at each of its steps.
         let source = source_fn(move |_| async move {
             let began = Instant::now();
             for _ in 0..3 {
@@ -276,8 +276,8 @@ fn no_request_fails_on_a_runtime_that_stands_still_between_requests() {
     }
 }
 
-/// Has a caller wait while its runtime stands still for so long within each attempt, of which there are two, and
-/// returns what it gets and how many attempts were made.
+/// Has a caller wait while its runtime stands still for so long within each attempt, of which the policy allows
+/// two; returns its error and how many attempts were made.
 async fn stopped_within_each_attempt(
     stop: Duration,
     answer: impl Fn() -> TokenError + Send + Sync + 'static,
@@ -306,9 +306,9 @@ async fn stopped_within_each_attempt(
     (error, asked.load(Ordering::SeqCst))
 }
 
-/// What the server has said it has said, whatever the runtime did meanwhile; and its silence is no answer.
+/// Silence is none.
 #[tokio::test(start_paused = true)]
-async fn an_answer_that_came_to_a_runtime_that_stood_still_is_an_answer() {
+async fn an_answer_counts_though_the_runtime_stood_still() {
     let malformed = || TokenResponse::new("no header\n").unwrap_err();
     let (error, attempts) = stopped_within_each_attempt(secs(5), malformed).await;
     assert!(error.is_malformed_response(), "{error:?}");
@@ -342,23 +342,23 @@ async fn an_answer_that_came_to_a_runtime_that_stood_still_is_an_answer() {
     assert!(error.is_interrupted(), "{error:?}");
     assert_eq!(attempts, 3);
 
-    // A runtime that is busy for a while does not stand still.
+    // A runtime that is busy for a while is not standing still.
     let (error, attempts) = stopped_within_each_attempt(millis(600), closed).await;
     assert!(!error.is_interrupted(), "{error:?}");
     assert_eq!(attempts, 2);
 
-    // And a panic is the source's own.
+    // A panic is the source's own.
     let panics = || panic!("the source panics");
     let (error, attempts) = stopped_within_each_attempt(secs(5), panics).await;
     assert!(error.is_interrupted(), "{error:?}");
     assert_eq!(attempts, 1);
 }
 
-/// A source that blocks its thread stops nothing but itself, and no stop explains what came of an attempt that was not
-/// under way.
+/// A source that blocks its thread stops only itself, and a stop does not explain the failure of an attempt that it
+/// did not fall into.
 #[tokio::test(start_paused = true)]
-async fn a_failure_of_its_own_is_no_matter_of_the_runtime() {
-    // Each attempt blocks; the first one is stopped; the pause after it is, until no time is left.
+async fn a_runtime_is_not_blamed_for_other_failures() {
+    // Each attempt blocks; the first one is stopped; the pause after it is, until time is up.
     for (blocks, takes, stop, attempts) in [(2, 0, 0, 2), (0, 30, 5, 2), (0, 0, 30, 1)] {
         seed(1);
         let asked = Arc::new(AtomicU32::new(0));
@@ -385,8 +385,8 @@ async fn a_failure_of_its_own_is_no_matter_of_the_runtime() {
     }
 }
 
-/// Law 6: a request that was refused waits for the one token request that it has joined, and then its refusal is the
-/// answer, though the token has died by then and the next token request would bring another one.
+/// Law 6: a refused request waits only for the token request that it joined, though the token has died by then and
+/// the next token request would bring another.
 #[tokio::test(start_paused = true)]
 async fn a_refusal_is_the_answer_if_the_token_request_for_it_is_lost() {
     let server = AuthServer::new();
@@ -408,14 +408,14 @@ async fn a_refusal_is_the_answer_if_the_token_request_for_it_is_lost() {
     assert_eq!(server.requests(), 2);
 }
 
-/// Laws 6 and 7: the same before a token request is under way, or while it waits for its time to come.
+/// Laws 6 and 7: before it starts, or while it waits for its turn.
 #[tokio::test(start_paused = true)]
-async fn no_request_fails_if_the_runtime_stands_still_before_a_token_request_is_sent() {
+async fn no_request_fails_if_the_runtime_stands_still_before_a_token_request() {
     for waits in [false, true] {
         let server = AuthServer::new();
         let cache = TokenCache::new(server.clone());
         if waits {
-            // It dies at once, and the next one is not asked for within a second.
+            // It dies at once, and no other is requested within a second.
             server.set(Answer::Grant(secs(0)));
             cache.get().await.unwrap();
             server.set(Answer::Grant(secs(300)));
@@ -425,7 +425,7 @@ async fn no_request_fails_if_the_runtime_stands_still_before_a_token_request_is_
         if waits {
             settle().await;
         }
-        // Then the flight's task is the first one.
+        // The flight's task runs first then.
         stand_still(secs(60));
         settle().await;
         assert!(waiting.await.is_ok(), "waits: {waits}");
@@ -433,10 +433,9 @@ async fn no_request_fails_if_the_runtime_stands_still_before_a_token_request_is_
     }
 }
 
-/// Law 2 and the guide: a runtime that stands still at times hides no outage, in which requests learn at once that there
-/// is no token.
+/// Law 2 and the guide: in an outage requests learn at once that there is no token.
 #[tokio::test(start_paused = true)]
-async fn an_outage_is_one_although_the_runtime_stands_still_at_times() {
+async fn a_runtime_that_stands_still_at_times_hides_no_outage() {
     let server = AuthServer::new();
     server.hold();
     let cache = TokenCache::new(server.clone());
@@ -447,14 +446,14 @@ async fn an_outage_is_one_although_the_runtime_stands_still_at_times() {
     }
     assert!(waiting.await.unwrap().unwrap_err().is_timeout());
     assert_eq!(server.requests(), 3);
-    // Only who starts the next one waits for it.
+    // Only the caller that starts the next flight waits for it.
     caller(&cache);
     until(|| server.in_flight() == 1).await;
     assert!(now(cache.get()).unwrap_err().is_timeout());
 }
 
-/// Starts a flight on `parked` and leaves it once `begun` is one, has a caller served on another runtime, opens
-/// the gate that the flight is held at, and drives it again.
+/// Starts a flight on `parked` and parks it once `begun` is one, serves a caller on another runtime, opens the
+/// gate that holds the flight, and drives it again.
 fn park_and_drive_again(parked: &Runtime, cache: &TokenCache, begun: &AtomicU32, gate: &Semaphore) {
     let stuck = {
         let _context = parked.enter();
@@ -473,7 +472,7 @@ fn park_and_drive_again(parked: &Runtime, cache: &TokenCache, begun: &AtomicU32,
 
 /// Law 1: an attempt is fenced at each of its steps, not only between attempts.
 #[test]
-fn a_parked_attempt_that_was_given_up_sends_nothing_more_when_it_is_driven_again() {
+fn an_abandoned_attempt_that_is_driven_again_sends_nothing_more() {
     let (begun, sent) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
     let gate = Arc::new(Semaphore::new(0));
     let source = source_fn({
@@ -481,7 +480,7 @@ fn a_parked_attempt_that_was_given_up_sends_nothing_more_when_it_is_driven_again
         move |_| {
             let (begun, sent, gate) = (begun.clone(), sent.clone(), gate.clone());
             async move {
-                // The first attempt is held where a connection would be made.
+                // The first attempt stops where a connection would be made.
                 if begun.fetch_add(1, Ordering::SeqCst) == 0 {
                     gate.acquire().await.unwrap().forget();
                 }
@@ -497,9 +496,9 @@ fn a_parked_attempt_that_was_given_up_sends_nothing_more_when_it_is_driven_again
     assert_eq!(sent.load(Ordering::SeqCst), 1);
 }
 
-/// Law 1: nor does it go on to the next request of the refresh ladder.
+/// Law 1: the next request of the refresh ladder.
 #[test]
-fn a_parked_refresh_that_was_given_up_does_not_go_on_to_client_credentials() {
+fn an_abandoned_refresh_does_not_go_on_to_client_credentials() {
     let (refreshes, grants) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
     let gate = Arc::new(Semaphore::new(0));
     let endpoint = TokenEndpoint::new({
@@ -513,7 +512,7 @@ fn a_parked_refresh_that_was_given_up_does_not_go_on_to_client_credentials() {
                     return reply(200, "{}");
                 }
                 let number = grants.fetch_add(1, Ordering::SeqCst);
-                // The first token is dead on arrival, and the next one is asked for a second later.
+                // The first token is dead on arrival, and the next is requested a second later.
                 let lifetime = if number == 0 { 0 } else { 300 };
                 reply(
                     200,
@@ -534,9 +533,9 @@ fn a_parked_refresh_that_was_given_up_does_not_go_on_to_client_credentials() {
     assert_eq!(grants.load(Ordering::SeqCst), 2);
 }
 
-/// Law 3: the last resort is for those as well who cannot wait for better.
+/// Law 3: the last resort also serves callers that cannot wait.
 #[tokio::test(start_paused = true)]
-async fn outside_of_a_runtime_a_refused_token_is_served_while_its_replacement_is_fetched() {
+async fn outside_a_runtime_a_refused_token_is_served_during_its_replacement() {
     let server = AuthServer::new();
     let cache = TokenCache::new(server.clone());
     let token = cache.get().await.unwrap();
@@ -548,9 +547,9 @@ async fn outside_of_a_runtime_a_refused_token_is_served_while_its_replacement_is
     assert_eq!(token.expose_secret(), "token-1");
 }
 
-/// Law 7: a warm cache stays warm.
+/// Law 7.
 #[tokio::test(start_paused = true)]
-async fn a_panic_of_the_source_does_not_end_the_watch_of_a_warm_cache() {
+async fn a_cache_stays_warm_after_a_panic_of_the_source() {
     let server = AuthServer::new();
     let policy = RefreshPolicy::new().keep_warm(true);
     let cache = TokenCache::with_policy(server.clone(), policy);
@@ -565,7 +564,7 @@ async fn a_panic_of_the_source_does_not_end_the_watch_of_a_warm_cache() {
 
 /// Law 7.
 #[tokio::test(start_paused = true)]
-async fn a_panic_of_the_log_does_not_end_the_watch_of_a_warm_cache() {
+async fn a_cache_stays_warm_after_a_panic_of_the_log() {
     for at in [&[Told::Event], &[Told::NewSpan]] {
         let (panics, _guard) = PanickingLog::collect(at);
         let server = AuthServer::new();
@@ -579,9 +578,9 @@ async fn a_panic_of_the_log_does_not_end_the_watch_of_a_warm_cache() {
     }
 }
 
-/// Panics when it is dropped, while it is told to.
+/// Panics on drop while told to.
 #[derive(Debug, thiserror::Error)]
-#[error("it panics when it is dropped")]
+#[error("it panics on drop")]
 struct Fragile(Arc<AtomicBool>);
 
 impl Drop for Fragile {
@@ -591,9 +590,9 @@ impl Drop for Fragile {
     }
 }
 
-/// Law 7: what a source makes is foreign code to its end.
+/// Law 7: what a source returns is foreign code until dropped.
 #[tokio::test(start_paused = true)]
-async fn a_panic_on_drop_does_not_end_the_watch_of_a_warm_cache() {
+async fn a_cache_stays_warm_after_a_panic_on_drop() {
     for hangs in [false, true] {
         let panics = Arc::new(AtomicBool::new(false));
         let source = source_fn({
@@ -621,7 +620,7 @@ async fn a_panic_on_drop_does_not_end_the_watch_of_a_warm_cache() {
 
 /// Law 6.
 #[tokio::test(start_paused = true)]
-async fn a_source_that_hangs_is_given_up_at_the_flights_deadline() {
+async fn a_hanging_source_is_given_up_at_the_flights_deadline() {
     let server = AuthServer::new();
     server.set(Answer::Hang);
     let cache = TokenCache::new(server.clone());
@@ -645,9 +644,9 @@ async fn a_source_that_hangs_is_given_up_at_the_flights_deadline() {
     assert_eq!(server.in_flight(), 0);
 }
 
-/// Law 6: an error, not a panic, and nothing that lasts.
+/// Law 6: an error, not a panic, and no lasting harm.
 #[test]
-fn outside_of_a_runtime_a_token_cannot_be_fetched_but_one_that_is_held_is_served() {
+fn outside_a_runtime_a_get_is_an_error_unless_there_is_a_token() {
     let server = AuthServer::new();
     let cache = TokenCache::new(server.clone());
     let error = now(cache.get()).unwrap_err();
@@ -655,7 +654,7 @@ fn outside_of_a_runtime_a_token_cannot_be_fetched_but_one_that_is_held_is_served
     assert!(cache.peek().is_none());
     assert_eq!(server.requests(), 0);
 
-    // Nothing is remembered of it.
+    // The error is not remembered.
     let runtime = current_thread();
     runtime.block_on(cache.get()).unwrap();
     drop(runtime);
@@ -664,9 +663,9 @@ fn outside_of_a_runtime_a_token_cannot_be_fetched_but_one_that_is_held_is_served
     assert_eq!(server.requests(), 1);
 }
 
-/// The crate's documentation promises this of other executors, and denies it of a runtime that nobody drives.
+/// The crate's documentation promises it for other executors, but not on a runtime that nobody drives.
 #[test]
-fn any_executor_is_served_in_the_context_of_a_runtime_that_is_driven() {
+fn any_executor_is_served_in_the_context_of_a_driven_runtime() {
     struct Unparks(std::thread::Thread);
 
     impl Wake for Unparks {
@@ -696,9 +695,9 @@ fn any_executor_is_served_in_the_context_of_a_runtime_that_is_driven() {
     assert!(get_within(current_thread(), millis(100)).is_none());
 }
 
-/// Law 6: nor can a flight be waited for there, which others have in the air.
+/// Law 6: not even one that others started.
 #[test]
-fn outside_of_a_runtime_a_flight_cannot_be_joined() {
+fn outside_a_runtime_a_flight_cannot_be_joined() {
     let server = AuthServer::new();
     server.hold();
     let cache = TokenCache::new(server.clone());
@@ -714,7 +713,7 @@ fn outside_of_a_runtime_a_flight_cannot_be_joined() {
     assert_eq!(token.expose_secret(), "token-1");
 }
 
-/// Laws 6 and 7: the task is dropped where it is spawned, and the next runtime is none the worse.
+/// Laws 6 and 7: spawning drops the task, and the next runtime works.
 #[test]
 fn on_a_runtime_that_was_shut_down_a_get_is_an_error() {
     for runtime in [current_thread, multi_thread] {
@@ -739,7 +738,7 @@ fn on_a_runtime_that_was_shut_down_a_get_is_an_error() {
     }
 }
 
-/// Asks for a token on drop, and tells what comes of it.
+/// Asks for a token on drop, and reports the result.
 struct LastWords {
     cache: TokenCache,
     report: mpsc::Sender<Result<(), TokenError>>,
@@ -757,7 +756,7 @@ impl Drop for LastWords {
     }
 }
 
-/// Laws 6 and 7: a task's destructor runs in the middle of the shut-down.
+/// Laws 6 and 7: a task's destructor asks for the token.
 #[test]
 fn while_a_runtime_shuts_down_a_get_is_an_error() {
     for runtime in [current_thread, multi_thread] {
@@ -790,7 +789,7 @@ fn while_a_runtime_shuts_down_a_get_is_an_error() {
     }
 }
 
-/// Laws 3, 6 and 7: the same with a token, which is refused in the middle of the shut-down.
+/// Laws 3, 6 and 7: the same with a token that is refused during the shutdown.
 #[test]
 fn while_a_runtime_shuts_down_a_refused_token_stays_in_use() {
     let server = AuthServer::new();
@@ -816,7 +815,7 @@ fn while_a_runtime_shuts_down_a_refused_token_stays_in_use() {
     assert_eq!(server.requests(), 1);
 }
 
-/// A source whose future does something foreign when it is dropped.
+/// A source whose future uses the cache on drop.
 struct Touchy {
     server: AuthServer,
     cache: std::sync::OnceLock<TokenCache>,
@@ -861,7 +860,7 @@ fn a_source_that_asks_its_own_cache_on_drop_does_not_deadlock() {
     });
 }
 
-/// What a source says of itself is asked for when it is taken, so that no flight can come to harm by it.
+/// When the cache is built, so that its panic harms no flight.
 #[tokio::test(start_paused = true)]
 async fn a_source_is_asked_for_its_grant_once() {
     #[derive(Default)]
