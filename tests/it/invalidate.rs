@@ -1,4 +1,4 @@
-//! What comes of a token that the API refused.
+//! What happens to a token that the API refused.
 
 use tokio::time::{self, Instant};
 use tower_bearer::{TokenCache, TokenError};
@@ -20,7 +20,7 @@ async fn a_hundred_refusals_of_one_token_cost_one_token_request() {
     assert_eq!(server.requests(), 2);
 }
 
-/// Law 8: a late refusal is about a token that nobody uses any more.
+/// Law 8: nobody uses that token any more.
 #[tokio::test(start_paused = true)]
 async fn a_refusal_of_an_older_token_costs_nothing() {
     let server = AuthServer::new();
@@ -28,7 +28,7 @@ async fn a_refusal_of_an_older_token_costs_nothing() {
     let older = cache.get().await.unwrap();
     cache.invalidate(&older);
     settle().await;
-    // Beyond any cooldown.
+    // Past any cooldown.
     for _ in 0..10 {
         time::sleep(secs(6)).await;
         for _ in 0..100 {
@@ -40,9 +40,9 @@ async fn a_refusal_of_an_older_token_costs_nothing() {
     assert_eq!(server.requests(), 2);
 }
 
-/// Laws 2 and 8: by the cooldown, not by how many refusals there are.
+/// Laws 2 and 8: the cooldown decides, not the number of refusals.
 #[tokio::test(start_paused = true)]
-async fn refusals_that_go_on_are_answered_ever_more_rarely() {
+async fn repeated_refusals_force_ever_fewer_refreshes() {
     let server = AuthServer::new();
     server.set(Answer::Grant(secs(36_000)));
     let cache = TokenCache::new(server.clone());
@@ -53,7 +53,7 @@ async fn refusals_that_go_on_are_answered_ever_more_rarely() {
         time::sleep(millis(100)).await;
     }
     let sent: Vec<_> = server.seen().iter().map(|seen| seen.at).collect();
-    // The first two are the first token and its replacement, which no cooldown holds up.
+    // No cooldown delays the first token and its replacement.
     let gaps: Vec<_> = sent[1..].windows(2).map(|pair| pair[1] - pair[0]).collect();
     let cooldowns = [5, 10, 20, 40, 60, 60, 60, 60, 60].map(secs);
     assert_eq!(gaps.len(), cooldowns.len(), "{gaps:?}");
@@ -63,9 +63,9 @@ async fn refusals_that_go_on_are_answered_ever_more_rarely() {
     }
 }
 
-/// Law 7: the cooldown is its shortest again once refusals have stopped for three cooldowns.
+/// Law 7: after three cooldowns without refusals it is the shortest again.
 #[tokio::test(start_paused = true)]
-async fn the_cooldown_forgets_refusals_that_have_stopped() {
+async fn the_cooldown_resets_when_refusals_stop() {
     let server = AuthServer::new();
     server.set(Answer::Grant(secs(36_000)));
     let cache = TokenCache::new(server.clone());
@@ -99,7 +99,7 @@ async fn callers_wait_a_second_for_the_replacement_and_then_use_the_refused_toke
         assert_eq!(cache.get().await.unwrap().expose_secret(), "token-1");
         assert!(asked.elapsed() >= secs(1) && asked.elapsed() <= millis(1_005));
     }
-    // What is not waited for is not taken away either.
+    // `peek` still finds it too.
     assert_eq!(cache.peek().unwrap().expose_secret(), "token-1");
     let patient = caller(&cache);
     time::sleep(millis(500)).await;
@@ -110,7 +110,7 @@ async fn callers_wait_a_second_for_the_replacement_and_then_use_the_refused_toke
 
 /// Law 3.
 #[tokio::test(start_paused = true)]
-async fn a_replacement_that_fails_leaves_the_refused_token_in_use() {
+async fn a_failed_replacement_leaves_the_refused_token_in_use() {
     for error in [
         TokenError::transient("down"),
         TokenError::terminal("invalid_client"),
@@ -126,7 +126,7 @@ async fn a_replacement_that_fails_leaves_the_refused_token_in_use() {
         assert!(asked.elapsed() >= millis(100) && asked.elapsed() <= secs(1));
         time::sleep(secs(1)).await;
 
-        // From here on there is nothing to wait for: a refusal opens no gate and marks nothing.
+        // From here on nothing is waited for: a refusal opens no gate and marks nothing.
         let requests = server.requests();
         for _ in 0..10 {
             cache.invalidate(&token);
@@ -137,7 +137,7 @@ async fn a_replacement_that_fails_leaves_the_refused_token_in_use() {
     }
 }
 
-/// Laws 2 and 8: a 401 never opens a gate, even with the cooldown long over.
+/// Laws 2 and 8: not even when the cooldown is long over.
 #[tokio::test(start_paused = true)]
 async fn a_refusal_opens_no_gate() {
     let server = AuthServer::new();
@@ -161,9 +161,9 @@ async fn a_refusal_opens_no_gate() {
     assert_eq!(now(cache.get()).unwrap().expose_secret(), "token-3");
 }
 
-/// Law 8: the next refusal of the same text is about the current token.
+/// Law 8: the next refusal of that text is about the current token.
 #[tokio::test(start_paused = true)]
-async fn a_server_that_hands_out_the_refused_token_again_is_asked_by_the_cooldown() {
+async fn a_server_that_repeats_the_refused_token_is_asked_once_a_cooldown() {
     let server = AuthServer::new();
     server.set(Answer::token("same", secs(36_000)));
     let cache = TokenCache::new(server.clone());
@@ -173,13 +173,13 @@ async fn a_server_that_hands_out_the_refused_token_again_is_asked_by_the_cooldow
         settle().await;
         time::sleep(millis(100)).await;
     }
-    // The first, then at 0 s, 5 s, 15 s, 35 s.
+    // The first one, then at 0 s, 5 s, 15 s, 35 s.
     assert_eq!(server.requests(), 5);
 }
 
-/// Law 3: without a runtime there is nobody to replace it.
+/// Law 3: without a runtime nothing can replace it.
 #[test]
-fn a_refusal_outside_of_a_runtime_changes_nothing() {
+fn a_refusal_outside_a_runtime_changes_nothing() {
     let server = AuthServer::new();
     let cache = TokenCache::new(server.clone());
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -1,4 +1,4 @@
-//! Requests that name what their token is for, on one cache.
+//! Requests with keys, which name what their token is for, on one cache.
 
 use std::time::Duration;
 
@@ -58,17 +58,17 @@ async fn each_key_has_one_flight_and_one_token() {
     }
     all(tasks).await;
     assert_eq!(server.requests(), 10);
-    // Side by side, not one after the other.
+    // At once, not one after the other.
     assert!(start.elapsed() < millis(100), "{:?}", start.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_the_same_is_asked_for_once() {
+async fn equal_keys_share_one_token() {
     let server = AuthServer::new();
     let cache = TokenCache::new(server.clone());
     assert_eq!(text(&cache, "b a").await, "token-a+b-1");
     assert_eq!(text(&cache, "a b a").await, "token-a+b-1");
-    // What can change the token makes another key.
+    // What may change the token makes another key.
     cache
         .get_for(&for_scope("a b").param("audience", "x"))
         .await
@@ -78,7 +78,7 @@ async fn what_is_the_same_is_asked_for_once() {
         .await
         .unwrap();
     assert_eq!(server.requests(), 3);
-    // A request that names nothing is one without any.
+    // An empty request is no key.
     cache.get().await.unwrap();
     cache.get_for(&TokenRequest::new()).await.unwrap();
     assert_eq!(server.requests(), 4);
@@ -89,7 +89,7 @@ async fn what_is_the_same_is_asked_for_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn each_key_has_its_own_ladder() {
+async fn each_key_has_its_own_refresh_token() {
     let server = AuthServer::new();
     server.set_refresh_tokens(true);
     let cache = TokenCache::new(server.clone());
@@ -106,9 +106,9 @@ async fn each_key_has_its_own_ladder() {
     assert_eq!(sent.collect::<Vec<_>>(), expected);
 }
 
-/// A key whose token request hangs, or is refused, costs no other key a moment.
+/// Not for a moment.
 #[tokio::test(start_paused = true)]
-async fn a_slow_or_refused_key_never_blocks_another() {
+async fn a_hanging_or_refused_key_never_delays_another() {
     let hang = Answer::Hang;
     let refusal = Answer::Fail(refused());
     let down = Answer::Fail(TokenError::transient("down"));
@@ -129,7 +129,7 @@ async fn a_slow_or_refused_key_never_blocks_another() {
             assert_eq!(took, Duration::ZERO, "{answer:?}");
             time::sleep(secs(1)).await;
         }
-        // Law 2, of each bad key: what it does is bounded whatever the others do.
+        // Law 2, for each bad key: its requests are bounded whatever the others do.
         assert!(
             (3..=20).contains(&server.requests_for("bad-1")),
             "{answer:?}"
@@ -137,7 +137,7 @@ async fn a_slow_or_refused_key_never_blocks_another() {
     }
 }
 
-/// Law 2, across keys: an endpoint that is down is asked by one key at a time, not by each of them.
+/// Law 2, across keys: one key at a time asks an endpoint that is down.
 #[tokio::test(start_paused = true)]
 async fn an_outage_is_shared_by_all_keys() {
     seed(1);
@@ -152,20 +152,20 @@ async fn an_outage_is_shared_by_all_keys() {
         }
         time::sleep(millis(500)).await;
     };
-    // Each key finds out by itself, with up to three attempts.
+    // Each key finds out for itself, with up to three attempts.
     for _ in 0..4 {
         call_all().await;
     }
     let before = server.requests();
     assert!((500..=1_500 + 20).contains(&before), "{before}");
-    // From then on they are as one.
+    // From then on they act as one.
     for _ in 0..120 {
         call_all().await;
     }
     let during = server.requests() - before;
     assert!((3..=30).contains(&during), "{during} in a minute");
 
-    // After the outage one goes first, and all follow.
+    // After the outage one key goes first, and all follow.
     server.set(Answer::Grant(secs(300)));
     let recovery = Instant::now();
     while keys
@@ -177,9 +177,9 @@ async fn an_outage_is_shared_by_all_keys() {
     }
 }
 
-/// A busy server and a refused client hold for all keys at once: other keys would hear the same.
+/// The server is busy for all keys: any other would hear the same.
 #[tokio::test(start_paused = true)]
-async fn what_tells_of_the_server_holds_for_every_key() {
+async fn a_retry_after_holds_for_every_key() {
     let server = AuthServer::new();
     let busy = TokenError::transient("busy").with_retry_after(secs(60));
     server.set_for("first", Answer::Fail(busy));
@@ -194,9 +194,9 @@ async fn what_tells_of_the_server_holds_for_every_key() {
     assert_eq!(text(&cache, "second").await, "token-second-1");
 }
 
-/// Law 2: a flight that has attempts left does not make them once another key was told that nobody is to ask.
+/// Law 2: the attempts that a flight has left are not made.
 #[tokio::test(start_paused = true)]
-async fn a_flight_in_the_air_leaves_a_server_alone_that_has_asked_another_key_for_it() {
+async fn a_retry_after_for_one_key_stops_the_attempts_of_others() {
     let server = AuthServer::new();
     server.set_for("hangs", Answer::Hang);
     server.set_for("fails", Answer::Fail(TokenError::transient("down")));
@@ -208,7 +208,7 @@ async fn a_flight_in_the_air_leaves_a_server_alone_that_has_asked_another_key_fo
         let (cache, request) = (cache.clone(), for_scope(scope));
         tokio::spawn(async move { (cache.get_for(&request).await, Instant::now()) })
     };
-    // One waits for its answer, and the other one for its next attempt.
+    // One waits for its answer, the other for its next attempt.
     seed(1);
     let callers = [get("hangs"), get("fails")];
     time::sleep(millis(1)).await;
@@ -226,9 +226,9 @@ async fn a_flight_in_the_air_leaves_a_server_alone_that_has_asked_another_key_fo
     }
 }
 
-/// Law 7: nor does it give up for a failure that shuts the gate to those who come, and asks nothing of it.
+/// Law 7: that failure shuts the gate, but only to new flights.
 #[tokio::test(start_paused = true)]
-async fn a_flight_in_the_air_makes_its_further_attempts_although_another_key_has_failed() {
+async fn a_flight_makes_its_further_attempts_though_another_key_failed() {
     let server = AuthServer::new();
     server.set_for("fails", Answer::Fail(TokenError::transient("down")));
     let busy = TokenError::transient("busy").with_retry_after(Duration::ZERO);
@@ -249,7 +249,7 @@ async fn a_flight_in_the_air_makes_its_further_attempts_although_another_key_has
     );
 }
 
-/// Law 8, per key: a 401 replaces the token that was sent, and no other key's.
+/// Law 8, per key: it replaces the token that was sent, and no other key's.
 #[tokio::test(start_paused = true)]
 async fn a_401_is_about_the_token_of_its_key() {
     let server = AuthServer::new();
@@ -257,7 +257,7 @@ async fn a_401_is_about_the_token_of_its_key() {
     let layer = BearerAuthLayer::new(server.clone()).replay(CloneBody);
     let service = layer.layer(api.clone());
     let send = |scope: &str| service.clone().oneshot(request_for(&for_scope(scope)));
-    // That there is a token for nothing in particular is of no interest to those who wait for another.
+    // The token without a key is no use to requests with one.
     service.clone().oneshot(get()).await.unwrap();
     assert_eq!(send("b").await.unwrap().body(), "token-b-1");
     assert_eq!(send("a").await.unwrap().body(), "token-a-2");
@@ -279,9 +279,9 @@ async fn a_401_is_about_the_token_of_its_key() {
     assert_eq!(server.requests(), 5);
 }
 
-/// The same of a request that finds its token at once.
+/// The same for a request that finds its token at once.
 #[tokio::test(start_paused = true)]
-async fn a_401_is_about_the_token_that_was_there() {
+async fn a_401_without_a_wait_is_about_its_keys_token() {
     let server = AuthServer::new();
     let api = Api::refusing("token-a-1", || unauthorized(INVALID_TOKEN));
     let layer = BearerAuthLayer::new(server.clone());
@@ -304,9 +304,9 @@ async fn a_401_is_about_the_token_that_was_there() {
     assert_eq!(server.requests(), 3);
 }
 
-/// A tenant's own source: its token, its credentials, its failures.
+/// With its token, its credentials and its failures.
 #[tokio::test(start_paused = true)]
-async fn a_tenant_brings_its_own_source() {
+async fn a_key_may_bring_its_own_source() {
     let ours = AuthServer::new();
     let cache = TokenCache::new(ours.clone());
     let tenants: Vec<_> = (0..2_000)
@@ -332,7 +332,7 @@ async fn a_tenant_brings_its_own_source() {
         assert_eq!(server.requests(), 1);
     }
     assert_eq!(ours.requests(), 0);
-    // The clone of a source is the same source, with the same gate.
+    // A clone of a source is the same source, with the same gate.
     let other = tenants[7].1.clone().scope("other");
     assert!(
         now(cache.get_for(&other))
@@ -346,7 +346,7 @@ async fn a_tenant_brings_its_own_source() {
     );
 }
 
-/// As many keys as the policy allows have tokens; one more gets an error, and room once one has died.
+/// One key too many gets an error, and a place once a token has died.
 #[tokio::test(start_paused = true)]
 async fn the_number_of_keys_is_bounded() {
     let server = AuthServer::new();
@@ -358,7 +358,7 @@ async fn the_number_of_keys_is_bounded() {
     }
     let error = now(cache.get_for(&for_scope("c"))).unwrap_err();
     assert!(error.is_too_many_keys() && error.is_transient());
-    // The token for nothing in particular takes no place, and those who have one keep it.
+    // The token without a key takes no place, and keys that have a token keep it.
     cache.get().await.unwrap();
     assert_eq!(text(&cache, "short").await, "token-short-1");
     let service = BearerAuthLayer::new(cache.clone()).layer(Api::echoing());
@@ -384,7 +384,7 @@ async fn the_number_of_keys_is_bounded() {
     assert_eq!(server.requests_for("short"), 1);
 }
 
-/// A key that is waited for, or waits for its gate, keeps its place, and with it its failures.
+/// A key with waiters or a closed gate keeps its place and its failures.
 #[tokio::test(start_paused = true)]
 async fn a_key_in_use_is_not_evicted() {
     let server = AuthServer::new();
@@ -402,16 +402,16 @@ async fn a_key_in_use_is_not_evicted() {
             .unwrap_err()
             .is_too_many_keys()
     );
-    // The gate of the one opens, while the other still flies.
+    // The gate of one opens while the other's flight goes on.
     time::sleep(secs(6)).await;
     assert_eq!(text(&cache, "new").await, "token-new-1");
     assert_eq!(server.requests_for("hangs"), 1);
     waits.abort();
 }
 
-/// 20,000 keys on a cache for 16,384: the first ones are served, the others refused, and nothing is asked twice.
+/// The first 16,384 keys are served, the others refused, and nothing is requested twice.
 #[tokio::test(start_paused = true)]
-async fn twenty_thousand_keys_fit_as_far_as_there_is_room() {
+async fn twenty_thousand_keys_are_served_while_there_is_room() {
     let server = AuthServer::new();
     let cache = TokenCache::new(server.clone());
     let keys: Vec<_> = (0..20_000)
@@ -430,16 +430,16 @@ async fn twenty_thousand_keys_fit_as_far_as_there_is_room() {
         .metrics()
         .num_alive_tasks();
     assert_eq!(alive, 0, "a key leaks a task");
-    // Once their tokens are dead the late ones get theirs.
+    // Once those tokens are dead, the others get theirs.
     time::sleep(secs(301)).await;
     for key in &keys[16_384..] {
         cache.get_for(key).await.unwrap();
     }
 }
 
-/// A key that nobody asks for any more costs nothing.
+/// A key that nobody uses any more costs nothing.
 #[tokio::test(start_paused = true)]
-async fn keep_warm_is_for_the_token_without_a_key() {
+async fn keep_warm_applies_to_the_token_without_a_key() {
     let server = AuthServer::new();
     server.set(Answer::Grant(secs(60)));
     let cache = TokenCache::with_policy(server.clone(), RefreshPolicy::new().keep_warm(true));
@@ -450,9 +450,9 @@ async fn keep_warm_is_for_the_token_without_a_key() {
     assert_eq!(server.requests_for("a"), 1);
 }
 
-/// A token that is due while another key goes first after an outage is refreshed later, and not never.
+/// A token that falls due while another key goes first after an outage is refreshed later.
 #[tokio::test(start_paused = true)]
-async fn a_cache_stays_warm_while_another_key_tries_whether_the_server_is_well() {
+async fn a_cache_stays_warm_while_another_key_probes_the_server() {
     let server = AuthServer::new();
     let policy = RefreshPolicy::new()
         .keep_warm(true)
@@ -475,9 +475,9 @@ async fn a_cache_stays_warm_while_another_key_tries_whether_the_server_is_well()
     assert_eq!(server.requests_for(""), 2);
 }
 
-/// Law 9: never anonymous, unless the request says so itself.
+/// Law 9: never anonymous, unless the request says so.
 #[tokio::test(start_paused = true)]
-async fn a_marked_request_passes_as_it_is() {
+async fn a_request_marked_without_token_passes_as_it_is() {
     let server = AuthServer::new();
     server.set(Answer::Hang);
     let api = Api::new(|arrival| match arrival.uri.path() {

@@ -1,4 +1,4 @@
-//! Where the token goes, and that nothing goes without it.
+//! Where the token goes, and that no request leaves without it.
 
 use std::{error::Error, time::Duration};
 
@@ -26,7 +26,7 @@ async fn https_loopback_and_bound_services_get_the_token() {
         "http://127.0.0.1:8080/sims",
         "http://127.8.9.10/sims",
         "http://[::1]:8080/sims",
-        // What tonic and services that are bound to one host take.
+        // For tonic and services bound to one host.
         "/sims",
     ] {
         let server = AuthServer::new();
@@ -42,7 +42,7 @@ async fn https_loopback_and_bound_services_get_the_token() {
     }
 }
 
-/// Law 9: a token that would be readable on its way is not even asked for.
+/// Law 9: a token that could be read on the way is not even requested.
 #[tokio::test(start_paused = true)]
 async fn plain_http_to_another_host_is_an_error_and_costs_no_token_request() {
     for uri in [
@@ -74,9 +74,9 @@ async fn plain_http_to_another_host_is_an_error_and_costs_no_token_request() {
     }
 }
 
-/// Law 9: the error names the setting that would allow it, and of the URI only scheme and host.
+/// Law 9: it shows only the URI's scheme and host.
 #[tokio::test(start_paused = true)]
-async fn the_error_names_the_setting_and_shows_no_secret_of_the_uri() {
+async fn the_error_names_the_setting_and_no_secret_of_the_uri() {
     let client = BearerAuthLayer::new(AuthServer::new()).layer(Api::echoing());
     let uri = "http://CANARY:CANARY@api.example.com/CANARY?key=CANARY";
     let error = client.oneshot(to(uri)).await.unwrap_err();
@@ -87,9 +87,9 @@ async fn the_error_names_the_setting_and_shows_no_secret_of_the_uri() {
     assert!(!text.contains("CANARY"), "{text}");
 }
 
-/// Law 9: plain http is for whoever says that it is dangerous.
+/// Law 9: the setting says that it is dangerous.
 #[tokio::test(start_paused = true)]
-async fn plain_http_carries_the_token_if_it_was_allowed() {
+async fn plain_http_carries_the_token_if_allowed() {
     let client = BearerAuthLayer::new(AuthServer::new())
         .dangerous_plain_http(true)
         .layer(Api::echoing());
@@ -99,7 +99,7 @@ async fn plain_http_carries_the_token_if_it_was_allowed() {
     }
 }
 
-/// Law 9: the token goes to pinned origins only; others get no token, and cost none.
+/// Law 9: only pinned origins get the token; requests to others need none.
 #[tokio::test(start_paused = true)]
 async fn requests_to_origins_that_are_not_pinned_pass_bare() {
     for uri in [
@@ -123,17 +123,17 @@ async fn requests_to_origins_that_are_not_pinned_pass_bare() {
         assert_eq!(response.body(), "anonymous", "{uri}");
         settle().await;
         assert_eq!(server.requests(), 0, "{uri}");
-        // Nor once there is one.
+        // The same once there is a token.
         client.cache().get().await.unwrap();
         let response = client.oneshot(to(uri)).await.unwrap();
         assert_eq!(response.body(), "anonymous", "{uri}");
     }
 }
 
-/// Law 9 is about the URI, by which a client connects. What a server makes of a `Host` is the server's business, and to
-/// drop it the business of whoever takes it from elsewhere.
+/// Law 9 is about the URI, to which a client connects. What a server does with a `Host` is its own business; whoever
+/// forwards one from elsewhere has to drop it.
 #[tokio::test(start_paused = true)]
-async fn a_host_header_of_the_callers_goes_along_with_the_token() {
+async fn the_callers_host_header_is_sent_with_the_token() {
     let api = Api::echoing();
     let client = BearerAuthLayer::new(AuthServer::new())
         .origins(["https://api.example.com"])
@@ -147,7 +147,7 @@ async fn a_host_header_of_the_callers_goes_along_with_the_token() {
     assert_eq!(api.arrivals()[0].headers[HOST], host);
 }
 
-/// Law 9: a pinned origin is the same one however it is spelt.
+/// Law 9: however the origin is spelt.
 #[tokio::test(start_paused = true)]
 async fn requests_to_pinned_origins_carry_the_token() {
     let client = BearerAuthLayer::new(AuthServer::new())
@@ -165,9 +165,9 @@ async fn requests_to_pinned_origins_carry_the_token() {
     }
 }
 
-/// Law 9: pinning an origin does not make plain http safe, and a warning word does not unpin.
+/// Law 9: pinning does not make plain http safe, and allowing plain http does not unpin.
 #[tokio::test(start_paused = true)]
-async fn pinning_and_plain_http_are_two_settings() {
+async fn pinning_and_plain_http_are_separate_settings() {
     let pinned = |origin: &str| {
         BearerAuthLayer::new(AuthServer::new())
             .origins([origin])
@@ -189,9 +189,9 @@ async fn pinning_and_plain_http_are_two_settings() {
     assert_eq!(client.oneshot(request()).await.unwrap().body(), "anonymous");
 }
 
-/// Law 8: a 401 to a request that went without our token is nobody's.
+/// Law 8: its request had no token of ours.
 #[tokio::test(start_paused = true)]
-async fn a_refusal_by_a_foreign_origin_says_nothing_about_the_token() {
+async fn a_refusal_by_an_origin_not_pinned_leaves_the_token_alone() {
     let server = AuthServer::new();
     let api = Api::new(|_| unauthorized(INVALID_TOKEN));
     let client = BearerAuthLayer::new(server.clone())
@@ -207,7 +207,7 @@ async fn a_refusal_by_a_foreign_origin_says_nothing_about_the_token() {
     assert_eq!(api.tokens(), ["anonymous"]);
 }
 
-/// Law 9: no token means an error, not a request without one.
+/// Law 9: without a token it fails.
 #[tokio::test(start_paused = true)]
 async fn no_request_is_anonymous_in_an_outage() {
     for failure in [
@@ -234,7 +234,7 @@ async fn no_request_is_anonymous_in_an_outage() {
     }
 }
 
-/// Laws 3 and 9: the same for an outage in which the last token dies.
+/// Laws 3 and 9.
 #[tokio::test(start_paused = true)]
 async fn no_request_is_anonymous_when_the_token_dies_in_an_outage() {
     let server = AuthServer::new();

@@ -1,4 +1,4 @@
-//! What a 401 does: DESIGN's table "What an answer means", row by row.
+//! What a 401 does, for each kind of answer.
 
 use std::time::Duration;
 
@@ -18,10 +18,10 @@ use crate::support::{
 };
 
 const LIFETIME: Duration = Duration::from_secs(300);
-/// The first token of a cache is due by then, and alive.
+/// By then the first token of a cache is due, and still alive.
 const DUE: Duration = Duration::from_secs(230);
 
-/// An answer with this status and these headers, and a body of its own.
+/// An answer with this status, these headers and a body.
 fn answer(status: u16, headers: &[(&'static str, &str)]) -> Response<String> {
     let mut response = Response::new("the refusal".to_owned());
     *response.status_mut() = StatusCode::from_u16(status).unwrap();
@@ -49,7 +49,7 @@ fn never(server: &AuthServer, api: &Api) -> BearerAuth<Api, Never> {
     BearerAuthLayer::new(server.clone()).layer(api.clone())
 }
 
-/// One row of the table: an answer, and the headers that make it.
+/// A kind of answer: its status and headers.
 type Row = (u16, &'static [(&'static str, &'static str)]);
 
 const NAMED: &[Row] = &[
@@ -118,9 +118,9 @@ const NOT_OURS: &[Row] = &[
     ),
 ];
 
-/// Law 8: an answer about the token is mended by one request with another token.
+/// Law 8.
 #[tokio::test(start_paused = true)]
-async fn a_refused_token_is_replaced_and_the_request_sent_once_more() {
+async fn a_refused_token_is_replaced_and_the_request_replayed_once() {
     for &(status, headers) in [NAMED, UNEXPLAINED].concat().iter() {
         let server = AuthServer::new();
         let api = Api::refusing("token-1", move || answer(status, headers));
@@ -131,7 +131,7 @@ async fn a_refused_token_is_replaced_and_the_request_sent_once_more() {
     }
 }
 
-/// Law 8: what cannot be sent again is answered as the API did, and the next request has another token.
+/// Law 8: the caller gets the API's answer, and the next request another token.
 #[tokio::test(start_paused = true)]
 async fn without_replay_the_refusal_comes_back_and_the_token_is_replaced() {
     for &(status, headers) in [NAMED, UNEXPLAINED].concat().iter() {
@@ -148,7 +148,7 @@ async fn without_replay_the_refusal_comes_back_and_the_token_is_replaced() {
     }
 }
 
-/// Laws 2 and 8: another token would not change these answers, so none is asked for.
+/// Laws 2 and 8: another token would not change it, so none is requested.
 #[tokio::test(start_paused = true)]
 async fn an_answer_that_is_not_about_the_token_passes_through() {
     for &(status, headers) in NOT_OURS {
@@ -169,9 +169,9 @@ async fn an_answer_that_is_not_about_the_token_passes_through() {
     }
 }
 
-/// Law 8: whose API answers 401 for other reasons can tell so.
+/// Law 8: for an API that answers 401 for other reasons.
 #[tokio::test(start_paused = true)]
-async fn unexplained_refusals_can_be_told_to_pass_through() {
+async fn unexplained_refusals_pass_through_if_so_configured() {
     for &(status, headers) in UNEXPLAINED {
         let server = AuthServer::new();
         let api = Api::refusing("token-1", move || answer(status, headers));
@@ -188,9 +188,9 @@ async fn unexplained_refusals_can_be_told_to_pass_through() {
     }
 }
 
-/// Law 8: the switch is about refusals without a reason only.
+/// Law 8: the switch is only for refusals without a reason.
 #[tokio::test(start_paused = true)]
-async fn a_named_refusal_counts_with_the_switch_off() {
+async fn a_refusal_with_a_reason_counts_with_the_switch_off() {
     for &(status, headers) in NAMED {
         let server = AuthServer::new();
         let api = Api::refusing("token-1", move || answer(status, headers));
@@ -248,7 +248,7 @@ async fn a_hundred_late_refusals_of_an_older_token_cost_no_token_request() {
         cache.invalidate(&old);
         settle().await;
         assert_eq!(cache.peek().unwrap().expose_secret(), "token-2");
-        // Long after any cooldown, so that nothing but the token's text keeps them from forcing a refresh.
+        // Long after any cooldown, so that only the token's text keeps them from forcing a refresh.
         time::sleep(Duration::from_secs(30)).await;
         api.release();
 
@@ -262,7 +262,7 @@ async fn a_hundred_late_refusals_of_an_older_token_cost_no_token_request() {
     }
 }
 
-/// Laws 2 and 8: a late 401 costs nothing even where a 401 about the current token would have to pass.
+/// Laws 2 and 8: though one about the current token would pass through.
 #[tokio::test(start_paused = true)]
 async fn a_late_refusal_is_replayed_within_the_cooldown() {
     let server = AuthServer::new();
@@ -300,7 +300,7 @@ async fn an_api_that_refuses_everything_costs_a_handful_of_token_requests() {
         let requests = server.requests();
         assert!((4..=8).contains(&requests), "{requests}");
         assert_eq!(server.most_at_once(), 1);
-        // What is sent twice bears two tokens.
+        // A replay carries another token.
         let mut sent: Vec<_> = api
             .arrivals()
             .iter()
@@ -313,9 +313,9 @@ async fn an_api_that_refuses_everything_costs_a_handful_of_token_requests() {
     }
 }
 
-/// Law 8: the second time only with a different token.
+/// Law 8: a replay needs a different token.
 #[tokio::test(start_paused = true)]
-async fn a_request_is_not_sent_again_with_the_same_text() {
+async fn a_request_is_not_replayed_with_the_same_text() {
     for refusal in [invalid_token, unexplained] {
         let server = AuthServer::new();
         server.set(Answer::token("the-same", LIFETIME));
@@ -328,7 +328,7 @@ async fn a_request_is_not_sent_again_with_the_same_text() {
     }
 }
 
-/// Law 8: a new token of the old text is no newer one, so that a 401 about it is not a late one.
+/// Law 8: a new token with the old text is no newer, so a 401 about it is not late.
 #[tokio::test(start_paused = true)]
 async fn a_late_refusal_is_not_replayed_with_the_same_text() {
     let server = AuthServer::new();
@@ -348,7 +348,7 @@ async fn a_late_refusal_is_not_replayed_with_the_same_text() {
     assert_eq!(server.requests(), 2);
 }
 
-/// Law 8: what was sent is the text, and it is the current one.
+/// Law 8: the text that was sent is the current one.
 #[tokio::test(start_paused = true)]
 async fn a_late_refusal_of_the_current_text_counts_without_replay_too() {
     let server = AuthServer::new();
@@ -371,7 +371,7 @@ async fn a_late_refusal_of_the_current_text_counts_without_replay_too() {
     assert_eq!(client.cache().peek().unwrap().expose_secret(), "token-4");
 }
 
-/// Law 8: a request is sent at most twice, and the last answer is the answer.
+/// Law 8: a request is sent at most twice.
 #[tokio::test(start_paused = true)]
 async fn a_second_refusal_is_returned() {
     let server = AuthServer::new();
@@ -388,9 +388,9 @@ async fn a_second_refusal_is_returned() {
     assert_eq!(server.requests(), 2);
 }
 
-/// Law 3: a failed refresh is no error; the refusal that was held is the answer, with all that it came with.
+/// Law 3: a failed refresh is no error. The refusal is returned whole.
 #[tokio::test(start_paused = true)]
-async fn the_held_refusal_is_the_answer_when_no_token_comes() {
+async fn the_held_refusal_is_returned_when_no_token_comes() {
     for failure in [
         Answer::Fail(TokenError::terminal("the client is unknown")),
         Answer::Fail(TokenError::transient("the server is down")),
@@ -412,7 +412,7 @@ async fn the_held_refusal_is_the_answer_when_no_token_comes() {
     }
 }
 
-/// Law 2: a forced flight has its attempts like any other, and the held refusal waits for the last of them.
+/// Law 2: like any other, and the held refusal waits for the last of them.
 #[tokio::test(start_paused = true)]
 async fn a_forced_refresh_makes_three_attempts() {
     let server = AuthServer::new();
@@ -425,9 +425,9 @@ async fn a_forced_refresh_makes_three_attempts() {
     assert_eq!(attempts, [1, 1, 2, 3]);
 }
 
-/// Law 7: an outage is over for requests within the gate of its end, also with a token that was revoked before.
+/// Law 7: requests recover within one gate after the outage.
 #[tokio::test(start_paused = true)]
-async fn a_token_that_is_revoked_in_an_outage_is_replaced_soon_after_it() {
+async fn a_token_revoked_in_an_outage_is_replaced_soon_after_it() {
     for outage in [1, 5, 20, 36, 76, 200] {
         let server = AuthServer::new();
         server.set(Answer::Grant(secs(3_600)));
@@ -450,9 +450,9 @@ async fn a_token_that_is_revoked_in_an_outage_is_replaced_soon_after_it() {
     }
 }
 
-/// Law 8: the session may be gone that a refresh token belongs to, so a refusal is not mended with it.
+/// Law 8: the refresh token's session may be gone.
 #[tokio::test(start_paused = true)]
-async fn a_forced_refresh_makes_no_use_of_the_refresh_token() {
+async fn a_forced_refresh_does_not_use_the_refresh_token() {
     for (forced, expected) in [(true, None), (false, Some("refresh-1"))] {
         let server = AuthServer::new();
         server.set_refresh_tokens(true);
@@ -473,7 +473,7 @@ async fn a_forced_refresh_makes_no_use_of_the_refresh_token() {
     }
 }
 
-/// Law 3: a 401 keeps the old token as the last resort of other requests.
+/// Law 3: it is their last resort.
 #[tokio::test(start_paused = true)]
 async fn other_requests_use_the_refused_token_when_no_other_comes() {
     let server = AuthServer::new();
@@ -496,7 +496,7 @@ async fn other_requests_use_the_refused_token_when_no_other_comes() {
     assert_eq!(took, Duration::ZERO);
 }
 
-/// Law 4: a request waits for the replacement of a token that was named invalid, for 1 s.
+/// Law 4: the API named it invalid.
 #[tokio::test(start_paused = true)]
 async fn other_requests_wait_a_second_for_the_replacement_of_an_invalid_token() {
     for (latency, waits, token) in [(300, 300, "token-2"), (3_000, 1_000, "token-1")] {
@@ -519,9 +519,9 @@ async fn other_requests_wait_a_second_for_the_replacement_of_an_invalid_token() 
     }
 }
 
-/// Law 4: nobody waits for a server of which the last word was a failure.
+/// Law 4.
 #[tokio::test(start_paused = true)]
-async fn other_requests_do_not_wait_for_a_server_that_has_failed_before() {
+async fn other_requests_do_not_wait_for_a_server_that_failed_last() {
     let server = AuthServer::new();
     let api = Api::new(|arrival| match (arrival.uri.path(), arrival.token()) {
         ("/refused", Some("token-1")) => invalid_token(),
@@ -550,9 +550,9 @@ async fn other_requests_do_not_wait_for_a_server_that_has_failed_before() {
     assert_eq!(refused.await.unwrap().unwrap().body(), &new);
 }
 
-/// Law 4: a token that nobody named invalid is valid.
+/// Law 4: a token is valid unless named invalid.
 #[tokio::test(start_paused = true)]
-async fn other_requests_go_on_with_a_token_that_was_refused_without_a_reason() {
+async fn other_requests_keep_using_a_token_refused_without_a_reason() {
     for &(status, headers) in UNEXPLAINED {
         let server = AuthServer::new();
         let api = Api::new(move |arrival| match (arrival.uri.path(), arrival.token()) {
@@ -573,7 +573,7 @@ async fn other_requests_go_on_with_a_token_that_was_refused_without_a_reason() {
     }
 }
 
-/// Law 2: within the cooldown there is no other token to try, and a 401 changes nothing.
+/// Law 2: there is no other token to try.
 #[tokio::test(start_paused = true)]
 async fn a_refusal_within_the_cooldown_passes_through_and_marks_nothing() {
     let server = AuthServer::new();
@@ -582,7 +582,7 @@ async fn a_refusal_within_the_cooldown_passes_through_and_marks_nothing() {
         _ => echo(arrival.token()),
     });
     let client = replaying(&server, &api);
-    // The cooldown counts from here, the flight's end.
+    // The cooldown starts here, at the flight's end.
     client.clone().oneshot(get_path("refused")).await.unwrap();
     assert_eq!(server.requests(), 2);
     time::sleep(Duration::from_millis(4_900)).await;
@@ -633,7 +633,7 @@ async fn a_refusal_while_the_gate_is_shut_passes_through_and_marks_nothing() {
     assert_eq!(server.requests(), 3);
 }
 
-/// Law 8: joining the early refresh that is under way costs neither a token request nor a cooldown.
+/// Law 8: that costs neither a token request nor a cooldown.
 #[tokio::test(start_paused = true)]
 async fn a_refusal_joins_the_refresh_that_is_under_way() {
     let server = AuthServer::new();
@@ -649,13 +649,13 @@ async fn a_refusal_joins_the_refresh_that_is_under_way() {
     assert_eq!(response.status(), 401);
     assert_eq!(api.tokens(), ["token-1", "token-2"]);
     assert_eq!(server.requests(), 2);
-    // No forced refresh has been made, so none keeps this one back.
+    // There was no forced refresh yet, so none holds this one back.
     assert_eq!(client.oneshot(get()).await.unwrap().body(), "token-3");
 }
 
-/// Law 8: with `keep_existing` a 401 to a credential that is not ours is nobody's.
+/// Law 8: a 401 to a credential that is not ours says nothing about our token.
 #[tokio::test(start_paused = true)]
-async fn a_request_that_keeps_its_own_credential_needs_no_token_and_costs_none() {
+async fn a_request_that_keeps_its_own_credential_needs_no_token() {
     let server = AuthServer::new();
     server.set(Answer::Hang);
     let api = Api::new(|_| invalid_token());
@@ -675,10 +675,10 @@ async fn a_request_that_keeps_its_own_credential_needs_no_token_and_costs_none()
     assert_eq!(api.arrivals()[0].headers[AUTHORIZATION], own);
 }
 
-/// Laws 8 and 9: a token at hand is put neither in the place of a credential that is kept nor where none is wanted,
-/// whichever way the request takes past it.
+/// Laws 8 and 9: it replaces no kept credential and is not attached where none is wanted, on either path of a
+/// request.
 #[tokio::test(start_paused = true)]
-async fn a_service_with_a_token_at_hand_leaves_kept_and_unwanted_credentials_alone() {
+async fn a_service_that_keeps_a_token_leaves_other_credentials_alone() {
     let server = AuthServer::new();
     let api = Api::new(|arrival| match arrival.token() {
         None => invalid_token(),
@@ -690,7 +690,7 @@ async fn a_service_with_a_token_at_hand_leaves_kept_and_unwanted_credentials_alo
         let mut client = layer.clone().keep_existing(keep).layer(api.clone());
         for uri in ["https://api.example.com/sims", "http://localhost/sims"] {
             let request = || Request::get(uri).body(String::new()).unwrap();
-            // So often that the service keeps the token for itself.
+            // Often enough for the service to keep the token.
             for _ in 0..20 {
                 assert_eq!(client.call(request()).await.unwrap().body(), "token-1");
                 settle().await;
@@ -710,7 +710,7 @@ async fn a_service_with_a_token_at_hand_leaves_kept_and_unwanted_credentials_alo
     assert_eq!(server.requests(), 1);
 }
 
-/// Law 9: `keep_existing` lets no request go without any credential.
+/// Law 9: `keep_existing` lets no request leave without a credential.
 #[tokio::test(start_paused = true)]
 async fn a_request_without_a_credential_gets_the_token_with_keep_existing_too() {
     let server = AuthServer::new();
@@ -726,7 +726,7 @@ async fn a_credential_that_the_caller_set_is_replaced() {
     let server = AuthServer::new();
     let api = Api::echoing();
     let client = never(&server, &api);
-    // Both on the slow path and on the fast one.
+    // On the slow path and on the fast one.
     for _ in 0..2 {
         let request = Request::get("http://localhost/sims")
             .header(AUTHORIZATION, "Basic dXNlcjpwYXNz")
@@ -741,9 +741,9 @@ async fn a_credential_that_the_caller_set_is_replaced() {
     }
 }
 
-/// Law 8: a proxy's challenge is not the API's, even beside one of the API's own that says nothing of tokens.
+/// Law 8: even beside a challenge of the API's that says nothing about tokens.
 #[tokio::test(start_paused = true)]
-async fn a_proxys_challenge_is_not_read_for_the_apis() {
+async fn a_proxys_challenge_is_not_taken_for_the_apis() {
     let server = AuthServer::new();
     let api = Api::new(|_| {
         let mut response = unauthorized("Basic");
@@ -757,7 +757,7 @@ async fn a_proxys_challenge_is_not_read_for_the_apis() {
     assert_eq!(server.requests(), 1);
 }
 
-/// Law 5: a caller that goes away while its refusal is held leaves the token's replacement under way.
+/// Law 5.
 #[tokio::test(start_paused = true)]
 async fn a_caller_dropped_while_its_refusal_is_held_leaves_the_refresh_running() {
     let server = AuthServer::new();
@@ -773,14 +773,14 @@ async fn a_caller_dropped_while_its_refusal_is_held_leaves_the_refresh_running()
     assert_eq!(server.requests(), 2);
 }
 
-/// A request in flight holds no more of the cache than a number, and that is enough.
+/// A request in flight holds only a number of the cache's.
 #[tokio::test(start_paused = true)]
 async fn a_token_is_replaced_though_the_service_that_sent_it_is_gone() {
     let server = AuthServer::new();
     let api = Api::refusing_the_first();
     let cache = TokenCache::new(server.clone());
     cache.get().await.unwrap();
-    // Each request has a layer and a service of its own, which `oneshot` drops once the request has left.
+    // Each request has its own layer and service, which `oneshot` drops once the request has left.
     for _ in 0..3 {
         let service = BearerAuthLayer::new(cache.clone()).layer(api.clone());
         let response = service.oneshot(get()).await.unwrap();
@@ -792,7 +792,7 @@ async fn a_token_is_replaced_though_the_service_that_sent_it_is_gone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refusal_that_nobody_can_make_use_of_costs_no_token_request() {
+async fn a_refusal_after_the_cache_is_gone_costs_no_token_request() {
     let server = AuthServer::new();
     let api = Api::refusing_the_first();
     api.hold();
@@ -809,9 +809,9 @@ async fn a_refusal_that_nobody_can_make_use_of_costs_no_token_request() {
     assert_eq!(server.requests(), 1);
 }
 
-/// With replay, the request itself holds what it takes.
+/// With replay, the request itself holds what it needs.
 #[tokio::test(start_paused = true)]
-async fn a_request_is_sent_again_though_its_service_and_its_cache_are_gone() {
+async fn a_request_is_replayed_though_its_service_and_cache_are_gone() {
     let server = AuthServer::new();
     let api = Api::refusing_the_first();
     let response = replaying(&server, &api).oneshot(get()).await.unwrap();
@@ -819,7 +819,7 @@ async fn a_request_is_sent_again_though_its_service_and_its_cache_are_gone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn services_and_their_clones_take_up_each_new_token() {
+async fn services_and_their_clones_use_each_new_token() {
     let server = AuthServer::new();
     let api = Api::echoing();
     let cache = TokenCache::new(server.clone());
