@@ -1,4 +1,4 @@
-//! A service that is kept and called again and again holds on to the token, and lets go of it in time.
+//! A service that is called again and again keeps the token, and drops it in time.
 
 use http::Request;
 use tokio::{runtime::Builder, time};
@@ -11,7 +11,7 @@ use crate::support::{Answer, Api, AuthServer, get, millis, now, ready, secs, set
 
 type Kept = BearerAuth<Api, Never>;
 
-/// A service that has made the token its own: with the second request it does.
+/// A service that keeps the token, as it does from the second request on.
 async fn kept(cache: &TokenCache) -> Kept {
     let mut service = BearerAuthLayer::new(cache.clone()).layer(Api::echoing());
     for _ in 0..4 {
@@ -29,16 +29,16 @@ async fn send_this(service: &mut Kept, request: Request<String>) -> String {
     service.call(request).await.unwrap().into_body()
 }
 
-/// Without a wait, or it fails.
+/// Fails if it waits.
 fn send_now(service: &mut Kept) -> String {
     now(send(service))
 }
 
 #[tokio::test(start_paused = true)]
-async fn it_refreshes_a_token_that_is_due_and_sends_none_that_is_dead() {
+async fn it_refreshes_a_due_token_and_sends_no_dead_one() {
     let server = AuthServer::new();
     let mut service = kept(&TokenCache::new(server.clone())).await;
-    // The first token is due by now, and then every one.
+    // Each token is due by then.
     for number in 1..10 {
         time::sleep(secs(230)).await;
         assert_eq!(send_now(&mut service), format!("token-{number}"));
@@ -63,7 +63,7 @@ async fn it_sends_no_token_that_died_before_it_was_due() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn it_lets_go_of_a_token_that_was_refused() {
+async fn it_drops_a_refused_token() {
     let server = AuthServer::new();
     server.set_latency(millis(10));
     let cache = TokenCache::new(server);
@@ -73,7 +73,7 @@ async fn it_lets_go_of_a_token_that_was_refused() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn it_lets_go_of_a_token_when_the_cache_is_shut_down() {
+async fn it_drops_the_token_when_the_cache_is_shut_down() {
     let cache = TokenCache::new(AuthServer::new());
     let mut service = kept(&cache).await;
     cache.shutdown();
@@ -81,9 +81,9 @@ async fn it_lets_go_of_a_token_when_the_cache_is_shut_down() {
     assert!(token_error(&error).is_shut_down());
 }
 
-/// Keycloak: another key's answer tells that all tokens up to then are void.
+/// Keycloak: another key's answer voids all tokens before it.
 #[tokio::test(start_paused = true)]
-async fn it_lets_go_of_a_token_that_is_void() {
+async fn it_drops_a_void_token() {
     let source = source_fn(|fetch| async move {
         let key = fetch.request.scopes().next().map(str::to_owned);
         let response = TokenResponse::new(key.clone().unwrap_or("plain".to_owned()))?;
@@ -106,7 +106,7 @@ async fn it_lets_go_of_a_token_that_is_void() {
     assert_ne!(cache.peek().unwrap().scope(), before.scope());
 }
 
-/// Whose runtime watched the clock, and is gone: the service looks at it by itself.
+/// The runtime that watched it is gone, so the service reads it itself.
 #[test]
 fn it_reads_the_clock_when_nobody_watches_it() {
     let paused = || {
@@ -129,7 +129,7 @@ fn it_reads_the_clock_when_nobody_watches_it() {
     });
 }
 
-/// A request with a key gets that key's token, and leaves the service what it has.
+/// A request with a key gets that key's token, and the service keeps its own.
 #[tokio::test(start_paused = true)]
 async fn it_keeps_keys_apart() {
     let server = AuthServer::new();

@@ -1,4 +1,4 @@
-//! When tokens are replaced, for any lifetime that a server may name.
+//! When tokens are replaced, for any lifetime that a server names.
 
 use std::{
     sync::{
@@ -18,10 +18,10 @@ use crate::support::{Answer, AuthServer, Crowd, millis, now, secs, seed, settle}
 
 const YEAR: Duration = secs(365 * 24 * 60 * 60);
 
-/// Law 2 for a server that never fails: how many requests callers may cause within `time`.
+/// Law 2 for a server that never fails: the most requests that callers may cause within `time`.
 ///
-/// `1 + T/u`, with the least `u` that chance allows: a first token is due after 0.35 of its lifetime and any
-/// other after 0.65, neither within a second.
+/// `1 + T/u`, with the least `u` that jitter allows: the first token is due after 0.35 of its lifetime, any
+/// other after 0.65, and none within a second.
 fn most_requests(lifetime: Duration, time: Duration) -> usize {
     let first = lifetime.mul_f64(0.35).max(secs(1));
     let other = lifetime.mul_f64(0.65).max(secs(1));
@@ -33,7 +33,7 @@ fn most_requests(lifetime: Duration, time: Duration) -> usize {
 
 /// Laws 2, 3 and 4 (T8).
 #[tokio::test(start_paused = true)]
-async fn callers_cause_as_few_token_requests_as_the_lifetime_allows_and_none_waits_needlessly() {
+async fn token_requests_are_as_few_as_lifetimes_allow_and_nobody_waits_needlessly() {
     let named = [
         0,
         1,
@@ -76,7 +76,7 @@ async fn callers_cause_as_few_token_requests_as_the_lifetime_allows_and_none_wai
                 false => cache.get().await,
             };
             got.unwrap();
-            // Once a second, and with the time that the answer takes.
+            // One request a second, plus the time that the answer takes.
             assert!(asked.elapsed() <= millis(1_025), "{named:?}");
             time::sleep(every).await;
         }
@@ -85,7 +85,7 @@ async fn callers_cause_as_few_token_requests_as_the_lifetime_allows_and_none_wai
         let requests = server.requests();
         let most = most_requests(lifetime, start.elapsed());
         assert!(requests <= most, "{named:?}: {requests} > {most}");
-        // Nor are there fewer: each is due after 0.75 of its lifetime at the latest, and then somebody comes.
+        // Nor fewer: each token is due after at most 0.75 of its lifetime, and then a caller comes.
         let longest = lifetime.mul_f64(0.75).max(secs(1)) + every + millis(25);
         let least = 1 + start.elapsed().div_duration_f64(longest).floor() as usize;
         assert!(requests >= least, "{named:?}: {requests} < {least}");
@@ -93,9 +93,9 @@ async fn callers_cause_as_few_token_requests_as_the_lifetime_allows_and_none_wai
     }
 }
 
-/// Law 2: the same dead token again and again, whatever the traffic.
+/// Law 2: whatever the traffic.
 #[tokio::test(start_paused = true)]
-async fn a_token_that_is_dead_on_arrival_is_asked_for_once_a_second_and_served() {
+async fn a_token_dead_on_arrival_is_requested_once_a_second_and_served() {
     for lifetime in [Duration::ZERO, millis(500), secs(1)] {
         let server = AuthServer::new();
         server.set_latency(millis(20));
@@ -115,7 +115,7 @@ async fn a_token_that_is_dead_on_arrival_is_asked_for_once_a_second_and_served()
     }
 }
 
-/// Laws 2 and 4: from 195 s to 225 s on, and the first token anywhere from 105 s to 225 s.
+/// Laws 2 and 4: after 195 s to 225 s, the first token after 105 s to 225 s.
 #[tokio::test(start_paused = true)]
 async fn tokens_are_replaced_in_the_background_in_their_window() {
     let (mut firsts, mut others) = (Vec::new(), Vec::new());
@@ -147,7 +147,7 @@ async fn tokens_are_replaced_in_the_background_in_their_window() {
     assert!(latest - earliest >= secs(15), "{others:?}");
 }
 
-/// Law 4: while its replacement is on its way, a token is used, up to its margin.
+/// Law 4: until its replacement comes, a token is used up to its margin.
 #[tokio::test(start_paused = true)]
 async fn nobody_waits_for_a_slow_refresh() {
     let server = AuthServer::new();
@@ -165,7 +165,7 @@ async fn nobody_waits_for_a_slow_refresh() {
     assert_eq!(now(cache.get()).unwrap().expose_secret(), "token-2");
 }
 
-/// Law 2: nobody asks, so nothing is sent; and the first caller after that waits.
+/// Law 2: the first caller after that waits.
 #[tokio::test(start_paused = true)]
 async fn an_idle_cache_sends_nothing() {
     let server = AuthServer::new();
@@ -213,7 +213,7 @@ async fn a_warm_cache_refreshes_by_itself_until_its_last_handle_is_dropped() {
     assert_eq!(Handle::current().metrics().num_alive_tasks(), 0);
 }
 
-/// Laws 2 and 7: an outage is waited out by the gate, without callers as well.
+/// Laws 2 and 7: the gate holds without callers too.
 #[tokio::test(start_paused = true)]
 async fn a_warm_cache_outlives_an_outage() {
     let server = AuthServer::new();
@@ -230,7 +230,7 @@ async fn a_warm_cache_outlives_an_outage() {
     assert!(cache.peek().is_some());
 }
 
-/// Laws 2 and 4: callers and the watch together cause no more requests than one of them.
+/// Laws 2 and 4: callers and the watch together cause no more requests than either.
 #[tokio::test(start_paused = true)]
 async fn a_warm_cache_with_callers_refreshes_no_more_often() {
     let server = AuthServer::new();
@@ -245,7 +245,7 @@ async fn a_warm_cache_with_callers_refreshes_no_more_often() {
     let requests = server.requests();
     let most = most_requests(secs(300), secs(1_800));
     assert!(requests <= most, "{requests}");
-    // Nor is there more than one watch, whoever started the last flight.
+    // There is one watch, whoever started the last flight.
     for _ in 0..3 {
         cache.invalidate(&now(cache.get()).unwrap());
         time::sleep(secs(65)).await;
@@ -254,9 +254,9 @@ async fn a_warm_cache_with_callers_refreshes_no_more_often() {
     assert_eq!(Handle::current().metrics().num_alive_tasks(), 1);
 }
 
-/// It starts with its first token.
+/// It becomes so with its first token.
 #[tokio::test(start_paused = true)]
-async fn a_cache_that_has_had_no_token_is_not_warm() {
+async fn a_cache_without_a_first_token_is_not_warm() {
     let server = AuthServer::new();
     let cache = warm(&server);
     server.set(Answer::Fail(TokenError::terminal("not yet")));
@@ -266,9 +266,9 @@ async fn a_cache_that_has_had_no_token_is_not_warm() {
     assert_eq!(Handle::current().metrics().num_alive_tasks(), 0);
 }
 
-/// Keycloak: another key's answer tells that all tokens up to then are void.
+/// Keycloak: another key's answer voids all tokens before it.
 #[tokio::test(start_paused = true)]
-async fn a_warm_token_that_is_void_is_replaced_without_a_request() {
+async fn a_warm_cache_replaces_a_void_token_without_a_request() {
     let asked = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&asked);
     let source = source_fn(move |fetch| {

@@ -1,13 +1,13 @@
-//! What a policy bounds: those who wait, the attempts, and how long they take.
+//! What a policy bounds: waiters, attempts, and their time.
 
 use tokio::time::Instant;
 use tower_bearer::{RefreshPolicy, TokenCache, TokenError};
 
 use crate::support::{Answer, AuthServer, all, caller, millis, now, poll_once, secs, settle};
 
-/// Law 6: a limit on those who wait turns the others away at once.
+/// Law 6.
 #[tokio::test(start_paused = true)]
-async fn callers_beyond_the_limit_are_turned_away_at_once() {
+async fn callers_beyond_the_limit_are_refused_at_once() {
     for limit in [0, 2] {
         let server = AuthServer::new();
         server.hold();
@@ -23,14 +23,14 @@ async fn callers_beyond_the_limit_are_turned_away_at_once() {
         for token in all(seated).await {
             assert!(token.is_ok());
         }
-        // What nobody was let to wait for goes on.
+        // The flight goes on even if nobody may wait for it.
         settle().await;
         assert!(now(cache.get()).is_ok());
         assert_eq!(server.requests(), 1);
     }
 }
 
-/// Laws 3 and 4: a limit on those who wait keeps nobody from a token that is there.
+/// Laws 3 and 4.
 #[tokio::test(start_paused = true)]
 async fn the_limit_keeps_nobody_from_a_valid_token() {
     let server = AuthServer::new();
@@ -40,7 +40,7 @@ async fn the_limit_keeps_nobody_from_a_valid_token() {
     cache.invalidate(&token);
     let mut seated = Box::pin(cache.get());
     assert!(poll_once(seated.as_mut()).is_pending());
-    // There is no seat left, but the refused token is better than an error.
+    // No place is left, but the refused token is better than an error.
     assert_eq!(now(cache.get()).unwrap().expose_secret(), "token-1");
     server.release();
     assert_eq!(seated.await.unwrap().expose_secret(), "token-2");
@@ -60,9 +60,9 @@ async fn a_flight_makes_as_many_attempts_as_it_is_allowed() {
     }
 }
 
-/// Law 2: what another try does not mend, and whoever asks to be left alone, is not tried again.
+/// Law 2: another try would not help, or the server asks for none.
 #[tokio::test(start_paused = true)]
-async fn some_errors_end_a_flight_at_once() {
+async fn terminal_errors_and_retry_after_end_a_flight() {
     for error in [
         TokenError::terminal("invalid_client"),
         TokenError::transient("busy").with_retry_after(secs(1)),
@@ -95,7 +95,7 @@ async fn an_attempt_ends_at_its_timeout_and_the_next_one_follows() {
     assert_eq!(server.most_at_once(), 1);
 }
 
-/// Law 6: the timeout of one attempt is no failure of the flight.
+/// Law 6: one attempt's timeout does not fail the flight.
 #[tokio::test(start_paused = true)]
 async fn an_attempt_after_a_timeout_may_succeed() {
     let server = AuthServer::new();
@@ -110,7 +110,7 @@ async fn an_attempt_after_a_timeout_may_succeed() {
 
 /// Law 6.
 #[tokio::test(start_paused = true)]
-async fn a_flight_ends_at_its_timeout_whatever_its_attempts_may_take() {
+async fn a_flight_ends_at_its_timeout_whatever_its_attempts_take() {
     let server = AuthServer::new();
     server.set(Answer::Hang);
     let policy = RefreshPolicy::new().flight_timeout(secs(5));

@@ -1,4 +1,4 @@
-//! What a dead authorization server costs: it, and those who want a token.
+//! What an outage costs the authorization server and those who want a token.
 
 use std::{
     error::Error,
@@ -28,14 +28,14 @@ async fn expired(server: &AuthServer) -> TokenCache {
     cache
 }
 
-/// The pauses between the requests that `server` saw, from the request with index `from` on.
+/// The pauses between the requests that `server` saw, from index `from` on.
 fn pauses(server: &AuthServer, from: usize) -> Vec<Duration> {
     let seen = server.seen();
     let pairs = seen[from..].windows(2);
     pairs.map(|pair| pair[1].at - pair[0].at).collect()
 }
 
-/// Holds the pauses against ranges in milliseconds, of which the last one goes on; a caller comes every 100 ms.
+/// Asserts that pauses are within ranges in milliseconds, the last of which repeats; a caller comes every 100 ms.
 #[track_caller]
 fn assert_within(pauses: &[Duration], ranges: &[RangeInclusive<u64>]) {
     let last = ranges.last().unwrap();
@@ -47,7 +47,7 @@ fn assert_within(pauses: &[Duration], ranges: &[RangeInclusive<u64>]) {
     }
 }
 
-/// The gate after the first, second, … failed flight: half to whole.
+/// The gate after the first, second, … failed flight, half to whole.
 const BACKOFF: [RangeInclusive<u64>; 6] = [
     250..=500,
     500..=1_000,
@@ -85,7 +85,7 @@ async fn a_first_flight_outlasts_a_rate_limit_without_a_retry_after() {
 
 /// Laws 2, 3 and 4 (T4).
 #[tokio::test(start_paused = true)]
-async fn refreshes_that_fail_leave_the_token_in_use_and_follow_the_gate() {
+async fn failed_refreshes_leave_the_token_in_use_and_follow_the_gate() {
     let server = AuthServer::new();
     let cache = TokenCache::new(server.clone());
     let start = Instant::now();
@@ -97,7 +97,7 @@ async fn refreshes_that_fail_leave_the_token_in_use_and_follow_the_gate() {
     }
     let seen = server.seen();
     let attempts: Vec<_> = seen.iter().map(|seen| seen.attempt).collect();
-    // Three at first, at leisure, since nobody waits, and one at a time while it is known to be down.
+    // At first three, with long pauses since nobody waits; then one per flight while the server is known to be down.
     assert_eq!(attempts[..6], [1, 1, 2, 3, 1, 1]);
     assert!(attempts[4..].iter().all(|attempt| *attempt == 1));
     let all = pauses(&server, 1);
@@ -109,7 +109,7 @@ async fn refreshes_that_fail_leave_the_token_in_use_and_follow_the_gate() {
 
 /// Laws 3 and 7 (T4).
 #[tokio::test(start_paused = true)]
-async fn an_outage_within_a_lifetime_is_noticed_by_no_caller() {
+async fn no_caller_notices_an_outage_within_a_lifetime() {
     for run in 0..10 {
         seed(run);
         let server = AuthServer::new();
@@ -131,14 +131,14 @@ async fn an_outage_within_a_lifetime_is_noticed_by_no_caller() {
         }
         let before = before.unwrap();
         assert!(before >= 4, "there was no outage to notice");
-        // The one that brought the next token, and the one that came due after that.
+        // For the next token, and for the one after it.
         assert_eq!(server.requests(), before + 2);
     }
 }
 
 /// Laws 2, 6 and 7 (T5): a thousand callers a second for ten minutes.
 #[tokio::test(start_paused = true)]
-async fn a_dead_server_is_asked_by_the_backoff_schedule_whatever_the_traffic() {
+async fn a_dead_server_is_asked_on_the_backoff_schedule_whatever_the_traffic() {
     let server = AuthServer::new();
     server.set_latency(millis(50));
     let cache = expired(&server).await;
@@ -151,7 +151,7 @@ async fn a_dead_server_is_asked_by_the_backoff_schedule_whatever_the_traffic() {
     // Law 2 with S' = 0, T = 600 s and G = 10 s.
     assert!(flights <= 7 + 1 + 120, "{flights}");
     assert!(seen.len() <= 3 * 2 + flights, "{}", seen.len());
-    // It is asked no more often, but no more rarely either.
+    // Nor fewer.
     assert!(flights >= 5 + 580 / 10, "{flights}");
     let tally = crowd.tally();
     assert_eq!(tally.served, 0);
@@ -166,9 +166,9 @@ async fn a_dead_server_is_asked_by_the_backoff_schedule_whatever_the_traffic() {
     assert_eq!(server.most_at_once(), 1);
 }
 
-/// Law 7 (T5): however long the outage was, it is over within a gate, and in half of one in the mean.
+/// Law 7 (T5): however long the outage was; half a gate on average.
 #[tokio::test(start_paused = true)]
-async fn recovery_takes_a_gate_at_most() {
+async fn recovery_takes_one_gate_at_most() {
     let mut sum = Duration::ZERO;
     for run in 0..20 {
         seed(run);
@@ -189,9 +189,9 @@ async fn recovery_takes_a_gate_at_most() {
     assert!(sum / 20 <= secs(6), "{:?}", sum / 20);
 }
 
-/// Law 2: even with no token left, up to five minutes.
+/// Law 2: even without a token, for up to five minutes.
 #[tokio::test(start_paused = true)]
-async fn a_server_that_asks_to_be_left_alone_is_left_alone() {
+async fn a_retry_after_is_respected() {
     for (asked, least, most) in [(40, 40, 44), (120, 120, 132), (86_400, 300, 330)] {
         let server = AuthServer::new();
         server.set(Answer::Grant(secs(60)));
@@ -218,9 +218,9 @@ async fn a_server_that_asks_to_be_left_alone_is_left_alone() {
     }
 }
 
-/// Laws 2 and 7: secrets are rotated and servers mended, so nothing is refused for good.
+/// Laws 2 and 7: secrets are rotated and servers repaired, so no refusal is final.
 #[tokio::test(start_paused = true)]
-async fn a_refused_client_is_remembered_ever_longer_and_then_healed() {
+async fn a_refused_client_waits_ever_longer_and_then_recovers() {
     let server = AuthServer::new();
     server.set(Answer::Fail(TokenError::terminal("invalid_client")));
     let cache = TokenCache::new(server.clone());
@@ -249,9 +249,9 @@ async fn a_refused_client_is_remembered_ever_longer_and_then_healed() {
     assert!(mended.elapsed() <= millis(66_100), "{:?}", mended.elapsed());
 }
 
-/// Law 2: a token at its end passes no terminal error.
+/// Law 2: a dying token does not bypass a terminal error.
 #[tokio::test(start_paused = true)]
-async fn a_refused_client_is_not_asked_again_because_its_token_dies() {
+async fn a_refused_client_does_not_ask_again_when_its_token_dies() {
     let server = AuthServer::new();
     let cache = TokenCache::new(server.clone());
     cache.get().await.unwrap();
@@ -291,7 +291,7 @@ async fn after_a_failure_only_the_caller_that_starts_a_flight_waits_for_it() {
 
 /// Laws 1 and 2.
 #[tokio::test(start_paused = true)]
-async fn a_first_flight_that_fails_is_shared_by_all_who_wait_for_it() {
+async fn the_failure_of_a_first_flight_is_shared_by_its_waiters() {
     let server = AuthServer::new();
     server.set(Answer::Fail(TokenError::transient("the very first")));
     server.set_latency(millis(20));
@@ -312,12 +312,12 @@ async fn a_first_flight_that_fails_is_shared_by_all_who_wait_for_it() {
         pauses[0] <= millis(225) && pauses[1] <= millis(425),
         "{pauses:?}"
     );
-    // The others learn of it without a request.
+    // Later callers get it without a request.
     assert!(now(cache.get()).is_err());
     assert_eq!(server.requests(), 3);
 }
 
-/// Law 2: one flight per token passes a gate that backoff has shut, when the token dies.
+/// Law 2: one flight per token, through a gate that backoff has shut.
 #[tokio::test(start_paused = true)]
 async fn a_dying_token_passes_the_gate_once() {
     let mut passed = 0;
@@ -329,7 +329,7 @@ async fn a_dying_token_passes_the_gate_once() {
         cache.get().await.unwrap();
         server.set(down());
         let crowd = Crowd::new(&cache);
-        // Long enough for the gate to be shut for 5 s at least.
+        // Long enough for the gate to be shut for at least 5 s.
         time::sleep(secs(226)).await;
         crowd.storm(1, millis(100), secs(63)).await;
         crowd.storm(1, millis(10), secs(15)).await;
@@ -347,12 +347,12 @@ async fn a_dying_token_passes_the_gate_once() {
             passed += 1;
         }
     }
-    assert!(passed >= 5, "the gate was hardly ever shut: {passed}");
+    assert!(passed >= 5, "the gate was rarely shut: {passed}");
 }
 
-/// Laws 2, 6 and 7: a cold start into a short outage, with 10,000 callers a second.
+/// Laws 2, 6 and 7: with 10,000 callers a second.
 #[tokio::test(start_paused = true)]
-async fn a_cold_start_into_a_short_outage_is_over_soon_and_costs_little() {
+async fn a_cold_start_into_a_short_outage_recovers_soon_and_costs_little() {
     let mut sum = Duration::ZERO;
     for run in 0..20 {
         seed(run);
@@ -365,7 +365,7 @@ async fn a_cold_start_into_a_short_outage_is_over_soon_and_costs_little() {
         server.set(Answer::Grant(secs(300)));
         let recovered = Instant::now();
         while crowd.tally().served == 0 {
-            // The gate after a fourth failure, which a machine that stalls gets to: gates heed the wall clock as well.
+            // The gate after a fourth failure, which happens on a machine that stalls: gates follow the wall clock too.
             assert!(recovered.elapsed() <= millis(4_050));
             crowd.storm(100, millis(10), millis(10)).await;
         }

@@ -1,4 +1,4 @@
-//! Each refresh token is sent once at most, whatever becomes of it, and never keeps anybody from a token.
+//! Each refresh token is sent at most once, whatever comes of it, and its failure costs nobody a token.
 
 use std::{
     collections::HashSet,
@@ -13,7 +13,7 @@ use tower_bearer::{BoxError, ClientCredentials, TokenCache, TokenError};
 
 use crate::support::{Answer, AuthServer, TokenEndpoint, millis, now, reply, secs, settle};
 
-/// What each token request since the first carried.
+/// The attempt and the refresh token of each token request.
 fn carried(server: &AuthServer) -> Vec<(u32, Option<String>)> {
     let seen = server.seen().into_iter();
     seen.map(|seen| (seen.attempt, seen.refresh_token))
@@ -24,7 +24,7 @@ fn some(text: &str) -> Option<String> {
     Some(text.to_owned())
 }
 
-/// Lets the token of `cache` come due, and its refresh be over.
+/// Lets the token of `cache` fall due and be refreshed.
 async fn refresh(cache: &TokenCache) {
     time::sleep(secs(226)).await;
     now(cache.get()).unwrap();
@@ -33,7 +33,7 @@ async fn refresh(cache: &TokenCache) {
 
 /// T10.
 #[tokio::test(start_paused = true)]
-async fn each_refresh_token_is_handed_out_once_by_the_next_flight() {
+async fn each_refresh_token_is_used_once_by_the_next_flight() {
     let server = AuthServer::new();
     server.set_refresh_tokens(true);
     let cache = TokenCache::new(server.clone());
@@ -77,13 +77,13 @@ async fn only_the_first_attempt_of_a_flight_carries_the_refresh_token() {
     for (attempt, token) in &carried[2..last] {
         assert_eq!(*token, None, "attempt {attempt} of {carried:?}");
     }
-    // That which came with the one answer in between.
+    // The one that came with the last answer.
     assert_eq!(carried[last], (1, some(&format!("refresh-{last}"))));
 }
 
-/// T10: a refresh token that is given up with its flight is used up as well.
+/// T10: the panic used it up.
 #[tokio::test(start_paused = true)]
-async fn a_refresh_token_is_not_handed_out_again_after_a_panic() {
+async fn a_refresh_token_is_not_used_again_after_a_panic() {
     let server = AuthServer::new();
     server.set_refresh_tokens(true);
     let cache = TokenCache::new(server.clone());
@@ -100,7 +100,7 @@ async fn a_refresh_token_is_not_handed_out_again_after_a_panic() {
 
 /// T10.
 #[tokio::test(start_paused = true)]
-async fn a_refresh_token_past_its_lifetime_is_not_handed_out() {
+async fn a_refresh_token_past_its_lifetime_is_not_used() {
     // The refresh comes after 226 s.
     for (lifetime, expected) in [
         (225, None),
@@ -117,9 +117,9 @@ async fn a_refresh_token_past_its_lifetime_is_not_handed_out() {
     }
 }
 
-/// Law 8 (T10): a session that was revoked takes its refresh token along.
+/// Law 8 (T10): a revoked session takes its refresh token with it.
 #[tokio::test(start_paused = true)]
-async fn a_flight_that_a_refusal_forced_carries_no_refresh_token() {
+async fn a_refresh_forced_by_a_refusal_uses_no_refresh_token() {
     let server = AuthServer::new();
     server.set_refresh_tokens(true);
     let cache = TokenCache::new(server.clone());
@@ -127,35 +127,35 @@ async fn a_flight_that_a_refusal_forced_carries_no_refresh_token() {
     cache.invalidate(&token);
     settle().await;
     refresh(&cache).await;
-    // The one of the refused session is gone with its successor's arrival.
+    // The refused session's one is gone once its successor comes.
     let expected = [(1, None), (1, None), (1, some("refresh-2"))];
     assert_eq!(carried(&server), expected);
 }
 
-/// What the realm does with a refresh token.
+/// How the realm treats a refresh token.
 #[derive(Clone, Copy, Debug)]
 enum Mode {
-    /// Takes it and sends another one along.
+    /// Takes it and sends another.
     Rotates,
-    /// Takes it and sends none along.
+    /// Takes it and sends none.
     Omits,
-    /// Takes it and sends the same one along.
+    /// Takes it and sends the same one.
     Repeats,
     /// 400 `invalid_grant`.
     Refuses,
     /// 503.
     Breaks,
-    /// Takes it, and its answer is lost on the way.
+    /// Takes it, and its answer is lost.
     Loses,
 }
 
-/// A token endpoint that takes a second use of a refresh token for theft.
+/// A token endpoint that takes the reuse of a refresh token for theft.
 #[derive(Default)]
 struct Realm {
     issued: usize,
     used: HashSet<String>,
     stolen: Vec<String>,
-    /// The grant of each request, and when it came.
+    /// The grant and the time of each request.
     grants: Vec<(&'static str, Instant)>,
 }
 
@@ -204,10 +204,10 @@ fn granted(number: usize, refresh_token: Option<String>) -> Result<Response<Stri
     reply(200, format!("{{{token}{refresh_token}}}"))
 }
 
-/// T10, over HTTP: one rung after the other, in one attempt.
+/// T10, over HTTP: the whole ladder, in one attempt.
 #[tokio::test(start_paused = true)]
-async fn whatever_becomes_of_a_refresh_token_its_attempt_brings_a_token_and_no_one_is_sent_twice() {
-    // How many of ten refreshes send a refresh token, and how many the client's credentials.
+async fn an_attempt_brings_a_token_whatever_becomes_of_its_refresh_token() {
+    // How many of ten refreshes send a refresh token, and how many client credentials.
     for (mode, refreshes, grants) in [
         (Mode::Rotates, 10, 0),
         (Mode::Omits, 5, 5),

@@ -1,4 +1,4 @@
-//! What servers say beside the token: outage lifetimes, void tokens, narrower scopes, missing claims.
+//! What servers say besides the token: outage lifetimes, void tokens, narrower scopes, missing claims.
 
 use std::sync::{
     Arc, Mutex, OnceLock,
@@ -26,7 +26,7 @@ fn down() -> Result<TokenResponse, TokenError> {
     Err(TokenError::transient("down"))
 }
 
-/// Entra ID: a token outlives its expiry while the endpoint fails, and nobody waits for that to be known.
+/// Entra ID: the token outlives its expiry while the endpoint fails, and nobody waits once that is known.
 #[tokio::test(start_paused = true)]
 async fn an_extended_lifetime_bridges_an_outage() {
     let token = || Ok(response("old").ext_expires_in(secs(3_600)));
@@ -37,12 +37,12 @@ async fn an_extended_lifetime_bridges_an_outage() {
     cache.get().await.unwrap();
     time::sleep(secs(400)).await;
     assert!(cache.peek().is_none());
-    // Whoever finds out about the outage gets the token instead of the error.
+    // The caller that discovers the outage gets the token instead of the error.
     assert_eq!(cache.get().await.unwrap().expose_secret(), "old");
     assert_eq!(server.requests(), 4);
     assert_eq!(now(cache.get()).unwrap().expose_secret(), "old");
     assert!(cache.peek().is_some());
-    // The endpoint is asked in the background, at the pace of its gate.
+    // The endpoint is asked in the background, at its gate's pace.
     let mut last = String::new();
     for _ in 0..100 {
         last = now(cache.get()).unwrap().expose_secret().to_owned();
@@ -74,9 +74,9 @@ async fn an_extended_lifetime_counts_only_if_allowed_and_ends() {
     cache.get().await.unwrap_err();
 }
 
-/// Keycloak: a rise of `not-before-policy` voids what came before, for every key of the realm.
+/// Keycloak: for every key of the realm.
 #[tokio::test(start_paused = true)]
-async fn a_rise_of_not_before_voids_the_tokens_of_other_keys() {
+async fn a_rise_of_not_before_voids_other_keys_older_tokens() {
     let server = AuthServer::scripted([
         Ok(response("a-1").not_before_policy(100)),
         Ok(response("b-1").not_before_policy(100)),
@@ -97,14 +97,14 @@ async fn a_rise_of_not_before_voids_the_tokens_of_other_keys() {
     assert!(cache.peek_for(&a).is_none());
     assert_eq!(text(&a).await, "a-2");
     assert_eq!(text(&c).await, "c-1");
-    // It is never compared with our clock, and a node that has not heard of it yet voids nothing.
+    // It is never compared with our clock, and a node that does not know it yet voids nothing.
     assert_eq!(text(&b).await, "b-2");
     assert_eq!(text(&a).await, "a-2");
     assert_eq!(text(&b).await, "b-2");
     assert_eq!(server.requests(), 5);
 }
 
-/// Laws 2 and 4: an answer that says nothing of it voids nothing, not even its own token.
+/// Laws 2 and 4: an answer without one voids nothing, not even its own token.
 #[tokio::test(start_paused = true)]
 async fn a_token_without_not_before_is_not_void() {
     let server = AuthServer::scripted([
@@ -120,7 +120,7 @@ async fn a_token_without_not_before_is_not_void() {
     assert_eq!(now(cache.get_for(&b)).unwrap().expose_secret(), "b-1");
     assert_eq!(now(cache.get_for(&a)).unwrap().expose_secret(), "a-1");
     assert_eq!(server.requests(), 2);
-    // It is as old as the value that held when it came, and so void by a later rise.
+    // It counts as issued under the value that held then, so a later rise voids it.
     time::sleep(secs(291)).await;
     cache.get_for(&a).await.unwrap();
     assert!(cache.peek_for(&b).is_none());
@@ -136,7 +136,7 @@ async fn scopes_that_were_not_granted_are_named() {
         (Some("write read"), vec!["admin"]),
         (Some("admin read write more"), vec![]),
         (Some(""), vec!["read", "write", "admin"]),
-        // RFC 6749 section 5.1: nothing said means that all was granted.
+        // RFC 6749 section 5.1: without a `scope` all are granted.
         (None, vec![]),
     ] {
         let answer = match granted {
@@ -154,9 +154,9 @@ async fn scopes_that_were_not_granted_are_named() {
     }
 }
 
-/// What a server sends costs the thread that serves others no more than it takes to read it.
+/// An answer must not hold up the thread that serves others.
 #[test]
-fn scopes_without_end_are_read_once() {
+fn huge_scopes_are_read_once() {
     let asked: Vec<_> = (0..20_000).map(|n| format!("asked-{n}")).collect();
     let granted = "other ".repeat(150_000) + &asked[1..].join(" ");
     let answer = response("token")
@@ -174,9 +174,9 @@ fn scopes_without_end_are_read_once() {
     assert_eq!(missing, ["asked-0"]);
 }
 
-/// Entra ID: the claims that an API misses are asked for, past refresh token and cache.
+/// Entra ID: bypassing refresh token and cache.
 #[tokio::test(start_paused = true)]
-async fn missing_claims_are_asked_for() {
+async fn missing_claims_are_requested() {
     let claims = r#"{"access_token":{"nbf":{"essential":true,"value":"1700000000"}}}"#;
     let first = response("old").refresh_token(RefreshToken::new("refresh"));
     let server = AuthServer::scripted([Ok(first), Ok(response("new"))]);
@@ -198,9 +198,9 @@ async fn missing_claims_are_asked_for() {
     assert!(seen[1].refresh_token.is_none());
 }
 
-/// The next token is asked for as ever: claims are for the one that lacked them.
+/// The next token is requested as usual.
 #[tokio::test(start_paused = true)]
-async fn claims_are_asked_for_once() {
+async fn claims_are_requested_once() {
     let server = AuthServer::scripted([
         Ok(response("old")),
         Ok(response("new")),
@@ -220,13 +220,13 @@ async fn claims_are_asked_for_once() {
     assert_eq!(claims, [None, Some("{}"), None]);
 }
 
-/// Law 3: an API that asks for claims that cannot be had takes nobody the token that others accept.
+/// Law 3: other APIs accept the token without them.
 #[tokio::test(start_paused = true)]
-async fn claims_that_cannot_be_had_keep_nobody_from_a_token() {
+async fn unobtainable_claims_keep_nobody_from_a_token() {
     for (attempts, hangs, lifetime) in [
         (1, false, 60),
         (3, false, 60),
-        // An attempt that hangs takes 10 s.
+        // A hanging attempt takes 10 s.
         (1, true, 120),
         (3, true, 120),
     ] {
@@ -263,16 +263,16 @@ async fn claims_that_cannot_be_had_keep_nobody_from_a_token() {
             time::sleep(millis(100)).await;
         }
         let seen = seen.lock().unwrap();
-        // Each was asked for once, and the token that came instead was asked for at once.
+        // Claims are requested once each time, and a token without them right after.
         assert!(seen.windows(2).all(|pair| !(pair[0] && pair[1])));
         let claimed = seen.iter().filter(|&&claimed| claimed).count();
         assert!((5..=15).contains(&claimed), "{claimed}");
     }
 }
 
-/// A client that is refused is not sent a second time for it.
+/// The refusal is about the client, so there is no second request.
 #[tokio::test(start_paused = true)]
-async fn claims_of_a_client_that_is_refused_are_not_renounced() {
+async fn a_refused_client_does_not_renounce_its_claims() {
     let refused = TokenError::terminal("refused").with_oauth_error("invalid_client");
     let server = AuthServer::scripted([Ok(response("old")), Err(refused), Ok(response("new"))]);
     let api = Api::refusing("old", || {
@@ -284,9 +284,9 @@ async fn claims_of_a_client_that_is_refused_are_not_renounced() {
     assert_eq!(server.requests(), 2);
 }
 
-/// A secret that was changed clears a refusal of the old one at once, for all keys.
+/// At once, for all keys.
 #[tokio::test(start_paused = true)]
-async fn a_changed_secret_clears_a_refusal() {
+async fn a_new_secret_clears_a_refusal() {
     #[derive(Clone, Default)]
     struct Client {
         changed: Arc<Mutex<bool>>,
@@ -315,7 +315,7 @@ async fn a_changed_secret_clears_a_refusal() {
         let cache = refused.clone();
         async move || cache.get_for(&key).await
     });
-    // Both are in the air when the refusal comes.
+    // Both flights are under way when the refusal comes.
     let (first, second) = tokio::join!(plain(), keyed());
     assert!(first.is_err() && second.is_err());
     for _ in 0..100 {
@@ -330,7 +330,7 @@ async fn a_changed_secret_clears_a_refusal() {
     assert_eq!(*client.requests.lock().unwrap(), 4);
 }
 
-/// A source that fails, and says of its credentials what it is told to.
+/// A source that fails, and says about its credentials what it is told to.
 struct Failing<F> {
     error: TokenError,
     has_new_credentials: F,
@@ -366,7 +366,7 @@ fn refused() -> TokenError {
     TokenError::terminal("no").with_oauth_error("invalid_client")
 }
 
-/// A source that says so without cause gains nothing once the client is not refused any more.
+/// New credentials only matter while the client is refused.
 #[tokio::test(start_paused = true)]
 async fn other_failures_wait_for_their_gate_whatever_the_source_says() {
     let source = Failing::new(TokenError::transient("down"), || true);
@@ -378,9 +378,9 @@ async fn other_failures_wait_for_their_gate_whatever_the_source_says() {
     assert_eq!(source.requests(), 3);
 }
 
-/// Law 2: nor does it gain more than a try each time, and ever fewer, while the client is refused.
+/// Law 2: each change gains one try, and ever fewer.
 #[tokio::test(start_paused = true)]
-async fn a_client_that_is_refused_whatever_it_changes_is_bounded() {
+async fn requests_are_bounded_however_often_a_refused_client_changes() {
     let source = Failing::new(refused(), || true);
     let cache = TokenCache::new(Arc::clone(&source));
     let (plain, key) = (TokenRequest::new(), TokenRequest::new().scope("a"));
@@ -390,12 +390,12 @@ async fn a_client_that_is_refused_whatever_it_changes_is_bounded() {
         }
         time::sleep(millis(10)).await;
     }
-    // One per renewal, at 0, 1, 3, 7, 15, 31 s, and one per gate: 9 to 13 by chance.
+    // One per change, at 0, 1, 3, 7, 15, 31 s, and one per gate: 9 to 13 by chance.
     let requests = source.requests();
     assert!((8..=16).contains(&requests), "{requests}");
 }
 
-/// Law 7: a panic in there is as good as a no.
+/// Law 7: a panic counts as a no.
 #[tokio::test(start_paused = true)]
 async fn a_source_that_panics_over_its_credentials_has_no_new_ones() {
     let source = Failing::new(refused(), || panic!("the scripted source panics"));
@@ -406,7 +406,7 @@ async fn a_source_that_panics_over_its_credentials_has_no_new_ones() {
     }
 }
 
-/// Law 7: nor is it asked again for what it asks its own cache meanwhile, which would have no end.
+/// Law 7: it is not asked again meanwhile, which would never end.
 #[tokio::test(start_paused = true)]
 async fn a_source_that_asks_its_own_cache_over_its_credentials_gets_an_answer() {
     let own = Arc::new(OnceLock::<TokenCache>::new());
@@ -414,7 +414,7 @@ async fn a_source_that_asks_its_own_cache_over_its_credentials_gets_an_answer() 
     let source = Failing::new(refused(), {
         let (own, asked) = (Arc::clone(&own), Arc::clone(&asked));
         move || {
-            // Deeper than any sensible source, and not so deep that the test cannot tell.
+            // Deeper than any sensible source goes, but not too deep for the test.
             assert!(asked.fetch_add(1, Ordering::SeqCst) < 10);
             now(own.get().expect("it was set").get()).is_ok()
         }
@@ -424,13 +424,13 @@ async fn a_source_that_asks_its_own_cache_over_its_credentials_gets_an_answer() 
     for callers in 0..3 {
         let error = cache.get().await.unwrap_err();
         assert_eq!(error.oauth_error(), Some("invalid_client"));
-        // Each one looks for a token, and then for one to wait for.
+        // Each caller looks for a token, and then for a flight to wait for.
         assert_eq!(asked.load(Ordering::SeqCst), 2 * callers);
     }
     cache.shutdown();
 }
 
-/// A token that was declared void while its replacement was fetched is no last resort.
+/// Even if it becomes void while its replacement is fetched.
 #[tokio::test(start_paused = true)]
 async fn a_void_token_is_no_last_resort() {
     for void in [false, true] {
@@ -442,7 +442,7 @@ async fn a_void_token_is_no_last_resort() {
         let cache = TokenCache::with_policy(server.clone(), policy);
         cache.get().await.unwrap();
         time::sleep(secs(400)).await;
-        // So that the other one comes in the middle of it.
+        // So that the other answer comes in between.
         server.set_latency(secs(2));
         let (last, _) = tokio::join!(cache.get(), async {
             time::sleep(secs(1)).await;

@@ -1,4 +1,4 @@
-//! The end of a cache: no work goes on, and tokens are revoked if asked to.
+//! The end of a cache: all work stops, and tokens are revoked on request.
 
 use std::{
     future::Future,
@@ -22,7 +22,7 @@ use crate::support::{
     timed, token_error,
 };
 
-/// A source that revokes, slowly, and remembers what.
+/// A source that revokes slowly and remembers what.
 #[derive(Clone, Default)]
 struct Revoking {
     revoked: Arc<Mutex<Vec<Revoked>>>,
@@ -68,7 +68,7 @@ fn tasks() -> usize {
 }
 
 #[tokio::test(start_paused = true)]
-async fn whoever_waits_learns_of_it_at_once_and_no_task_is_left() {
+async fn waiters_learn_of_a_shutdown_at_once_and_no_task_is_left() {
     let server = AuthServer::new();
     server.set(Answer::Hang);
     let cache = TokenCache::new(server.clone());
@@ -103,7 +103,7 @@ async fn whoever_waits_learns_of_it_at_once_and_no_task_is_left() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_live_token_is_not_handed_out_any_more() {
+async fn a_live_token_is_no_longer_returned() {
     let cache = TokenCache::new(AuthServer::new());
     let token = cache.get().await.unwrap();
     cache.shutdown();
@@ -115,9 +115,9 @@ async fn a_live_token_is_not_handed_out_any_more() {
     assert_eq!(tasks(), 0);
 }
 
-/// A request that has its token and waits for the inner service does not leave any more.
+/// Though its token is there, and it waits only for the inner service.
 #[tokio::test(start_paused = true)]
-async fn a_request_that_is_about_to_leave_stays() {
+async fn a_request_about_to_leave_does_not() {
     let server = AuthServer::new();
     server.hold();
     let (api, cache) = (Api::echoing(), TokenCache::new(server.clone()));
@@ -125,7 +125,7 @@ async fn a_request_that_is_about_to_leave_stays() {
     let service = BearerAuthLayer::new(cache.clone()).layer(limited.clone());
     let request = tokio::spawn(service.oneshot(get()));
     settle().await;
-    // Somebody else has the only permit when the token comes.
+    // Another request has the only permit when the token comes.
     api.hold();
     let other = tokio::spawn(limited.oneshot(get()));
     settle().await;
@@ -141,7 +141,7 @@ async fn a_request_that_is_about_to_leave_stays() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_warm_cache_cools() {
+async fn a_warm_cache_stops() {
     let server = AuthServer::new();
     let policy = RefreshPolicy::new().keep_warm(true);
     let cache = TokenCache::with_policy(server.clone(), policy);
@@ -155,7 +155,7 @@ async fn a_warm_cache_cools() {
     assert_eq!(server.requests(), 1);
 }
 
-/// Whoever drops the last handle has no use for a watch over its token.
+/// Without a handle nobody needs the token.
 #[tokio::test(start_paused = true)]
 async fn no_task_outlives_the_last_handle() {
     for warm in [false, true] {
@@ -172,7 +172,7 @@ async fn no_task_outlives_the_last_handle() {
     }
 }
 
-/// RFC 7009: both tokens of every key, some at a time, and the failure of one keeps no other from it.
+/// RFC 7009: both tokens of each key, some at a time, although one revocation fails.
 #[tokio::test(start_paused = true)]
 async fn the_tokens_of_all_keys_are_revoked() {
     let source = Revoking::default();
@@ -195,13 +195,13 @@ async fn the_tokens_of_all_keys_are_revoked() {
     }
     assert_eq!(source.at_once.lock().unwrap().1, 16);
     assert!(start.elapsed() <= millis(701), "{:?}", start.elapsed());
-    // There is nothing left to revoke.
+    // Nothing is left to revoke.
     cache.shutdown_and_revoke().await.unwrap();
     assert_eq!(source.revoked.lock().unwrap().len(), 101);
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_dead_is_not_revoked() {
+async fn a_dead_token_is_not_revoked() {
     let source = Revoking::default();
     let cache = TokenCache::new(source.clone());
     cache.get().await.unwrap();
@@ -217,9 +217,9 @@ async fn what_is_dead_is_not_revoked() {
     assert!(source.revoked.lock().unwrap().is_empty());
 }
 
-/// A log that panics keeps no token from its revocation, and nobody who listens from the end.
+/// All tokens are revoked, and listeners see the end.
 #[tokio::test(start_paused = true)]
-async fn a_log_that_panics_leaves_no_shutdown_half_done() {
+async fn a_log_that_panics_does_not_cut_a_shutdown_short() {
     let (panics, _guard) = PanickingLog::collect(&[Told::Event, Told::Record]);
     let source = Revoking::default();
     let cache = TokenCache::new(source.clone());
@@ -228,7 +228,7 @@ async fn a_log_that_panics_leaves_no_shutdown_half_done() {
     for key in &keys {
         tokens.push(cache.get_for(key).await.unwrap());
     }
-    // One of them has a flight to be told of.
+    // One of them has a flight, which is logged.
     cache.invalidate(&tokens[0]);
     let mut events = cache.events();
     panics.store(true, Ordering::SeqCst);
@@ -239,9 +239,9 @@ async fn a_log_that_panics_leaves_no_shutdown_half_done() {
     assert!(matches!(now(events.next()), Some(TokenEvent::ShutDown)));
 }
 
-/// A server that does not answer keeps nobody for ever.
+/// Nobody waits for ever.
 #[tokio::test(start_paused = true)]
-async fn a_revocation_that_hangs_is_given_up() {
+async fn a_hanging_revocation_is_given_up() {
     struct Hanging;
 
     impl TokenSource for Hanging {
@@ -264,7 +264,7 @@ async fn a_revocation_that_hangs_is_given_up() {
 }
 
 #[tokio::test]
-async fn a_source_that_panics_as_it_revokes_has_interrupted_itself() {
+async fn a_panic_during_a_revocation_is_an_interruption() {
     struct Panicking;
 
     impl TokenSource for Panicking {
@@ -291,10 +291,10 @@ async fn a_source_that_cannot_revoke_says_so() {
     assert!(!error.is_transient() && !error.is_shut_down());
 }
 
-/// What is lost with a runtime while the cache ends is no outage.
+/// A flight that its runtime loses while the cache ends is no outage.
 #[test]
-fn a_flight_that_is_lost_during_a_shutdown_is_no_lost_flight() {
-    /// Ends a runtime when it is woken.
+fn a_shutdown_reports_no_lost_flight() {
+    /// Ends a runtime when woken.
     struct Ends(Mutex<Option<tokio::runtime::Runtime>>);
 
     impl Wake for Ends {
