@@ -1,4 +1,4 @@
-//! What the log tells: the events of an outage in order, and the spans of flights and of who waits for them.
+//! What the log says: the events of an outage in order, and the spans of flights and their waiters.
 
 use std::{
     cell::Cell,
@@ -83,11 +83,11 @@ struct SpanSeen {
 struct Seen {
     lines: Vec<Line>,
     spans: BTreeMap<u64, SpanSeen>,
-    /// Spans are numbered here, since a registry uses its numbers again.
+    /// Spans are numbered here, since a registry reuses its ids.
     ids: BTreeMap<u64, u64>,
 }
 
-/// Collects what is told under the target of the crate, and all spans.
+/// Collects the events under the crate's target, and all spans.
 #[derive(Clone)]
 struct Log {
     start: Instant,
@@ -124,7 +124,7 @@ impl Log {
     }
 }
 
-/// Shows each writing of a field, as subscribers do that write lines.
+/// Keeps every value of a field, like subscribers that write lines.
 struct Collect<'a>(&'a mut Fields);
 
 impl Visit for Collect<'_> {
@@ -163,7 +163,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Log {
     }
 
     fn on_follows_from(&self, id: &Id, follows: &Id, context: Context<'_, S>) {
-        // A layer that looks up the other span, as exporters do, has to find it.
+        // A layer that looks up the other span, like an exporter, must find it.
         assert!(context.span(follows).is_some());
         let mut seen = self.seen.lock().unwrap();
         let (number, follows) = (seen.ids[&id.into_u64()], seen.ids[&follows.into_u64()]);
@@ -194,7 +194,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Log {
     }
 }
 
-/// A request every five seconds, each in a span of its own.
+/// A request every five seconds, each in its own span.
 async fn traffic<S>(client: &S, duration: Duration)
 where
     S: Service<Request<String>, Response: Send, Error: Send, Future: Send> + Clone,
@@ -208,8 +208,8 @@ where
     }
 }
 
-/// A person who reads the log of an outage sees when it began, what failed and why, whether requests went on or
-/// failed with it, and when it was over.
+/// A reader sees when the outage began, what failed and why, whether requests went on or failed too, and when it
+/// was over.
 #[tokio::test(start_paused = true)]
 async fn the_log_of_an_outage_tells_what_happened_in_order() {
     seed(7);
@@ -219,7 +219,7 @@ async fn the_log_of_an_outage_tells_what_happened_in_order() {
     let layer = BearerAuthLayer::new(server.clone()).replay(CloneBody);
     let client = layer.layer(api);
 
-    // The first token, which is refused, and the one that replaces it.
+    // The first token, which is refused, and its replacement.
     traffic(&client, secs(200)).await;
     // An outage that outlives the token, and the recovery.
     server.set(Answer::Fail(TokenError::transient("down")));
@@ -254,7 +254,7 @@ async fn the_log_of_an_outage_tells_what_happened_in_order() {
     assert!(last > failing + 2, "{names:?}");
     assert_eq!(names[last], "recovered");
 
-    // Each failure says why, how many there were, what comes next and what becomes of requests.
+    // Each failure says why, how many there were, what comes next and how requests fare.
     let failed = log.named("flight_failed");
     for (index, line) in failed.iter().enumerate() {
         assert_eq!(line.level, Level::WARN);
@@ -278,12 +278,12 @@ async fn the_log_of_an_outage_tells_what_happened_in_order() {
     let outage = Duration::from_millis(outage.as_millis() as u64);
     assert_eq!(recovered.field("outage").unwrap(), format!("{outage:?}"));
 
-    // Whose outage it is, is told by each line.
+    // Each line names the cache.
     for line in log.lines(Level::INFO) {
         assert_eq!(line.field("cache"), Some("default"), "{line}");
     }
 
-    // With DEBUG there are the rest of them, each event of a flight in its span.
+    // DEBUG adds the rest, each event of a flight in the flight's span.
     let debug: Vec<_> = log.lines(Level::DEBUG);
     let text: Vec<_> = debug.iter().map(Line::to_string).collect();
     println!("\n{}", text.join("\n"));
@@ -313,7 +313,7 @@ async fn the_log_of_an_outage_tells_what_happened_in_order() {
         "recovered",
     ];
     for line in &debug {
-        let span = line.span.expect("each one is in a span");
+        let span = line.span.expect("it is in a span");
         let flight = flights.iter().find(|(id, _)| *id == span);
         assert_eq!(flight.is_some(), in_flight.contains(&line.name), "{line}");
         if let (Some((_, flight)), Some(number)) = (flight, line.field("flight")) {
@@ -325,9 +325,9 @@ async fn the_log_of_an_outage_tells_what_happened_in_order() {
     }
 }
 
-/// Requests that wait are linked to the flight that they wait for, and the flight to the one that has started it.
+/// And the flight is linked to the request that started it.
 #[tokio::test(start_paused = true)]
-async fn a_flight_has_a_span_of_its_own_to_which_waiting_requests_are_linked() {
+async fn waiting_requests_are_linked_to_the_span_of_their_flight() {
     let (log, _guard) = Log::collect();
     let server = AuthServer::new();
     server.set_latency(millis(40));
@@ -349,7 +349,7 @@ async fn a_flight_has_a_span_of_its_own_to_which_waiting_requests_are_linked() {
     let [(id, flight)] = &log.spans("token_flight")[..] else {
         panic!("there is one flight");
     };
-    // It ends with the flight, though the cache lives on.
+    // It ends with the flight, not with the cache.
     assert!(flight.is_root && flight.closed);
     let field = |name: &str| flight.fields.get(name).map(String::as_str);
     assert_eq!(field("cache"), Some("billing"));
@@ -373,9 +373,9 @@ async fn a_flight_has_a_span_of_its_own_to_which_waiting_requests_are_linked() {
     assert_eq!(waited.len(), 3);
 }
 
-/// A server that hangs is not told by a failure for half a minute, and users have noticed it by then.
+/// A hanging server causes no failure for half a minute, and users notice it sooner.
 #[tokio::test(start_paused = true)]
-async fn the_log_tells_once_that_requests_wait_for_a_slow_token_request() {
+async fn the_log_warns_once_that_requests_wait_for_a_slow_token_request() {
     let (log, _guard) = Log::collect();
     let server = AuthServer::new();
     let cache = TokenCache::new(server.clone());
@@ -393,7 +393,7 @@ async fn the_log_tells_once_that_requests_wait_for_a_slow_token_request() {
         }
         time::sleep(secs(2)).await;
     }
-    // Nobody waits for the refresh of a token that is there.
+    // Nobody waits for the refresh of a valid token.
     server.set_latency(millis(1));
     server.set(Answer::Grant(secs(300)));
     cache.get().await.unwrap();
@@ -404,9 +404,9 @@ async fn the_log_tells_once_that_requests_wait_for_a_slow_token_request() {
     assert_eq!(log.named("requests_waiting").len(), 2);
 }
 
-/// What is told of one answer names the cache and the flight too: there may be many, and their spans filtered out.
+/// There may be many of each, and their spans filtered out.
 #[tokio::test(start_paused = true)]
-async fn what_is_told_of_an_answer_says_of_which_token_request() {
+async fn events_about_an_answer_name_its_cache_key_and_flight() {
     let (log, _guard) = Log::collect();
     let endpoint = TokenEndpoint::new(|request| async move {
         match request.body().starts_with("grant_type=refresh_token") {
@@ -451,14 +451,14 @@ async fn what_is_told_of_an_answer_says_of_which_token_request() {
             assert_eq!(line.field("key"), Some("scope=read"));
         }
     }
-    // It is how every session ends, so all is well.
+    // Every session ends like this, so it is no warning.
     let ended = log.named("refresh_token_failed");
     assert!(ended.iter().all(|line| line.level == Level::DEBUG));
 }
 
-/// What becomes of a flight stands in its span, however it ends.
+/// However it ends.
 #[tokio::test(start_paused = true)]
-async fn a_flights_span_says_what_became_of_it() {
+async fn a_flights_span_has_its_outcome() {
     let (log, _guard) = Log::collect();
     let server = AuthServer::new();
     let cache = TokenCache::new(server.clone());
@@ -491,7 +491,7 @@ async fn a_flights_span_says_what_became_of_it() {
     assert!(spans.iter().all(|(_, span)| span.closed));
     assert_eq!(spans[0].1.fields["otel.status_code"], "ERROR");
     assert_eq!(spans[0].1.fields["error"], "the token source failed");
-    // And of a wait as well.
+    // So do the events of the waits.
     let waited = log.named("waited");
     let outcomes = ["failed", "failed", "token", "failed", "dropped"].map(Some);
     assert!(waited.iter().map(|line| line.field("outcome")).eq(outcomes));
@@ -500,9 +500,9 @@ async fn a_flights_span_says_what_became_of_it() {
     assert_eq!(ends[0].field("cache"), Some("default"));
 }
 
-/// A runtime that ends takes its flight with it.
+/// The end of a runtime ends its flight.
 #[test]
-fn a_flight_that_is_lost_says_so_in_its_span() {
+fn the_span_of_a_lost_flight_says_so() {
     let (log, _guard) = Log::collect();
     let server = AuthServer::new();
     server.set(Answer::Hang);
@@ -521,9 +521,9 @@ fn a_flight_that_is_lost_says_so_in_its_span() {
     assert!(flight.closed);
 }
 
-/// A flight whose runtime is parked is given up by others, and what they tell of it is in its span.
+/// Others give up a flight whose runtime is parked, and their event is in its span.
 #[test]
-fn a_flight_that_is_given_up_says_so_in_its_span() {
+fn the_span_of_an_abandoned_flight_says_so() {
     let (log, _guard) = Log::collect();
     let server = AuthServer::new();
     server.set(Answer::Hang);
@@ -552,7 +552,7 @@ fn a_flight_that_is_given_up_says_so_in_its_span() {
     assert_eq!(log.named("recovered")[0].span, Some(spans[1].0));
 }
 
-/// Nothing at INFO or above while all is well.
+/// So does a log of INFO.
 #[tokio::test(start_paused = true)]
 async fn a_log_of_warnings_stays_empty_while_all_is_well() {
     let (log, _guard) = Log::collect();
@@ -563,9 +563,9 @@ async fn a_log_of_warnings_stays_empty_while_all_is_well() {
     assert!(log.lines(Level::INFO).is_empty());
 }
 
-/// Each refusal is told of in the span of the request that got it, with what was decided.
+/// In the span of the request that was refused.
 #[tokio::test(start_paused = true)]
-async fn a_refusal_is_told_with_what_was_decided() {
+async fn a_refusal_is_logged_with_the_decision() {
     let (log, _guard) = Log::collect();
     let server = AuthServer::new();
     let api = Api::new(|_| unauthorized(INVALID_TOKEN));
@@ -574,7 +574,7 @@ async fn a_refusal_is_told_with_what_was_decided() {
         .layer(api.clone());
     client.cache().get().await.unwrap();
     time::sleep(secs(2)).await;
-    // Two at once, and what comes of their replays.
+    // Two refusals at once, and those of their replays.
     api.hold();
     let tasks: Vec<_> = (0..2)
         .map(|_| {
@@ -602,7 +602,7 @@ async fn a_refusal_is_told_with_what_was_decided() {
         assert!(requests.iter().any(|(id, _)| Some(*id) == line.span));
     }
     assert_eq!(log.named("replayed").len(), 2);
-    // A program that says so is heard as well; within the cooldown nothing comes of it.
+    // `invalidate` is logged too; within the cooldown it starts nothing.
     let token = client.cache().get().await.unwrap();
     client.cache().invalidate(&token);
     assert_eq!(log.named("invalidated").len(), 1);
@@ -610,7 +610,7 @@ async fn a_refusal_is_told_with_what_was_decided() {
     assert_eq!(refused.last().unwrap().field("decision"), Some("passed"));
 }
 
-/// A subscriber that uses the cache whenever it is called, as far as it is not called by that very use.
+/// A subscriber that uses the cache whenever it is called, unless that very use calls it.
 struct Meddler {
     cache: Arc<Mutex<Option<TokenCache>>>,
     spans: AtomicU64,
@@ -678,7 +678,7 @@ impl Subscriber for Meddler {
     }
 }
 
-/// A subscriber is foreign code: nothing is locked when it is called, whatever for.
+/// A subscriber is foreign code: no lock is held whenever it is called.
 #[test]
 fn a_subscriber_that_uses_the_cache_does_not_deadlock() {
     let calls = without_a_hang(|| {
@@ -719,7 +719,7 @@ fn a_subscriber_that_uses_the_cache_does_not_deadlock() {
     assert!(calls > 20, "{calls}");
 }
 
-/// Panics at whatever is told of a wait.
+/// Panics at the event of a wait.
 struct Panics;
 
 impl<S: Subscriber> Layer<S> for Panics {
@@ -728,9 +728,9 @@ impl<S: Subscriber> Layer<S> for Panics {
     }
 }
 
-/// A subscriber that panicked while a panic drops a request would end the process: it is told nothing then.
+/// A subscriber that panics while a panic drops a request would end the process.
 #[tokio::test(start_paused = true)]
-async fn a_wait_that_a_panic_drops_is_not_told_of() {
+async fn a_wait_that_a_panic_drops_is_not_logged() {
     enable_tracing();
     let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(Panics));
     let server = AuthServer::new();

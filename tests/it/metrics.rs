@@ -1,4 +1,4 @@
-//! What the metrics say, recorded by a recorder of this thread.
+//! What the metrics say to a recorder of this thread.
 
 use std::{
     collections::BTreeMap,
@@ -33,7 +33,7 @@ use crate::support::{
     reply, secs, settle, token_error,
 };
 
-/// The metrics that were recorded since they were read the last time, gauges included.
+/// The metrics recorded since the last read, gauges included.
 struct Read(BTreeMap<String, DebugValue>);
 
 impl Read {
@@ -79,7 +79,7 @@ impl Read {
 }
 
 #[tokio::test(start_paused = true)]
-async fn requests_are_counted_by_the_token_that_they_found() {
+async fn requests_are_counted_by_the_token_they_find() {
     let recorder = DebuggingRecorder::new();
     let read = || Read::from(&recorder.snapshotter());
     let _guard = metrics::set_default_local_recorder(&recorder);
@@ -93,7 +93,7 @@ async fn requests_are_counted_by_the_token_that_they_found() {
     client.call_one().await;
     assert_eq!(read().counter(&requests("waited")), 1);
     settle().await;
-    // By one service, which keeps the token, and by clones for one request each.
+    // From one service, which keeps the token, and from clones used once.
     for _ in 0..1_000 {
         client.call_one().await;
         client.clone().call_one().await;
@@ -101,7 +101,7 @@ async fn requests_are_counted_by_the_token_that_they_found() {
     let fresh = read();
     assert_eq!(fresh.counter(&requests("fresh")), 2_000);
     assert_eq!(fresh.counter(&requests("due")), 0);
-    // One in 64 tells how long its token may still be sent.
+    // One in 64 records how long its token may still be sent.
     let remaining = fresh.histogram("token_remaining_seconds,cache=default");
     assert!((10..=70).contains(&remaining.len()), "{}", remaining.len());
     assert!(
@@ -193,9 +193,9 @@ async fn token_requests_are_counted_by_grant_and_outcome_and_flights_are_timed()
     assert!(took.len() == 1 && took[0] >= 0.75, "{took:?}");
 }
 
-/// A token request that the end of its cache has cut short is no timeout.
+/// Nor is it a timeout.
 #[tokio::test(start_paused = true)]
-async fn a_token_request_that_a_shutdown_ends_has_not_failed() {
+async fn a_token_request_ended_by_a_shutdown_is_no_failure() {
     let recorder = DebuggingRecorder::new();
     let _guard = metrics::set_default_local_recorder(&recorder);
     let server = AuthServer::new();
@@ -216,14 +216,14 @@ async fn a_token_request_that_a_shutdown_ends_has_not_failed() {
     );
 }
 
-/// A refresh token that brings nothing is a token request as well.
+/// A refresh token that is refused counts as well.
 #[tokio::test(start_paused = true)]
-async fn token_requests_are_counted_by_the_grant_that_was_used() {
+async fn token_requests_are_counted_by_the_grant_used() {
     let recorder = DebuggingRecorder::new();
     let _guard = metrics::set_default_local_recorder(&recorder);
     let endpoint = TokenEndpoint::new(|request| async move {
         let mut pairs = request.body().split('&');
-        // The first one is good.
+        // Only the first refresh token is good.
         let next = match pairs.find_map(|pair| pair.strip_prefix("refresh_token=")) {
             None => 1,
             Some("1") => 2,
@@ -253,13 +253,13 @@ async fn token_requests_are_counted_by_the_grant_that_was_used() {
     };
     assert_eq!(counted("client_credentials", "granted"), 2);
     assert_eq!(counted("refresh_token", "granted"), 1);
-    // The server has said no to it.
+    // The server refused it.
     assert_eq!(counted("refresh_token", "rejected"), 1);
 }
 
-/// What is counted for the first time is no increase to a scraper that has seen no zero.
+/// To a scraper that saw no zero, a first count is no increase.
 #[tokio::test(start_paused = true)]
-async fn what_alerts_ask_for_begins_at_zero() {
+async fn counters_for_alerts_start_at_zero() {
     let recorder = PrometheusBuilder::new().build_recorder();
     let _guard = metrics::set_default_local_recorder(&recorder);
     let _cache = TokenCache::new(AuthServer::new());
@@ -274,9 +274,9 @@ async fn what_alerts_ask_for_begins_at_zero() {
     }
 }
 
-/// By a recorder whose gauges stay as they were set.
+/// With a recorder whose gauges keep their values.
 #[tokio::test(start_paused = true)]
-async fn waits_keys_and_gates_are_gauged() {
+async fn gauges_show_waits_keys_and_gates() {
     let recorder = PrometheusBuilder::new().build_recorder();
     let _guard = metrics::set_default_local_recorder(&recorder);
     let gauge = |name: &str| -> u32 {
@@ -300,7 +300,7 @@ async fn waits_keys_and_gates_are_gauged() {
     server.release();
     all(waiting).await;
     assert_eq!(gauge("waiting_requests"), 0);
-    // Those who wait for a replacement wait as well, for a second.
+    // Those that wait a second for a replacement count as well.
     server.hold();
     cache.invalidate(&cache.peek().unwrap());
     let waiting: Vec<_> = (0..2).map(|_| caller(&cache)).collect();
@@ -345,9 +345,9 @@ async fn waits_keys_and_gates_are_gauged() {
     assert_eq!(gauge("keys"), 0);
 }
 
-/// A flight that is lost closes the gate as one that fails does.
+/// A lost flight closes the gate, like a failed one.
 #[test]
-fn a_lost_flight_is_counted_among_the_closed_gates() {
+fn a_lost_flight_counts_as_a_closed_gate() {
     let level = Arc::<AtomicU64>::default();
     let recorder = Single("tower_bearer_closed_gates", level.clone());
     let _guard = metrics::set_default_local_recorder(&recorder);
@@ -365,7 +365,7 @@ fn a_lost_flight_is_counted_among_the_closed_gates() {
     assert_eq!(f64::from_bits(level.load(Ordering::SeqCst)), 0.0);
 }
 
-/// Shows one gauge, and nothing else.
+/// Records one gauge and nothing else.
 struct Single<G>(&'static str, Arc<G>);
 
 impl<G: GaugeFn + Send + Sync + 'static> Recorder for Single<G> {
@@ -391,7 +391,7 @@ impl<G: GaugeFn + Send + Sync + 'static> Recorder for Single<G> {
     }
 }
 
-/// A gauge that panics while it is told to, and has the level that it was set to last.
+/// A gauge that panics while told to, and holds the last level set.
 #[derive(Default)]
 struct Moody {
     panics: AtomicBool,
@@ -409,9 +409,9 @@ impl GaugeFn for Moody {
     }
 }
 
-/// A gauge is foreign code that is called on drop too: of a request that a panic drops, in one case.
+/// A gauge is foreign code, called on drop too, even of a request that a panic drops.
 #[tokio::test(start_paused = true)]
-async fn a_gauge_that_panics_ends_no_process_and_changes_no_level() {
+async fn a_panicking_gauge_ends_no_process_and_stays_right() {
     let gauge = Arc::<Moody>::default();
     let recorder = Single("tower_bearer_waiting_requests", gauge.clone());
     let _guard = metrics::set_default_local_recorder(&recorder);
@@ -436,7 +436,7 @@ async fn a_gauge_that_panics_ends_no_process_and_changes_no_level() {
     assert_eq!(f64::from_bits(gauge.level.load(Ordering::SeqCst)), 0.0);
 }
 
-/// Whoever adds keys at the same time, the gauge shows how many there are in the end.
+/// Of threads that add keys at the same time.
 #[test]
 fn the_gauge_of_keys_is_right_after_a_race() {
     for round in 0..2_000 {
@@ -452,7 +452,7 @@ fn the_gauge_of_keys_is_right_after_a_race() {
                     barrier.wait();
                     for key in 0..3 {
                         let request = TokenRequest::new().scope(format!("{thread}-{key}"));
-                        // Without a runtime it makes the key, and no token request.
+                        // Without a runtime this adds the key and sends no token request.
                         now(cache.get_for(&request)).unwrap_err();
                     }
                 });
@@ -464,7 +464,7 @@ fn the_gauge_of_keys_is_right_after_a_race() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn refusals_are_counted_by_what_was_decided_and_replays() {
+async fn refusals_are_counted_by_decision_and_so_are_replays() {
     let recorder = DebuggingRecorder::new();
     let read = || Read::from(&recorder.snapshotter());
     let _guard = metrics::set_default_local_recorder(&recorder);
@@ -490,7 +490,7 @@ async fn refusals_are_counted_by_what_was_decided_and_replays() {
     assert_eq!(refused.counter("replays_total,cache=default"), 3);
 }
 
-/// A refusal of an older token counts too, whether or not its request can be sent again.
+/// A refusal of an older token counts whether or not its request can be sent again.
 #[tokio::test(start_paused = true)]
 async fn late_refusals_are_counted() {
     let recorder = DebuggingRecorder::new();
@@ -518,9 +518,9 @@ async fn late_refusals_are_counted() {
     assert_eq!(decided, [1, 0, 2, 3]);
 }
 
-/// A recorder that comes late misses what was before, and no more.
+/// It misses only what came before.
 #[tokio::test(start_paused = true)]
-async fn a_recorder_that_is_installed_late_is_found_by_the_next_token_request() {
+async fn the_next_token_request_finds_a_recorder_installed_late() {
     let recorder = DebuggingRecorder::new();
     let server = AuthServer::new();
     let client = BearerAuthLayer::new(server.clone()).layer(Api::echoing());
@@ -541,10 +541,10 @@ async fn a_recorder_that_is_installed_late_is_found_by_the_next_token_request() 
     assert_eq!(late.gauge("keys,cache=default"), 1.0);
 }
 
-/// The first request to find a token may come before the flight has told of itself.
+/// The first request to find a token may come before the flight records itself.
 #[tokio::test(start_paused = true)]
-async fn a_recorder_that_is_installed_late_is_known_before_the_token_is() {
-    /// Sends a request at once when it is woken, as another thread may.
+async fn a_recorder_installed_late_is_found_before_the_token() {
+    /// Sends a request as soon as it is woken, as another thread may.
     struct Hasty(Mutex<BearerAuth<Api, Never>>);
 
     impl Wake for Hasty {
@@ -565,15 +565,15 @@ async fn a_recorder_that_is_installed_late_is_known_before_the_token_is() {
     let polled = get_token.as_mut().poll(&mut Context::from_waker(&waker));
     assert!(polled.is_pending());
     settle().await;
-    // By the service that has shared its way to the token with the hasty one.
+    // From the service of which the hasty one is a clone.
     client.call_one().await;
     let late = Read::from(&recorder.snapshotter());
     assert_eq!(late.counter("requests_total,cache=default,token=fresh"), 2);
 }
 
-/// All metrics have a description and, where there is one, a unit; and a name that says so.
+/// Each has a description, a unit if there is one, and a name that says so.
 #[tokio::test(start_paused = true)]
-async fn every_metric_is_described_and_named_as_prometheus_wants_it() {
+async fn every_metric_is_described_and_named_for_prometheus() {
     let recorder = DebuggingRecorder::new();
     let _guard = metrics::set_default_local_recorder(&recorder);
     let api = Api::refusing_the_first();
@@ -602,9 +602,9 @@ async fn every_metric_is_described_and_named_as_prometheus_wants_it() {
     }
 }
 
-/// A waiter that hears of the failure first may shut the cache down because of it.
+/// The first waiter that gets the failure shuts the cache down.
 #[tokio::test(start_paused = true)]
-async fn a_cache_that_is_shut_down_over_a_failure_has_no_closed_gate() {
+async fn a_cache_shut_down_over_a_failure_has_no_closed_gate() {
     struct Ends(TokenCache);
 
     impl Wake for Ends {
@@ -628,9 +628,9 @@ async fn a_cache_that_is_shut_down_over_a_failure_has_no_closed_gate() {
     assert_eq!(f64::from_bits(level.load(Ordering::SeqCst)), 0.0);
 }
 
-/// A request that is refused, and to be sent once more when the cache is shut down, was counted when it left.
+/// A refused request whose replay the shutdown prevents was counted when it left.
 #[tokio::test(start_paused = true)]
-async fn a_request_is_counted_once_whenever_the_cache_is_shut_down() {
+async fn a_shutdown_counts_no_request_twice() {
     for (refused, key) in [
         (false, None),
         (true, None),
@@ -662,7 +662,7 @@ async fn a_request_is_counted_once_whenever_the_cache_is_shut_down() {
         server.hold();
         let request = tokio::spawn(client.oneshot(request));
         settle().await;
-        // It waits for the service when its token is there.
+        // When its token comes, it waits for the service.
         let permit = permits.try_acquire().unwrap();
         server.release();
         settle().await;
@@ -680,7 +680,7 @@ async fn a_request_is_counted_once_whenever_the_cache_is_shut_down() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_request_for_which_a_full_cache_has_no_room_is_counted_as_failed() {
+async fn a_request_that_finds_the_cache_full_is_counted_as_failed() {
     let recorder = DebuggingRecorder::new();
     let _guard = metrics::set_default_local_recorder(&recorder);
     let policy = RefreshPolicy::new().max_keys(1);

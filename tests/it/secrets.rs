@@ -1,4 +1,4 @@
-//! Neither a secret nor a token is printed or logged.
+//! No secret and no token is printed or logged.
 
 use std::{
     convert::Infallible,
@@ -28,10 +28,10 @@ use tower_bearer::{
 
 use crate::support::{INVALID_TOKEN, Printed, TokenEndpoint, get, settle};
 
-/// In every secret of this module; texts are free of it.
+/// Part of every secret of this module, and of nothing else.
 const CANARY: &str = "CANARY";
 const SECRET: &str = "CANARY-client-secret";
-/// `client-id:CANARY-client-secret` in Base64, as it stands in the header.
+/// `client-id:CANARY-client-secret` in Base64, as in the header.
 const BASIC: &str = "Y2xpZW50LWlkOkNBTkFSWS1jbGllbnQtc2VjcmV0";
 
 #[track_caller]
@@ -43,7 +43,7 @@ fn assert_clean(printed: &Printed) {
     }
 }
 
-/// What the token endpoint answers, `N` standing for the number of the request.
+/// What the token endpoint answers, by the number of the request.
 type Script = fn(usize) -> (StatusCode, String);
 
 fn grant(number: usize) -> (StatusCode, String) {
@@ -59,7 +59,7 @@ fn refused(_: usize) -> (StatusCode, String) {
     (StatusCode::UNAUTHORIZED, body.to_owned())
 }
 
-/// What stands where it should not, or is cut in the middle.
+/// Secrets in the wrong place, or cut short.
 const MISHAPS: &[Script] = &[
     |_| (StatusCode::BAD_GATEWAY, "CANARY-client-secret".to_owned()),
     refused,
@@ -93,7 +93,7 @@ const MISHAPS: &[Script] = &[
     |_| (StatusCode::FOUND, String::new()),
 ];
 
-/// A token endpoint that asserts that nobody on the way would print what it gets.
+/// A token endpoint that asserts that its requests print no secret on the way.
 struct Endpoint {
     script: Arc<Mutex<Script>>,
     service: TokenEndpoint,
@@ -109,7 +109,7 @@ impl Endpoint {
                 assert_eq!(credentials, &format!("Basic {BASIC}"));
                 assert!(credentials.is_sensitive());
             }
-            // What a logging layer would do.
+            // As a logging layer does.
             tracing::trace!(headers = ?request.headers(), "token request");
             let number = requests.fetch_add(1, Ordering::SeqCst) + 1;
             let script = *current.lock().unwrap();
@@ -147,7 +147,7 @@ impl Endpoint {
     }
 }
 
-/// An API that refuses the first token. It asserts that nobody on the way would print it.
+/// An API that refuses the first token, and asserts that none is printed on the way.
 fn api()
 -> impl Service<Request<String>, Response = Response<String>, Error = Infallible, Future: Send + 'static>
 + Clone
@@ -173,7 +173,7 @@ fn api()
 async fn no_event_shows_a_secret() {
     for method in [AuthMethod::ClientSecretBasic, AuthMethod::ClientSecretPost] {
         let (printed, guard) = Printed::collect();
-        // A first token request that fails at each of its attempts.
+        // A first token request whose attempts all fail.
         let endpoint = Endpoint::new(MISHAPS[0]);
         let client = BearerAuthLayer::new(endpoint.source(method)).layer(api());
         let error = client.oneshot(get()).await.unwrap_err();
@@ -183,11 +183,11 @@ async fn no_event_shows_a_secret() {
             .replay(CloneBody)
             .layer(api());
         let mut events = client.cache().events();
-        // A token, a refusal, a forced refresh and the replay.
+        // A token, a refusal, a forced refresh and a replay.
         let response = client.clone().oneshot(get()).await.unwrap();
         assert_eq!(response.status(), StatusCode::OK);
         assert_eq!(endpoint.requests(), 2);
-        // An early refresh by the refresh token, which fails with all that follows it.
+        // An early refresh that fails, first with the refresh token and then without.
         time::sleep(Duration::from_secs(240)).await;
         for (n, &mishap) in MISHAPS.iter().enumerate() {
             endpoint.set(mishap);
@@ -201,7 +201,7 @@ async fn no_event_shows_a_secret() {
         let error = client.clone().oneshot(get()).await.unwrap_err();
         printed.error(&*error);
         printed.debug(&client.cache().status());
-        // And a refresh by a refresh token that works.
+        // A refresh by a refresh token that works.
         time::sleep(Duration::from_secs(300)).await;
         endpoint.set(grant);
         client.clone().oneshot(get()).await.unwrap();
@@ -214,7 +214,7 @@ async fn no_event_shows_a_secret() {
             printed.debug(&event);
         }
 
-        // The secrets were there to be printed, and the events too.
+        // The secrets could have been printed, and the events were.
         let bodies = endpoint.service.bodies().join("\n");
         assert!(
             bodies.contains("refresh_token=CANARY-refresh-2"),
@@ -244,13 +244,13 @@ async fn no_event_shows_a_secret() {
     }
 }
 
-/// Law 9 (T18): over sockets, with all that an HTTP/2 client says of its frames.
+/// Law 9 (T18): over sockets, with all that an HTTP/2 client logs of its frames.
 #[tokio::test]
 async fn no_event_of_the_http_client_shows_a_secret() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();
     let address = listener.local_addr().unwrap();
-    // On a thread of its own, out of the collector's sight: a server is free to log what it gets.
+    // On its own thread, out of the collector's sight: a server may log what it gets.
     let (stop, stopped) = tokio::sync::oneshot::channel();
     let server = std::thread::spawn(move || serve(listener, stopped));
 
@@ -334,7 +334,7 @@ async fn no_error_of_a_token_request_shows_a_secret() {
     assert_clean(&printed);
 }
 
-/// Law 9 (T18): no public type prints what it holds.
+/// Law 9 (T18): in its `Debug`.
 #[tokio::test(start_paused = true)]
 async fn no_type_shows_a_secret() {
     let printed = Printed::default();
@@ -400,9 +400,9 @@ async fn no_type_shows_a_secret() {
     assert_clean(&printed);
 }
 
-/// Law 9 (T18): what a source says as it panics is not repeated.
+/// Law 9 (T18): it may hold a secret.
 #[tokio::test(start_paused = true)]
-async fn the_panic_of_a_source_is_not_repeated() {
+async fn the_panic_message_of_a_source_is_not_shown() {
     let (printed, guard) = Printed::collect();
     let held = SECRET.to_owned();
     let source = source_fn(move |_| {
@@ -418,7 +418,7 @@ async fn the_panic_of_a_source_is_not_repeated() {
     assert_clean(&printed);
 }
 
-/// Law 9 (T18): settings that were put into the wrong place are not repeated.
+/// Law 9 (T18): not even of settings in the wrong place.
 #[test]
 fn no_error_of_the_configuration_shows_a_secret() {
     let printed = Printed::default();

@@ -1,4 +1,4 @@
-//! How a cache is at one moment: [`TokenCache::status`].
+//! The state of a cache at one moment: [`TokenCache::status`].
 
 use std::{pin::pin, time::SystemTime};
 
@@ -8,7 +8,7 @@ use tower_bearer::{RefreshPolicy, TokenCache, TokenError, TokenRequest, TokenSta
 use crate::support::{Answer, AuthServer, caller, millis, poll_once, secs, seed, settle};
 
 #[tokio::test(start_paused = true)]
-async fn a_status_follows_a_token_from_its_absence_to_its_death() {
+async fn a_status_follows_a_token_through_its_life() {
     seed(3);
     let server = AuthServer::new();
     let cache = TokenCache::new(server.clone());
@@ -54,7 +54,7 @@ async fn a_status_follows_a_token_from_its_absence_to_its_death() {
     assert_eq!(status.consecutive_failures(), 1);
     assert!(status.last_error().unwrap().is_transient());
     assert!(status.failing_for().unwrap() > secs(1));
-    // Its gate was half a second at most, and there was no request since.
+    // The gate was shut for at most half a second, and no request came since.
     assert_eq!(status.retry_in(), None);
 
     time::sleep(secs(7)).await;
@@ -84,7 +84,7 @@ async fn a_status_follows_a_token_from_its_absence_to_its_death() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_status_tells_of_a_refused_token_while_its_replacement_is_under_way() {
+async fn a_status_shows_a_refused_token_while_its_replacement_is_fetched() {
     let server = AuthServer::new();
     let cache = TokenCache::new(server.clone());
     let token = cache.get().await.unwrap();
@@ -99,9 +99,9 @@ async fn a_status_tells_of_a_refused_token_while_its_replacement_is_under_way() 
     assert_eq!(cache.status().state(), TokenState::Fresh);
 }
 
-/// It is sent all the same, since there is no other one, and the API does not take it.
+/// It is still sent, since there is no other, and the API does not take it.
 #[tokio::test(start_paused = true)]
-async fn a_status_is_not_healthy_with_a_refused_token_that_cannot_be_replaced() {
+async fn a_refused_token_that_cannot_be_replaced_is_not_healthy() {
     let server = AuthServer::new();
     let cache = TokenCache::new(server.clone());
     let token = cache.get().await.unwrap();
@@ -122,9 +122,9 @@ async fn a_status_is_not_healthy_with_a_refused_token_that_cannot_be_replaced() 
     assert!(status.is_healthy());
 }
 
-/// A refusal joins a refresh that is under way, and the token is the less to be relied on.
+/// The refusal joins the refresh that is under way.
 #[tokio::test(start_paused = true)]
-async fn a_status_is_not_healthy_with_a_token_that_was_refused_during_a_refresh_that_fails() {
+async fn a_token_refused_during_a_failing_refresh_is_not_healthy() {
     let server = AuthServer::new();
     let cache = TokenCache::new(server.clone());
     let token = cache.get().await.unwrap();
@@ -150,7 +150,7 @@ async fn a_status_is_not_healthy_with_a_token_that_was_refused_during_a_refresh_
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_status_is_not_healthy_without_a_token_when_one_does_not_come() {
+async fn a_cache_whose_first_token_does_not_come_is_not_healthy() {
     let server = AuthServer::new();
     server.set(Answer::Hang);
     let cache = TokenCache::new(server.clone());
@@ -169,7 +169,7 @@ async fn a_status_is_not_healthy_without_a_token_when_one_does_not_come() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn each_key_has_a_status_and_asking_makes_none() {
+async fn each_key_has_a_status_and_asking_adds_no_key() {
     let cache = TokenCache::with_policy(AuthServer::new(), RefreshPolicy::new().max_keys(9));
     let key = |name: &str| TokenRequest::new().scope(name).param("k", "CANARY");
     assert!(cache.status_for(&key("a")).is_none());
@@ -188,7 +188,7 @@ async fn each_key_has_a_status_and_asking_makes_none() {
     assert_eq!(all.len(), 4);
     assert_eq!(all[0].request(), &TokenRequest::new());
     assert_eq!(cache.statuses(2).len(), 3);
-    // Neither the token nor a parameter is in what is printed.
+    // `Debug` shows neither token nor parameter.
     let text = format!("{all:?}");
     assert!(
         !text.contains("token-") && !text.contains("CANARY"),

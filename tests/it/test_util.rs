@@ -1,4 +1,4 @@
-//! What tests of other programs rely on.
+//! What the tests of other programs rely on.
 
 use std::convert::Infallible;
 
@@ -17,7 +17,7 @@ use crate::support::{
 };
 
 #[tokio::test(start_paused = true)]
-async fn the_script_is_played_in_order_and_then_ends() {
+async fn a_script_is_played_in_order_and_then_ends() {
     let lifetime = secs(300);
     let source = ScriptedSource::new([
         Answer::error(TokenError::transient("down")),
@@ -43,7 +43,7 @@ async fn the_script_is_played_in_order_and_then_ends() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_follows_the_script_is_answered_again_and_again() {
+async fn the_answer_after_the_script_repeats() {
     let source = ScriptedSource::numbered(secs(10));
     source.push(Answer::token("first", secs(10)));
     let cache = TokenCache::new(source.clone());
@@ -68,7 +68,7 @@ async fn a_held_answer_waits_for_its_release() {
     source.release();
     assert_eq!(waiting.await.unwrap().unwrap().expose_secret(), "a");
 
-    // In advance, and for one only.
+    // A release in advance is for one answer only.
     source.release();
     time::sleep(secs(300)).await;
     assert_eq!(cache.get().await.unwrap().expose_secret(), "b");
@@ -79,9 +79,9 @@ async fn a_held_answer_waits_for_its_release() {
     assert!(!waiting.is_finished());
 }
 
-/// An attempt that was dropped uses up no release.
+/// The dropped attempt uses up no release.
 #[tokio::test(start_paused = true)]
-async fn an_attempt_that_is_given_up_leaves_its_release_to_the_next() {
+async fn an_abandoned_attempt_leaves_its_release_to_the_next() {
     let source = ScriptedSource::new([Answer::hang(), Answer::hang().held()])
         .then_always(Answer::numbered(secs(300)).held());
     let policy = RefreshPolicy::new().attempt_timeout(secs(1));
@@ -124,7 +124,7 @@ async fn the_source_remembers_what_it_was_asked() {
     assert_eq!(texts, ["b", "c"]);
 }
 
-/// Law 9, also in what a failed assertion prints.
+/// Law 9, also when an assertion fails.
 #[tokio::test(start_paused = true)]
 async fn a_script_shows_no_token() {
     let secret = || TokenResponse::new("CANARY").unwrap();
@@ -140,7 +140,7 @@ async fn a_script_shows_no_token() {
     assert!(!text.contains("CANARY"), "{text}");
 }
 
-/// No runtime and no clock: everything is there at the first poll.
+/// Nor a clock: everything is ready at the first poll.
 #[test]
 fn a_fixed_token_needs_no_runtime() {
     let cache = TokenCache::fixed("fixed");
@@ -187,9 +187,9 @@ async fn a_fixed_token_outlives_time_and_refusals() {
     cache.shutdown_and_revoke().await.unwrap();
 }
 
-/// Whether or not its request is to be sent again, a refusal is heard: of what comes of it, there is the status.
+/// The status shows it, whether or not the request can be sent again.
 #[tokio::test(start_paused = true)]
-async fn a_refusal_of_a_fixed_token_is_heard() {
+async fn a_refusal_of_a_fixed_token_is_noticed() {
     for replays in [false, true] {
         let cache = TokenCache::fixed("fixed");
         let refusing = Api::new(|_| refuse(INVALID_TOKEN));
@@ -220,9 +220,9 @@ fn a_failing_cache_needs_no_runtime() {
     assert!(now(cache.get()).unwrap_err().is_shut_down());
 }
 
-/// The errors are as those that the crate makes, letter by letter.
+/// Their `Debug` is the same, letter by letter.
 #[tokio::test(start_paused = true)]
-async fn made_errors_look_like_met_ones() {
+async fn made_errors_look_like_real_ones() {
     let same =
         |made: TokenError, met: TokenError| assert_eq!(format!("{made:?}"), format!("{met:?}"));
     let policy = || RefreshPolicy::new().attempts(1);
@@ -252,7 +252,7 @@ async fn made_errors_look_like_met_ones() {
     let met = std::thread::spawn(move || now(cold.get()).unwrap_err());
     same(errors::no_runtime(), met.join().unwrap());
 
-    // These carry what was met on the way as well.
+    // These also carry details of the real failure.
     let client = BearerAuthLayer::new(TokenCache::fixed("a")).layer(Api::echoing());
     let elsewhere = Request::get("http://example.com")
         .body(String::new())
@@ -300,18 +300,18 @@ fn there_is_an_error_of_each_kind() {
 
 #[test]
 #[should_panic(expected = "not an OAuth error code")]
-fn a_code_that_no_server_sends_is_refused() {
+fn an_invalid_oauth_error_code_panics() {
     let _ = errors::rejected("Not Found");
 }
 
 #[test]
 #[should_panic(expected = "visible ASCII")]
-fn a_token_that_no_header_carries_is_refused() {
+fn a_token_not_fit_for_a_header_panics() {
     let _ = TokenCache::fixed("two words");
 }
 
 #[test]
-fn bearer_reads_what_requests_carry() {
+fn bearer_reads_the_token_of_a_request() {
     let request = |values: &[&str]| {
         let mut request = Request::new(());
         for value in values {
@@ -328,7 +328,7 @@ fn bearer_reads_what_requests_carry() {
     assert_eq!(bearer(&request(&["Bearer a", "Bearer b"])), None);
 }
 
-/// The answer is one that the layer heeds.
+/// The layer accepts it as a refusal.
 #[tokio::test(start_paused = true)]
 async fn a_made_refusal_replaces_the_token() {
     let client = service_fn(|request: Request<String>| async move {
@@ -345,13 +345,13 @@ async fn a_made_refusal_replaces_the_token() {
     assert_eq!(client.oneshot(get()).await.unwrap().body(), "token-2");
 }
 
-/// The documentation promises it of `sleep`; `advance` passes by the watch over the token.
+/// The documentation promises this for `sleep`; `advance` skips the watch over the token.
 #[tokio::test(start_paused = true)]
-async fn sleeping_past_the_expiry_is_seen_by_the_very_next_request() {
+async fn the_very_next_request_sees_a_sleep_past_the_expiry() {
     let source = ScriptedSource::numbered(secs(300));
     let mut client = BearerAuthLayer::new(source.clone()).layer(Api::echoing());
     for expected in ["token-1", "token-2", "token-3"] {
-        // By the second one the service has the token at hand.
+        // From the second one on the service keeps the token.
         for _ in 0..3 {
             assert_eq!(client.call(get()).await.unwrap().body(), expected);
         }
@@ -359,9 +359,9 @@ async fn sleeping_past_the_expiry_is_seen_by_the_very_next_request() {
     }
 }
 
-/// The documentation says so of `advance`, and promises the timeout of `sleep`.
+/// The documentation says so for `advance`, and promises the timeout for `sleep`.
 #[tokio::test(start_paused = true)]
-async fn a_token_request_is_lost_if_a_test_jumps_over_it_and_times_out_if_it_sleeps() {
+async fn a_token_request_is_lost_by_advance_and_times_out_by_sleep() {
     for jumps in [false, true] {
         let source = ScriptedSource::new([Answer::hang()]).then_always(Answer::hang());
         let cache = TokenCache::new(source.clone());
