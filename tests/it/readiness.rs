@@ -1,4 +1,4 @@
-//! Readiness is honest: what a ready service stands for is used or given back.
+//! Readiness is honest: what a ready service reserves is used or given back.
 
 use std::{
     future::Future,
@@ -27,15 +27,15 @@ use crate::support::{
 type Mock = mock::Mock<Request<String>, Response<String>>;
 type Handle = mock::Handle<Request<String>, Response<String>>;
 
-/// An inner service that only takes as many requests as its handle allows, and panics if it is called
-/// without having been polled ready.
+/// An inner service that takes only as many requests as its handle allows, and panics if called without being
+/// ready.
 fn mock() -> (Mock, Handle) {
     let (mock, mut handle) = mock::pair();
     handle.allow(0);
     (mock, handle)
 }
 
-/// Answers the next request, which must be there, and returns the value of its `Authorization`.
+/// Answers the next request, which must be there, and returns its `Authorization`.
 async fn answer(handle: &mut Handle, response: Response<String>) -> String {
     let (request, send) = handle.next_request().await.unwrap();
     send.send_response(response);
@@ -76,7 +76,7 @@ async fn the_service_that_was_polled_ready_is_the_one_that_is_called() {
     assert!(!is_ready(&mut client));
     handle.allow(1);
     assert!(is_ready(&mut client));
-    // No other service would get ready from here on.
+    // From here on no other service becomes ready.
     let mut other = client.get_ref().clone();
     handle.allow(0);
     let pending = time::timeout(Duration::from_secs(1), other.ready()).await;
@@ -88,7 +88,7 @@ async fn the_service_that_was_polled_ready_is_the_one_that_is_called() {
     response.await.unwrap().unwrap();
 }
 
-/// Law 10: requests that pass without a token of ours use the ready service as well.
+/// Law 10: and so does one with its own credential.
 #[tokio::test(start_paused = true)]
 async fn a_bare_request_calls_the_ready_service() {
     let (inner, mut handle) = mock();
@@ -107,9 +107,9 @@ async fn a_bare_request_calls_the_ready_service() {
     }
 }
 
-/// Law 10: on the slow path a service is made ready before it is called, once the token is there.
+/// Law 10: on the slow path, once the token is there.
 #[tokio::test(start_paused = true)]
-async fn a_request_that_waited_for_a_token_makes_its_service_ready() {
+async fn a_request_that_waited_makes_its_service_ready() {
     let (inner, mut handle) = mock();
     let server = AuthServer::new();
     server.hold();
@@ -117,7 +117,7 @@ async fn a_request_that_waited_for_a_token_makes_its_service_ready() {
     handle.allow(1);
     assert!(is_ready(&mut client));
     let response = tokio::spawn(client.call(get()));
-    // Somebody else takes the place that was given back.
+    // Another request takes the place given back.
     handle.allow(0);
     settle().await;
     server.release();
@@ -131,7 +131,7 @@ async fn a_request_that_waited_for_a_token_makes_its_service_ready() {
     response.await.unwrap().unwrap();
 }
 
-/// Law 10: the token request goes through the one place that the waiting request gave back.
+/// Law 10: it gets the one permit that the waiting request gave back.
 #[tokio::test(start_paused = true)]
 async fn a_token_request_through_the_same_limit_does_not_deadlock() {
     let host = service_fn(|request: Request<Full<Bytes>>| async move {
@@ -164,7 +164,7 @@ async fn a_token_request_through_the_same_limit_does_not_deadlock() {
     let request = Request::get("http://localhost/sims")
         .body(Full::<Bytes>::default())
         .unwrap();
-    // A token, a request, another token while the refusal is held, and the request again.
+    // A token, the request, another token while the refusal is held, and the replay.
     let (response, took) = timed(client.oneshot(request)).await;
     let response = response.unwrap();
     assert_eq!(response.status(), StatusCode::OK);
@@ -172,7 +172,7 @@ async fn a_token_request_through_the_same_limit_does_not_deadlock() {
     assert_eq!(permits.available_permits(), 1);
 }
 
-/// Law 10: who waits for a token keeps nobody from the inner service.
+/// Law 10: others can use the inner service.
 #[tokio::test(start_paused = true)]
 async fn a_request_that_waits_for_a_token_holds_no_permit() {
     let server = AuthServer::new();
@@ -184,7 +184,7 @@ async fn a_request_that_waits_for_a_token_holds_no_permit() {
         .layer(inner);
     let ready = ready(&mut client).await;
     let waiting = ready.unwrap().call(get());
-    // Given back by the call itself, before anybody polls its future.
+    // The call itself gives it back, before its future is polled.
     assert_eq!(permits.available_permits(), 1);
     let waiting = tokio::spawn(waiting);
     settle().await;
@@ -196,9 +196,9 @@ async fn a_request_that_waits_for_a_token_holds_no_permit() {
     assert_eq!(waiting.await.unwrap().unwrap().body(), "token-1");
 }
 
-/// Law 10: a request that may not leave makes no use of its readiness, and keeps it from nobody.
+/// Law 10: it needs no readiness and keeps it from nobody.
 #[tokio::test(start_paused = true)]
-async fn a_request_that_is_refused_holds_no_permit() {
+async fn a_request_that_may_not_leave_holds_no_permit() {
     let server = AuthServer::new();
     let permits = Arc::new(Semaphore::new(1));
     let inner = GlobalConcurrencyLimitLayer::with_semaphore(permits.clone()).layer(Api::echoing());
@@ -211,11 +211,11 @@ async fn a_request_that_is_refused_holds_no_permit() {
     assert_eq!(permits.available_permits(), 1);
     let error = refused.await.unwrap_err();
     assert!(token_error(&error).is_insecure_uri());
-    // The service goes on all the same, once it is ready again.
+    // The service still works once it is ready again.
     assert_eq!(client.oneshot(get()).await.unwrap().body(), "token-1");
 }
 
-/// Law 10: a refusal that is held holds no permit.
+/// Law 10: nor does its refusal.
 #[tokio::test(start_paused = true)]
 async fn a_request_that_waits_for_another_token_holds_no_permit() {
     let server = AuthServer::new();
@@ -240,9 +240,9 @@ async fn a_request_that_waits_for_another_token_holds_no_permit() {
     assert_eq!(permits.available_permits(), 1);
 }
 
-/// Law 10: a token that dies while the service gets ready is waited for without readiness again.
+/// Law 10: the second wait holds no readiness either.
 #[tokio::test(start_paused = true)]
-async fn a_token_that_dies_while_the_service_gets_ready_is_replaced_without_holding_it() {
+async fn replacing_a_token_that_died_before_the_service_was_ready_holds_no_permit() {
     let server = AuthServer::new();
     server.set(Answer::Grant(Duration::from_secs(5)));
     let permits = Arc::new(Semaphore::new(1));
@@ -267,7 +267,7 @@ async fn a_token_that_dies_while_the_service_gets_ready_is_replaced_without_hold
     assert_eq!(waiting.await.unwrap().unwrap().body(), "token-2");
 }
 
-/// Gets ready in 3 s, each clone anew.
+/// Each clone takes 3 s to become ready.
 struct Slow<S> {
     inner: S,
     timer: Option<Pin<Box<Sleep>>>,
@@ -300,9 +300,9 @@ impl<S: Service<Request<String>>> Service<Request<String>> for Slow<S> {
     }
 }
 
-/// Law 6: tokens that live shorter than the service takes to get ready keep no request for ever.
+/// Law 6: no request waits for ever.
 #[tokio::test(start_paused = true)]
-async fn a_service_that_gets_ready_slower_than_tokens_die_gets_its_request() {
+async fn a_service_that_gets_ready_slower_than_tokens_die_is_called() {
     let server = AuthServer::new();
     server.set(Answer::Grant(Duration::from_secs(2)));
     let api = Api::echoing();
@@ -314,14 +314,14 @@ async fn a_service_that_gets_ready_slower_than_tokens_die_gets_its_request() {
     let limit = Duration::from_secs(30);
     let response = time::timeout(limit, client.oneshot(get())).await;
     assert_eq!(response.unwrap().unwrap().status(), StatusCode::OK);
-    // Never anonymous, and after a fair try for a token that is alive.
+    // Never anonymous, and after a fair try for a live token.
     assert_eq!(api.tokens(), ["token-3"]);
     assert_eq!(server.requests(), 3);
 }
 
-/// Law 10: the same, where it is the second turn of a request whose token was refused.
+/// Law 10.
 #[tokio::test(start_paused = true)]
-async fn a_request_that_is_sent_again_makes_its_service_ready() {
+async fn a_replay_makes_its_service_ready() {
     let (inner, mut handle) = mock();
     let server = AuthServer::new();
     let layer = BearerAuthLayer::new(server.clone()).replay(CloneBody);
@@ -341,9 +341,9 @@ async fn a_request_that_is_sent_again_makes_its_service_ready() {
     assert_eq!(response.await.unwrap().unwrap().body(), "done");
 }
 
-/// Law 10: `poll_ready` never reports a token failure.
+/// Law 10: `poll_ready` never reports one.
 #[tokio::test(start_paused = true)]
-async fn a_token_failure_is_the_answer_of_a_call_and_not_of_readiness() {
+async fn a_token_failure_is_the_error_of_a_call_not_of_readiness() {
     for error in [
         TokenError::terminal("refused"),
         TokenError::transient("down"),
@@ -362,9 +362,9 @@ async fn a_token_failure_is_the_answer_of_a_call_and_not_of_readiness() {
     }
 }
 
-/// Law 10: the inner service's readiness is passed on as it is.
+/// Law 10.
 #[tokio::test(start_paused = true)]
-async fn an_error_of_the_inner_services_readiness_passes_through() {
+async fn a_readiness_error_of_the_inner_service_passes_through() {
     let (inner, mut handle) = mock();
     let mut client = mock::Spawn::new(BearerAuthLayer::new(AuthServer::new()).layer(inner));
     handle.send_error("the connection is gone");
@@ -375,9 +375,9 @@ async fn an_error_of_the_inner_services_readiness_passes_through() {
     assert!(error.source().is_none());
 }
 
-/// Law 10: on the slow path, where the call has been made, it is the call's answer.
+/// Law 10: on the slow path the call has been made already.
 #[tokio::test(start_paused = true)]
-async fn an_error_of_readiness_after_the_wait_is_the_answer() {
+async fn a_readiness_error_after_the_wait_is_the_calls_error() {
     let (inner, mut handle) = mock();
     let mut client = mock::Spawn::new(BearerAuthLayer::new(AuthServer::new()).layer(inner));
     handle.allow(1);

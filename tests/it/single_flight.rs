@@ -1,4 +1,4 @@
-//! However many want a token, one is fetched.
+//! However many callers want a token, one is fetched.
 
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ async fn ten_thousand_cold_requests_share_one_token_request() {
     assert_eq!(server.requests(), 1);
 }
 
-/// Law 1 (T1): the same when a token has died that all of them have sent before.
+/// Law 1 (T1): all have sent that token before.
 #[tokio::test(start_paused = true)]
 async fn ten_thousand_requests_after_a_tokens_death_share_one_token_request() {
     let server = AuthServer::new();

@@ -1,6 +1,6 @@
-//! Layers and clones that share a cache or do not, and errors on their way through a stack.
+//! Which layers and clones share a cache, and how errors pass through a stack.
 //!
-//! How the layer goes together with each other one is in `tests/composition`.
+//! `tests/composition` combines the layer with each other one.
 
 use std::{error::Error, fmt, time::Duration};
 
@@ -32,9 +32,9 @@ async fn all_services_of_a_layer_and_their_clones_share_one_token_request() {
     assert!(layer.cache().peek().is_some());
 }
 
-/// Law 1: layers of two caches share nothing.
+/// Law 1.
 #[tokio::test(start_paused = true)]
-async fn layers_of_their_own_have_caches_of_their_own() {
+async fn layers_with_separate_caches_share_nothing() {
     let server = AuthServer::new();
     let one = BearerAuthLayer::new(TokenCache::new(server.clone())).layer(Api::echoing());
     let other = BearerAuthLayer::new(TokenCache::new(server.clone())).layer(Api::echoing());
@@ -42,7 +42,7 @@ async fn layers_of_their_own_have_caches_of_their_own() {
     assert_eq!(other.oneshot(get()).await.unwrap().body(), "token-2");
 }
 
-/// Law 9: a token failure is told apart from the inner service's errors, through any layers above.
+/// Law 9: it can be told from the inner service's errors, through any layers above.
 #[tokio::test(start_paused = true)]
 async fn a_token_failure_is_found_by_a_downcast() {
     let server = AuthServer::new();
@@ -69,7 +69,7 @@ impl fmt::Display for Broken {
 
 impl Error for Broken {}
 
-/// Law 10: the inner service's errors pass through untouched, whether it boxes them or not.
+/// Law 10: whether the service boxes it or not.
 #[tokio::test(start_paused = true)]
 async fn an_error_of_the_inner_service_passes_through_with_its_type() {
     let typed = service_fn(|_: Request<String>| async { Err::<Response<String>, _>(Broken(7)) });
@@ -100,10 +100,10 @@ async fn an_error_of_the_inner_service_passes_through_with_its_type() {
     }
 }
 
-/// In an `async` block that is spawned, the compiler cannot tell that a `BoxError` which the type of a service names goes
-/// into a `BoxError`, with tower's layers as little as with this one: a box around the whole takes that out of sight.
+/// In a spawned `async` block the compiler cannot tell that the `BoxError` of a service's type converts into a
+/// `BoxError`, neither with tower's layers nor with this one: a box around the whole hides that.
 #[tokio::test(start_paused = true)]
-async fn a_stack_over_a_boxed_client_is_used_in_spawned_tasks() {
+async fn a_stack_over_a_boxed_client_works_in_spawned_tasks() {
     type Client = BoxCloneSyncService<Request<String>, Response<String>, BoxError>;
     let client = ServiceBuilder::new()
         .map_err(BoxError::from)

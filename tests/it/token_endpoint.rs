@@ -1,4 +1,4 @@
-//! What becomes of a token endpoint's answers, over real sockets.
+//! What comes of a token endpoint's answers, over real sockets.
 
 use std::{
     io,
@@ -33,23 +33,23 @@ async fn fetch(reply: Reply) -> Result<TokenResponse, TokenError> {
     source.fetch(Fetch::new()).await
 }
 
-/// T11 and T12: laws 7 and 9, and the half of law 6 that is the transport's.
+/// T11 and T12: laws 7 and 9, and the transport's half of law 6.
 #[tokio::test]
 async fn every_hostile_answer_ends_as_it_should() {
     let elsewhere = Bystander::new();
     run_all(hostile::cases(elsewhere.address()), Hostile::start).await;
     assert_eq!(elsewhere.visitors(), 0);
-    // Nor would anybody have come unseen.
+    // A visitor would have been seen.
     TcpStream::connect(elsewhere.address()).await.unwrap();
     assert_eq!(elsewhere.visitors(), 1);
 }
 
-/// Through TLS, http is a downgrade, and closing without a word is an attack.
+/// From TLS, http is a downgrade, and a close without notice is an attack.
 #[tokio::test]
-async fn every_answer_that_breaks_or_leads_elsewhere_through_tls_ends_as_it_should() {
+async fn every_broken_or_redirecting_answer_through_tls_ends_as_it_should() {
     let elsewhere = Bystander::new();
     let mut cases = hostile::cases(elsewhere.address());
-    // What the body says is read the same way.
+    // Bodies are read the same way.
     cases.retain(|case| !matches!(case.outcome, Outcome::Token(_) | Outcome::Malformed(_)));
     let body = r#"{"access_token":"CANARY","token_type":"Bearer"}"#;
     cases.push(Case {
@@ -69,10 +69,10 @@ async fn run_all(cases: Vec<Case>, start: impl Fn(Reply) -> Hostile) {
     all(runs).await;
 }
 
-/// Has a cache get the case's reply, and a good one after that.
+/// Has a cache get the case's reply and then a good one.
 fn spawn(server: Hostile, case: Case) -> JoinHandle<()> {
     let source = server.client().build().unwrap();
-    // Only what never ends is worth giving up soon: all else ends by itself, however slow the machine is.
+    // Only what never ends is given up soon: all else ends by itself, however slow the machine is.
     let patience = match case.outcome {
         Outcome::Timeout => secs(2),
         _ => secs(60),
@@ -104,7 +104,7 @@ async fn run(cache: &TokenCache, server: &Hostile, case: Case) {
             assert_failed(&name, &error, outcome);
             assert_heals(&name, cache, server, &mut events).await;
         }
-        (Ok(_), outcome) => panic!("{name}: a token, and no {outcome:?}"),
+        (Ok(_), outcome) => panic!("{name}: a token, not {outcome:?}"),
     }
     until(|| server.open() == 0).await;
 }
@@ -138,13 +138,13 @@ fn assert_failed(name: &str, error: &TokenError, outcome: Outcome) {
         status,
         "{name}"
     );
-    // Not one of them is the client's fault, so each may heal by itself.
+    // None is the client's fault, so each may heal by itself.
     assert!(error.is_transient() && !error.is_rejected(), "{name}");
     assert_eq!(error.oauth_error(), None, "{name}");
 }
 
-/// Law 7: the next good answer is taken. Law 2: nothing but the gate stands before it, and there is one request; where
-/// the machine is so busy that a flight is lost, one more.
+/// Law 7: the next good answer is taken. Law 2: only the gate delays it, and it takes one request; one more where the
+/// machine is so busy that a flight is lost.
 async fn assert_heals(name: &str, cache: &TokenCache, server: &Hostile, events: &mut Events) {
     let mut lost = 0;
     let mut assert_asked = |times: usize| {
@@ -169,7 +169,7 @@ async fn assert_heals(name: &str, cache: &TokenCache, server: &Hostile, events: 
 }
 
 #[tokio::test]
-async fn an_endpoint_that_nobody_listens_at_is_a_transport_failure() {
+async fn an_endpoint_where_nobody_listens_is_a_transport_failure() {
     let address = Bystander::new().address();
     let source = ClientCredentials::builder(format!("http://{address}/token"), "client-id");
     let error = source
@@ -182,14 +182,14 @@ async fn an_endpoint_that_nobody_listens_at_is_a_transport_failure() {
     assert_eq!(error.status(), None);
 }
 
-/// Law 6, the transport's part. The clock jumps to the timeout, since there is nothing else to wait for.
+/// Law 6, the transport's part. The clock jumps to the timeout, since nothing else is waited for.
 #[tokio::test(start_paused = true)]
-async fn a_connection_that_does_not_come_about_is_given_up_after_three_seconds() {
+async fn a_connection_that_is_not_made_is_given_up_after_three_seconds() {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let listener = socket.listen(1).unwrap();
     let address = listener.local_addr().unwrap();
-    // Nobody takes them in, so that there is no room for another one soon, and no answer to it.
+    // Nobody accepts them, so that soon there is no room for another, and no answer.
     let mut queue = Vec::new();
     while let Ok(stream) = std::net::TcpStream::connect_timeout(&address, millis(100)) {
         queue.push(stream);
@@ -233,9 +233,9 @@ async fn retry_after_is_read_as_seconds_and_as_a_date() {
     assert!(after > secs(30));
 }
 
-/// Law 9: not even an endpoint that sends the secret back gets it into an error.
+/// Law 9: not even in an error.
 #[tokio::test]
-async fn a_secret_that_is_echoed_shows_up_nowhere() {
+async fn an_echoed_secret_shows_up_nowhere() {
     let echo = format!(r#"{{"error":"{SECRET}","error_description":"{SECRET}"}}"#);
     let location = format!("location: https://localhost/{SECRET}\r\n");
     for status in [200, 302, 400, 401, 500] {
@@ -250,9 +250,9 @@ async fn a_secret_that_is_echoed_shows_up_nowhere() {
     }
 }
 
-/// Firewalls refuse requests that do not say whose they are: the core rules of AWS WAF, for example.
+/// Firewalls refuse requests without a user agent: the core rules of AWS WAF, for example.
 #[tokio::test]
-async fn the_default_client_says_what_it_is() {
+async fn the_default_client_sends_a_user_agent() {
     let server = Hostile::start(Reply::token("token"));
     let source = server.client().build().unwrap();
     source.fetch(Fetch::new()).await.unwrap();
@@ -268,14 +268,14 @@ async fn no_connection_is_kept() {
     for number in 1..=2 {
         source.fetch(Fetch::new()).await.unwrap();
         assert_eq!(server.requests().len(), number);
-        // The client ends it, although the answer left it open.
+        // The client closes it, although the answer left it open.
         until(|| server.open() == 0).await;
     }
 }
 
-/// Law 9: the default client speaks to nobody whose certificate it does not trust.
+/// Law 9: the default client talks to no server that it does not trust.
 #[tokio::test]
-async fn a_root_certificate_is_trusted_once_it_is_added() {
+async fn only_added_root_certificates_are_trusted() {
     let server = Hostile::start_tls(Reply::token("token"));
     let trusting = server.client().build().unwrap();
     assert!(trusting.fetch(Fetch::new()).await.is_ok());
@@ -292,7 +292,7 @@ async fn a_root_certificate_is_trusted_once_it_is_added() {
     assert_eq!(server.requests().len(), 1);
 }
 
-/// The token endpoint may be reached by a proxy on this host, and the other one without it.
+/// A proxy on this host may lead to the token endpoint, but not to the other.
 #[tokio::test]
 async fn tokens_are_revoked_over_https_though_they_come_over_http() {
     let (server, other) = (
@@ -312,7 +312,7 @@ async fn tokens_are_revoked_over_https_though_they_come_over_http() {
 }
 
 #[tokio::test]
-async fn what_is_wrong_with_a_revocation_is_not_told_of_the_token_endpoint() {
+async fn a_failed_revocation_is_not_blamed_on_the_token_endpoint() {
     let server = Hostile::start(Reply::token("token"));
     let other = Hostile::start(Reply::new(503, "", ""));
     let source = server.client().revocation_url(other.url()).build().unwrap();
@@ -325,9 +325,9 @@ async fn what_is_wrong_with_a_revocation_is_not_told_of_the_token_endpoint() {
     );
 }
 
-/// An operator who has the log alone learns which wire to look at.
+/// From the log alone an operator learns where to look.
 #[tokio::test]
-async fn a_connection_that_fails_is_told_by_a_word() {
+async fn the_error_says_how_a_connection_failed() {
     async fn failure(builder: ClientCredentialsBuilder) -> String {
         let policy = RefreshPolicy::new().attempts(1);
         let cache = TokenCache::with_policy(builder.build().unwrap(), policy);
@@ -349,7 +349,7 @@ async fn a_connection_that_fails_is_told_by_a_word() {
     let tls = Hostile::start_tls(Reply::token("token"));
     let by_address = tls.url().replace("localhost", "127.0.0.1");
     let root = hostile::certificate().cert.pem();
-    // No label of a name is that long, so nobody is asked for it.
+    // No DNS label is that long, so no server is asked.
     let nameless = format!("http://{}/token", "a".repeat(64));
     let nobody = format!("http://{}/token", Bystander::new().address());
     let transport = "the token endpoint could not be reached";
@@ -380,7 +380,7 @@ async fn a_connection_that_fails_is_told_by_a_word() {
 }
 
 #[tokio::test]
-async fn a_connection_that_is_not_made_in_time_is_told() {
+async fn the_error_says_that_a_connection_took_too_long() {
     let connector = tower::service_fn(|_: Uri| {
         let late = io::Error::from(io::ErrorKind::TimedOut);
         std::future::ready(Err::<TokioIo<TcpStream>, _>(late))
