@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-/// Asks at compile time: an inherent constant, which is there if the type is `Clone`, goes before the trait's.
+/// Tells at compile time: a `Clone` type has an inherent constant, which wins over the trait's.
 pub struct Probe<T>(PhantomData<T>);
 
 impl<T: Clone> Probe<T> {

@@ -1,4 +1,4 @@
-//! What holds requests back, and who is held.
+//! What holds requests back, and which.
 
 use std::{
     convert::Infallible,
@@ -82,7 +82,7 @@ async fn a_buffer_above_is_not_blocked_by_a_wait_for_a_token() {
 ///
 /// Law 10.
 #[tokio::test(start_paused = true)]
-async fn a_wait_for_a_token_holds_no_place_of_a_buffer_below() {
+async fn a_wait_for_a_token_holds_no_place_in_a_buffer_below() {
     let server = AuthServer::new();
     server.hold();
     let inner = Buffer::<Request<String>, _>::new(Api::echoing(), 1);
@@ -102,7 +102,7 @@ async fn a_wait_for_a_token_holds_no_place_of_a_buffer_below() {
     assert_eq!(server.requests(), 1);
 }
 
-/// Buffer, below: It queues signed requests: one that waits there for longer than its token lives is refused, and
+/// Buffer, below: It queues signed requests: one that waits there longer than its token lives is refused and
 /// replayed through it.
 #[tokio::test(start_paused = true)]
 async fn a_buffer_below_queues_signed_requests() {
@@ -126,9 +126,9 @@ async fn a_buffer_below_queues_signed_requests() {
     assert_eq!(took, secs(200));
 }
 
-/// ConcurrencyLimit, GlobalConcurrencyLimit, above: It bounds the requests that wait for a token as well.
+/// ConcurrencyLimit, GlobalConcurrencyLimit, above: It also bounds requests that wait for a token.
 #[tokio::test(start_paused = true)]
-async fn a_limit_above_bounds_who_waits_for_a_token() {
+async fn a_limit_above_bounds_waiting_requests() {
     let permits = Arc::new(Semaphore::new(2));
     for global in [false, true] {
         let server = AuthServer::new();
@@ -163,7 +163,7 @@ async fn a_limit_above_bounds_who_waits_for_a_token() {
 ///
 /// Law 10.
 #[tokio::test(start_paused = true)]
-async fn a_limit_below_is_free_for_others_while_a_token_is_waited_for() {
+async fn a_wait_for_a_token_holds_no_permit_of_a_limit_below() {
     let permits = Arc::new(Semaphore::new(1));
     for global in [false, true] {
         let server = AuthServer::new();
@@ -180,7 +180,7 @@ async fn a_limit_below_is_free_for_others_while_a_token_is_waited_for() {
         let client = BearerAuthLayer::new(server.clone())
             .replay(CloneBody)
             .layer(limited);
-        // Without a token, and with one that is refused.
+        // Without a token, then with a refused one.
         for token_requests in [1, 2] {
             server.hold();
             let waiting: Vec<_> = (0..5)
@@ -231,11 +231,11 @@ async fn a_rate_limit_below_counts_sends() {
     assert_eq!(took, secs(60));
 }
 
-/// LoadShed, above: It sheds by the readiness of what is below: a request that waits for a token is no load.
+/// LoadShed, above: It sheds by the readiness below: a request that waits for a token is no load.
 ///
 /// Law 10.
 #[tokio::test(start_paused = true)]
-async fn load_is_shed_above_by_the_inner_services_readiness_alone() {
+async fn load_is_shed_above_only_by_the_inner_services_readiness() {
     let server = AuthServer::new();
     server.hold();
     let permits = Arc::new(Semaphore::new(1));
@@ -304,11 +304,11 @@ async fn load_is_shed_below_after_the_wait_for_a_token() {
     assert_eq!(client.oneshot(get()).await.unwrap().body(), "token-2");
 }
 
-/// SpawnReady, above: Its task waits for what is below and never for a token, which the call asks for.
+/// SpawnReady, above: Its task waits for what is below, never for a token: the call does that.
 ///
 /// Law 10.
 #[tokio::test(start_paused = true)]
-async fn a_readiness_that_is_spawned_above_waits_for_no_token() {
+async fn spawn_ready_above_does_not_wait_for_a_token() {
     let server = AuthServer::new();
     server.set(Answer::Fail(TokenError::terminal("refused")));
     let permits = Arc::new(Semaphore::new(0));
@@ -331,7 +331,7 @@ async fn a_readiness_that_is_spawned_above_waits_for_no_token() {
 
 /// SpawnReady, below: Not `Clone`: put a `Buffer` between.
 #[tokio::test(start_paused = true)]
-async fn a_readiness_that_is_spawned_below_needs_a_buffer() {
+async fn spawn_ready_below_needs_a_buffer() {
     assert!(!is_clone!(SpawnReady<Api>));
     let api = Api::refusing_the_first();
     let client = ServiceBuilder::new()
@@ -344,10 +344,10 @@ async fn a_readiness_that_is_spawned_below_needs_a_buffer() {
     assert_eq!(api.arrivals()[1].headers[AUTHORIZATION], "Bearer token-2");
 }
 
-/// AsyncFilter, above: It keeps what is below ready while it decides: a request that it holds back holds a permit of a
-/// limit below. What it rejects costs no token request.
+/// AsyncFilter, above: While it decides, it keeps what is below ready and so holds a permit of a limit below. What it
+/// rejects costs no token request.
 #[tokio::test(start_paused = true)]
-async fn an_async_filter_above_holds_readiness_and_no_token() {
+async fn an_async_filter_above_holds_readiness_but_no_token() {
     let server = AuthServer::new();
     let permits = Arc::new(Semaphore::new(1));
     let mut client = ServiceBuilder::new()

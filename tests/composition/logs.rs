@@ -32,7 +32,7 @@ fn statuses(log: &str) -> Vec<String> {
         .collect()
 }
 
-/// With everything that it can show.
+/// Shows everything it can.
 fn trace() -> TraceLayer<SharedClassifier<ServerErrorsAsFailures>> {
     TraceLayer::new_for_http()
         .make_span_with(DefaultMakeSpan::new().include_headers(true))
@@ -40,12 +40,12 @@ fn trace() -> TraceLayer<SharedClassifier<ServerErrorsAsFailures>> {
         .on_response(DefaultOnResponse::new().include_headers(true))
 }
 
-/// Trace, above: One span holds the wait for a token and both sends; it shows no token. The token request, which
-/// all share, is logged outside of it.
+/// Trace, above: One span holds the wait for a token and both sends; it shows no token. The shared token request is
+/// logged outside it.
 ///
 /// Law 9.
 #[tokio::test(start_paused = true)]
-async fn a_trace_above_spans_all_of_a_request() {
+async fn a_trace_above_spans_the_whole_request() {
     let (log, _guard) = Printed::collect();
     let client = ServiceBuilder::new()
         .layer(trace())
@@ -56,7 +56,7 @@ async fn a_trace_above_spans_all_of_a_request() {
     assert_eq!(statuses(&text), ["200"]);
     assert!(!text.contains("authorization"), "{text}");
     assert!(!text.contains("token-"), "{text}");
-    // The token request is everybody's, and so is what the layer says of it.
+    // The token request is shared, and so are its events.
     let told = text
         .lines()
         .find(|line| line.contains("token request started"));
@@ -80,9 +80,9 @@ async fn a_trace_below_spans_each_send() {
     assert!(!text.contains("token-"), "{text}");
 }
 
-/// SetSensitiveRequestHeaders, above: It marks what the caller brings; the token is marked without it.
+/// SetSensitiveRequestHeaders, above: It marks the caller's headers; the token is marked anyway.
 #[tokio::test(start_paused = true)]
-async fn what_is_marked_above_stays_marked() {
+async fn a_header_marked_above_stays_marked() {
     let api = Api::echoing();
     let client = ServiceBuilder::new()
         .layer(SetSensitiveRequestHeadersLayer::new([AUTHORIZATION]))
@@ -103,9 +103,9 @@ async fn what_is_marked_above_stays_marked() {
     }
 }
 
-/// SetSensitiveRequestHeaders, below: It finds the token's header marked, and leaves it so.
+/// SetSensitiveRequestHeaders, below: It finds the token's header marked already.
 #[tokio::test(start_paused = true)]
-async fn what_is_marked_below_was_marked_before() {
+async fn a_layer_below_finds_the_token_marked() {
     let api = Api::echoing();
     let client = ServiceBuilder::new()
         .layer(BearerAuthLayer::new(AuthServer::new()))
@@ -144,7 +144,7 @@ fn compressing()
     })
 }
 
-/// What the caller gets of it.
+/// What the caller gets.
 async fn read<S, B>(client: S) -> (StatusCode, Bytes)
 where
     S: Service<Request<String>, Response = Response<B>, Error = BoxError>,
@@ -160,10 +160,10 @@ where
 const REFUSAL: (StatusCode, Bytes) = (StatusCode::UNAUTHORIZED, Bytes::from_static(b"refused"));
 const ANSWER: (StatusCode, Bytes) = (StatusCode::OK, Bytes::from_static(b"welcome"));
 
-/// Decompression, above: A compressed 401 is judged by its head, and read by the caller if it comes to that; both
+/// Decompression, above: A compressed 401 is judged by its head, and the caller reads it if it is returned; both
 /// sends accept what it accepts.
 #[tokio::test(start_paused = true)]
-async fn a_decompression_above_reads_what_is_handed_out() {
+async fn a_decompression_above_reads_the_returned_answer() {
     let layer = BearerAuthLayer::new(AuthServer::new());
     let stack = ServiceBuilder::new().layer(DecompressionLayer::new());
     let client = stack.clone().layer(layer).service(compressing());
@@ -173,7 +173,7 @@ async fn a_decompression_above_reads_what_is_handed_out() {
     assert_eq!(read(client).await, ANSWER);
 }
 
-/// Decompression, below: The same: the layer reads no body, and a refusal that is replayed is never decompressed.
+/// Decompression, below: The same: the layer reads no body, and a refusal that is replayed is not decompressed.
 #[tokio::test(start_paused = true)]
 async fn a_decompression_below_changes_nothing_for_the_layer() {
     let client = ServiceBuilder::new()

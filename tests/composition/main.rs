@@ -1,7 +1,7 @@
-//! How the layer goes together with those of tower and tower-http, above it and below.
+//! How the layer works with those of tower and tower-http, above it and below.
 //!
 //! Each test opens with the claim that it proves, as `Layer, above: claim` or `Layer, below: claim`. The table of
-//! `src/guide/placement.md` is made of these claims and of nothing else: [`page`] compares them.
+//! `src/guide/placement.md` consists of exactly these claims: [`page`] compares them.
 #![expect(
     clippy::unwrap_used,
     reason = "clippy allows it in test functions only, not in their helpers"

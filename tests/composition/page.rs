@@ -1,4 +1,4 @@
-//! The table of the page says what the tests prove, and nothing else.
+//! The page's table says exactly what the tests prove.
 
 use std::collections::BTreeMap;
 
@@ -13,10 +13,10 @@ const TESTS: &[&str] = &[
     include_str!("timeouts.rs"),
 ];
 
-/// By the layer's name: what is claimed of it above, and below.
+/// By the layer's name: the claims about it above and below.
 type Table = BTreeMap<String, [String; 2]>;
 
-/// The claims of one file's tests, in their order, those of one place joined.
+/// The claims of one file's tests in order, those of one place joined.
 fn claimed(table: &mut Table, source: &str) {
     let mut docs = Vec::new();
     for line in source.lines() {

@@ -27,7 +27,7 @@ fn own() -> HeaderValue {
 
 /// Filter, above: What it rejects costs no token request.
 #[tokio::test(start_paused = true)]
-async fn a_filter_above_rejects_before_a_token_is_asked_for() {
+async fn a_filter_above_rejects_before_a_token_is_requested() {
     let server = AuthServer::new();
     let client = ServiceBuilder::new()
         .layer(FilterLayer::new(|request: Request<String>| {
@@ -43,7 +43,7 @@ async fn a_filter_above_rejects_before_a_token_is_asked_for() {
     assert_eq!(server.requests(), 0);
 }
 
-/// Filter, below: It sees the token, and its error passes as it is.
+/// Filter, below: It sees the token, and its error passes unchanged.
 #[tokio::test(start_paused = true)]
 async fn a_filter_below_sees_the_token() {
     #[derive(Debug, thiserror::Error)]
@@ -81,11 +81,11 @@ fn elsewhere(mut request: Request<String>) -> Request<String> {
     request
 }
 
-/// MapRequest, above: The layer judges the URI, headers and extensions that it leaves.
+/// MapRequest, above: The layer judges the mapped URI, headers and extensions.
 ///
 /// Law 9.
 #[tokio::test(start_paused = true)]
-async fn what_is_mapped_above_is_judged() {
+async fn a_request_mapped_above_is_judged() {
     let api = Api::echoing();
     let client = ServiceBuilder::new()
         .map_request(elsewhere)
@@ -103,9 +103,9 @@ async fn what_is_mapped_above_is_judged() {
     assert_eq!(api.tokens(), ["anonymous", "anonymous"]);
 }
 
-/// MapRequest, below: The layer does not see a URI that it changes: the token goes where that points.
+/// MapRequest, below: The layer does not see a changed URI: the token goes where it points.
 #[tokio::test(start_paused = true)]
-async fn what_is_mapped_below_is_out_of_the_layers_sight() {
+async fn a_request_mapped_below_is_not_judged() {
     let api = Api::echoing();
     let client = ServiceBuilder::new()
         .layer(pinned())
@@ -116,12 +116,11 @@ async fn what_is_mapped_below_is_out_of_the_layers_sight() {
     assert_eq!(api.tokens(), ["token-1"]);
 }
 
-/// SetRequestHeader, AddAuthorization, above: The token takes the place of its `Authorization`, unless
-/// `keep_existing` is set.
+/// SetRequestHeader, AddAuthorization, above: The token replaces its `Authorization`, unless `keep_existing` is set.
 ///
 /// Law 9.
 #[tokio::test(start_paused = true)]
-async fn an_authorization_that_is_set_above_is_replaced() {
+async fn an_authorization_set_above_is_replaced() {
     for (keep, expected) in [
         (false, HeaderValue::from_static("Bearer token-1")),
         (true, own()),
@@ -149,7 +148,7 @@ async fn an_authorization_that_is_set_above_is_replaced() {
 /// SetRequestHeader, AddAuthorization, below: Its `Authorization` displaces the token, and a 401 to it counts against
 /// the token; only `if_not_present` leaves the token alone.
 #[tokio::test(start_paused = true)]
-async fn an_authorization_that_is_set_below_displaces_the_token() {
+async fn an_authorization_set_below_displaces_the_token() {
     let server = AuthServer::new();
     let api = Api::new(|_| unauthorized(INVALID_TOKEN));
     let client = ServiceBuilder::new()
@@ -158,7 +157,7 @@ async fn an_authorization_that_is_set_below_displaces_the_token() {
         .service(api.clone());
     client.clone().oneshot(get()).await.unwrap();
     settle().await;
-    // The first token, and one in the place of what was never sent.
+    // The first token, and a replacement for it, though it was never sent.
     assert_eq!(server.requests(), 2);
     let client = ServiceBuilder::new()
         .layer(BearerAuthLayer::new(AuthServer::new()))
@@ -176,7 +175,7 @@ async fn an_authorization_that_is_set_below_displaces_the_token() {
     assert_eq!(api.tokens(), ["token-1"]);
 }
 
-/// An API of which `/start` redirects to this place, and everything else echoes.
+/// An API whose `/start` redirects to this place, and which echoes everything else.
 fn redirecting(to: &'static str) -> Api {
     Api::new(move |arrival| match arrival.uri.path() {
         "/start" => Response::builder()
@@ -198,7 +197,7 @@ fn start() -> Request<String> {
 ///
 /// Law 9: the layer judges every hop.
 #[tokio::test(start_paused = true)]
-async fn a_redirect_above_to_an_origin_that_is_not_pinned_carries_no_token() {
+async fn a_redirect_above_to_an_origin_not_pinned_carries_no_token() {
     for (place, token) in [
         (FOREIGN, "anonymous"),
         ("https://api.example.com:8443/", "anonymous"),
@@ -217,8 +216,8 @@ async fn a_redirect_above_to_an_origin_that_is_not_pinned_carries_no_token() {
     }
 }
 
-/// FollowRedirect, above: Without, each https origin that the API redirects to gets the token: the follower does
-/// not see it and cannot strip it.
+/// FollowRedirect, above: Without, each https origin that the API redirects to gets the token: the follower neither
+/// sees nor strips it.
 ///
 /// Law 9 as far as it goes: every https origin is an allowed one by default.
 #[tokio::test(start_paused = true)]
@@ -233,9 +232,9 @@ async fn a_redirect_above_carries_the_token_to_any_https_origin_by_default() {
     assert_eq!(api.tokens(), ["token-1", "token-1"]);
 }
 
-/// FollowRedirect, above: A hop to plain http fails then.
+/// FollowRedirect, above: A hop to plain http then fails.
 ///
-/// Law 9: with the layer's error, and it is not sent.
+/// Law 9: with the layer's error, unsent.
 #[tokio::test(start_paused = true)]
 async fn a_redirect_above_to_plain_http_is_refused() {
     let api = redirecting("http://api.example.com/elsewhere");
@@ -249,11 +248,11 @@ async fn a_redirect_above_to_plain_http_is_refused() {
 }
 
 /// FollowRedirect, above: To another origin it drops a request's extensions and `Authorization`: a request with
-/// `WithoutToken`, or with a credential that was kept, goes on as any other does.
+/// `WithoutToken` or a kept credential goes on like any other.
 ///
-/// Law 9: pinned origins are what helps, or a policy that lets the mark through.
+/// Law 9: pinned origins help, or a policy that lets the mark through.
 #[tokio::test(start_paused = true)]
-async fn a_redirect_above_to_another_origin_takes_the_marks_off() {
+async fn a_redirect_above_to_another_origin_drops_the_marks() {
     let bare = || {
         let mut request = start();
         request.extensions_mut().insert(WithoutToken);
@@ -291,11 +290,11 @@ async fn a_redirect_above_to_another_origin_takes_the_marks_off() {
 }
 
 /// FollowRedirect, below: The layer does not see its hops: its default policy strips the token on the way to
-/// another origin, and another policy may not.
+/// another origin, but another policy may not.
 ///
-/// Law 9 ends here, with pinned origins as without.
+/// Law 9 ends here, even with pinned origins.
 #[tokio::test(start_paused = true)]
-async fn a_redirect_below_is_out_of_the_layers_sight() {
+async fn the_layer_does_not_see_a_redirect_below() {
     let layer = pinned();
     let api = redirecting(FOREIGN);
     let client = ServiceBuilder::new()

@@ -46,7 +46,7 @@ impl<B: Clone> Policy<Request<B>, Response<String>, BoxError> for OnceMore {
                 if !error.is_transient() {
                     return None;
                 }
-                // The cache itself waits for up to a tenth longer, so that clients do not come all at once.
+                // The cache itself waits up to a tenth longer, so that clients do not all come at once.
                 let pause = error.retry_after().unwrap_or(Duration::from_secs(1));
                 pause.mul_f64(1.1)
             }
@@ -100,7 +100,7 @@ fn on(status: StatusCode, pause: Duration) -> RetryLayer<OnStatus> {
     })
 }
 
-/// An API that is not available to the first request, and refuses `token-1` afterwards.
+/// An API that is unavailable to the first request and then refuses `token-1`.
 fn unavailable_once() -> Api {
     let first = std::sync::atomic::AtomicBool::new(true);
     Api::new(move |arrival| {
@@ -116,9 +116,9 @@ fn unavailable_once() -> Api {
     })
 }
 
-/// Retry, above: Each try takes the token of its own time.
+/// Retry, above: Each try takes the current token.
 #[tokio::test(start_paused = true)]
-async fn a_retry_above_takes_the_token_of_its_time() {
+async fn a_retry_above_takes_the_current_token() {
     let server = AuthServer::new();
     server.set(Answer::Grant(secs(60)));
     let api = unavailable_once();
@@ -130,11 +130,11 @@ async fn a_retry_above_takes_the_token_of_its_time() {
     assert_eq!(api.tokens(), ["token-1", "token-2"]);
 }
 
-/// Retry, above: A failed token request has another chance, after `TokenError::retry_after`.
+/// Retry, above: A failed token request is tried again, after `TokenError::retry_after`.
 ///
-/// Law 7: it finds a token once the server is back, when the server has asked it to come back.
+/// Law 7: once the server is back, at the time that it named.
 #[tokio::test(start_paused = true)]
-async fn a_retry_above_gets_a_token_after_the_time_that_the_error_names() {
+async fn a_retry_above_gets_a_token_after_the_errors_retry_after() {
     let server = AuthServer::new();
     let busy = TokenError::transient("busy").with_retry_after(Duration::from_secs(7));
     server.set(Answer::Fail(busy));
@@ -172,8 +172,8 @@ async fn a_retry_above_leaves_a_terminal_failure_alone() {
     assert_eq!(server.requests(), 1);
 }
 
-/// Retry, above: A 401 with `invalid_token` that was not replayed is followed by a try with another token, if that comes
-/// within a second.
+/// Retry, above: After a 401 with `invalid_token` that was not replayed, the next try takes another token, if that
+/// comes within a second.
 ///
 /// Law 8.
 #[tokio::test(start_paused = true)]
@@ -190,7 +190,7 @@ async fn a_retry_above_gets_another_token_after_a_refusal() {
     assert_eq!(server.requests(), 2);
 }
 
-/// Retry, above: After one without a reason the old token goes on until there is another, so let the try come after a
+/// Retry, above: After one without a reason the old token is used until there is another, so let the try come after a
 /// pause, or leave it to the layer's replay.
 ///
 /// Law 4.
@@ -215,7 +215,7 @@ async fn a_retry_above_comes_too_early_after_a_refusal_without_a_reason() {
     }
 }
 
-/// Retry, below: It resends the signed request, with its old token if that has died meanwhile.
+/// Retry, below: It resends the signed request, with its old token even if that has died.
 #[tokio::test(start_paused = true)]
 async fn a_retry_below_resends_the_signed_request() {
     let server = AuthServer::new();
@@ -225,12 +225,12 @@ async fn a_retry_below_resends_the_signed_request() {
         .layer(BearerAuthLayer::new(server.clone()).replay(CloneBody))
         .layer(on(StatusCode::SERVICE_UNAVAILABLE, secs(100)))
         .service(api.clone());
-    // The layer mends what comes of it.
+    // The layer then replays it.
     assert_eq!(client.oneshot(get()).await.unwrap().body(), "token-2");
     assert_eq!(api.tokens(), ["token-1", "token-1", "token-2"]);
 }
 
-/// Retry, below: After a 401 that is in vain, so do not let it retry one.
+/// Retry, below: After a 401 this is useless, so do not let it retry one.
 #[tokio::test(start_paused = true)]
 async fn a_retry_below_after_a_refusal_sends_the_same_token() {
     let api = Api::refusing_the_first();

@@ -40,7 +40,7 @@ fn endpoints<S: Service<Request<String>>>(services: impl IntoIterator<Item = S>)
     ServiceList::new::<Request<String>>(measured.collect())
 }
 
-/// Balance, above: One layer around all endpoints gives them one token, and no failure of it evicts an endpoint.
+/// Balance, above: One layer around all endpoints gives them one token, and a token failure evicts no endpoint.
 ///
 /// Laws 1 and 10.
 #[tokio::test(start_paused = true)]
@@ -72,9 +72,9 @@ async fn a_balance_above_keeps_its_endpoints_through_an_outage() {
     assert!(apis.iter().all(|api| !api.arrivals().is_empty()));
 }
 
-/// Balance, below: It sees sends and their load alone. Not `Clone`: put a `Buffer` between.
+/// Balance, below: It sees only sends and their load. Not `Clone`: put a `Buffer` between.
 #[tokio::test(start_paused = true)]
-async fn a_balance_below_sees_signed_requests_alone() {
+async fn a_balance_below_sees_only_signed_requests() {
     assert!(!is_clone!(Balance<Endpoints<Api>, Request<String>>));
     let server = AuthServer::new();
     server.hold();
@@ -98,7 +98,7 @@ async fn a_balance_below_sees_signed_requests_alone() {
     assert_eq!(server.requests(), 2);
 }
 
-/// Steer, above: Each target may have a layer of its own, and with it a token of its own.
+/// Steer, above: Each target may have its own layer, and with it its own token.
 #[tokio::test(start_paused = true)]
 async fn a_steer_above_gives_each_target_its_token() {
     let servers = [AuthServer::new(), AuthServer::new()];
@@ -115,8 +115,8 @@ async fn a_steer_above_gives_each_target_its_token() {
     assert!(servers.iter().all(|server| server.requests() == 1));
 }
 
-/// Steer, below: It sees signed requests alone. Its clone takes itself for ready where the original was: over
-/// services that reserve something by `poll_ready`, put a `Buffer` between.
+/// Steer, below: It sees only signed requests. A clone of a ready one takes itself for ready: over services whose
+/// `poll_ready` reserves something, put a `Buffer` between.
 #[tokio::test(start_paused = true)]
 async fn a_steer_below_over_limits_needs_a_buffer() {
     let pick = |_: &Request<String>, _: &[_]| 1;
@@ -127,7 +127,7 @@ async fn a_steer_below_over_limits_needs_a_buffer() {
     assert_eq!(client.oneshot(get()).await.unwrap().body(), "token-2");
     assert_eq!(apis[1].tokens(), ["token-1", "token-2"]);
 
-    // A limit, of which the only permit is taken.
+    // A limit whose only permit is taken.
     let pick = |_: &Request<String>, _: &[_]| 0;
     let steer = || Steer::new([ConcurrencyLimit::new(apis[1].clone(), 1)], pick);
     let mut steered = steer();
@@ -141,8 +141,7 @@ async fn a_steer_below_over_limits_needs_a_buffer() {
     assert_eq!(client.oneshot(get()).await.unwrap().body(), "token-2");
 }
 
-/// Reconnect, above: The token outlives the connections, if one layer is put around each; a token failure breaks
-/// none.
+/// Reconnect, above: The token outlives the connections if one layer wraps them all; a token failure breaks none.
 ///
 /// Law 10.
 #[tokio::test(start_paused = true)]
@@ -202,10 +201,10 @@ impl Service<Request<String>> for Lasting {
     }
 }
 
-/// Reconnect, below: A connection that cannot be made is an error of its own, and no token failure. Not `Clone`: put
-/// a `Buffer` between.
+/// Reconnect, below: A connection that cannot be made is its own error, not a token failure. Not `Clone`: put a
+/// `Buffer` between.
 #[tokio::test(start_paused = true)]
-async fn a_reconnect_below_fails_by_itself() {
+async fn a_failed_reconnect_is_no_token_failure() {
     type Connect = BoxCloneService<(), Api, io::Error>;
     assert!(!is_clone!(Reconnect<Connect, ()>));
     let server = AuthServer::new();
@@ -229,9 +228,9 @@ async fn a_reconnect_below_fails_by_itself() {
     assert_eq!(server.requests(), 1);
 }
 
-/// BoxService, above: It boxes the layer with all that is below.
+/// BoxService, above: It boxes the layer with all below.
 #[tokio::test(start_paused = true)]
-async fn the_whole_is_boxed() {
+async fn the_stack_is_boxed() {
     let api = Api::refusing_the_first();
     let client = BearerAuthLayer::new(AuthServer::new())
         .replay(CloneBody)
@@ -258,7 +257,7 @@ async fn a_boxed_service_that_is_not_clone_needs_a_buffer() {
 ///
 /// Law 1.
 #[tokio::test(start_paused = true)]
-async fn clones_of_a_boxed_whole_share_the_token() {
+async fn clones_of_a_boxed_stack_share_the_token() {
     let server = AuthServer::new();
     let client = BearerAuthLayer::new(server.clone()).layer(Api::echoing());
     let send: BoxCloneService<_, _, BoxError> = BoxCloneService::new(client.clone());
@@ -278,7 +277,7 @@ async fn a_boxed_inner_service_works() {
     assert!(is_clone!(Boxed));
     let layer = || BearerAuthLayer::new(AuthServer::new()).replay(CloneBody);
     let client = layer().layer(BoxCloneSyncService::new(api.clone()));
-    // And the futures are `Send`, though one of the boxes is not `Sync`.
+    // The futures are `Send`, though one of the boxes is not `Sync`.
     let response = tokio::spawn(client.oneshot(get())).await.unwrap();
     assert_eq!(response.unwrap().body(), "token-2");
     let client = layer().layer(BoxCloneService::new(api.clone()));
@@ -287,12 +286,12 @@ async fn a_boxed_inner_service_works() {
     assert_eq!(api.tokens(), ["token-1", "token-2"].repeat(2));
 }
 
-/// BearerAuth, above: With `.origins([..])` on both, each origin is given the token of its own layer, and a 401 counts
-/// against that token alone.
+/// BearerAuth, above: With `.origins([..])` on both, each origin gets the token of its own layer, and a 401 counts
+/// only against that token.
 ///
 /// Laws 8 and 9.
 #[tokio::test(start_paused = true)]
-async fn two_layers_with_origins_of_their_own_keep_to_their_origins() {
+async fn two_layers_with_pinned_origins_keep_to_them() {
     let servers = [AuthServer::new(), AuthServer::new()];
     servers[0].set(Answer::token("other", secs(300)));
     let [above, below] = servers.clone().map(BearerAuthLayer::new);
@@ -312,8 +311,8 @@ async fn two_layers_with_origins_of_their_own_keep_to_their_origins() {
     assert_eq!(servers.map(|server| server.requests()), [1, 2]);
 }
 
-/// BearerAuth, below: Without origins of its own, its token takes the place of the one from above, and a 401 that it cannot
-/// mend counts against both.
+/// BearerAuth, below: Without origins of its own, its token replaces the one from above, and a 401 that it cannot
+/// resolve counts against both.
 ///
 /// Law 8.
 #[tokio::test(start_paused = true)]

@@ -13,7 +13,7 @@ use tower_http::timeout::TimeoutLayer;
 
 use crate::support::{Api, AuthServer, get, get_path, millis, ready, secs, settle, timed};
 
-/// An API that refuses `token-1`, and takes 1.5 s for each answer.
+/// An API that refuses `token-1` and takes 1.5 s for each answer.
 fn slow() -> impl Service<
     Request<String>,
     Response = Response<String>,
@@ -42,7 +42,7 @@ async fn a_timeout_above_covers_the_wait_for_a_token() {
     let (response, took) = timed(client.clone().oneshot(get())).await;
     assert!(response.unwrap_err().is::<Elapsed>());
     assert_eq!(took, Duration::from_secs(2));
-    // The token request has gone on, and the next one joins it.
+    // The token request goes on, and the next request joins it.
     let (response, took) = timed(client.clone().oneshot(get_path("next"))).await;
     assert!(response.unwrap_err().is::<Elapsed>());
     assert_eq!(took, Duration::from_secs(2));
@@ -94,7 +94,7 @@ async fn a_timeout_above_does_not_cover_readiness() {
 
     assert!(layer.cache().peek().is_some());
     let late = time::timeout(secs(60), client.oneshot(get())).await;
-    assert!(late.is_err(), "it was timed out by the layer above");
+    assert!(late.is_err(), "the layer above timed it out");
     drop(place);
 }
 
@@ -109,7 +109,7 @@ async fn a_timeout_below_does_not_cover_the_wait_for_a_token() {
         .layer(BearerAuthLayer::new(server.clone()).replay(CloneBody))
         .timeout(Duration::from_secs(2))
         .service(slow());
-    // Two waits and two sendings, each of them shorter than its limit.
+    // Two waits and two sends, each shorter than its limit.
     let (response, took) = timed(client.oneshot(get())).await;
     assert_eq!(response.unwrap().body(), "token-2");
     assert_eq!(took, Duration::from_secs(13));
@@ -127,7 +127,7 @@ const LATE: StatusCode = StatusCode::GATEWAY_TIMEOUT;
 
 /// tower_http::Timeout, above: It covers what `Timeout` does, and answers with a status instead of an error.
 #[tokio::test(start_paused = true)]
-async fn a_timeout_of_tower_http_above_covers_the_wait_for_a_token() {
+async fn a_tower_http_timeout_above_covers_the_wait_for_a_token() {
     let server = AuthServer::new();
     server.set_latency(secs(5));
     let client = ServiceBuilder::new()
@@ -144,7 +144,7 @@ async fn a_timeout_of_tower_http_above_covers_the_wait_for_a_token() {
 
 /// tower_http::Timeout, below: Its status passes like an answer of the API, so do not choose 401.
 #[tokio::test(start_paused = true)]
-async fn a_timeout_of_tower_http_below_answers_for_the_api() {
+async fn a_tower_http_timeout_below_answers_for_the_api() {
     for (status, token_requests) in [(LATE, 1), (StatusCode::UNAUTHORIZED, 2)] {
         let server = AuthServer::new();
         let client = ServiceBuilder::new()
