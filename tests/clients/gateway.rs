@@ -1,4 +1,4 @@
-//! axum: a gateway that passes its users' requests on with a token of its own, over hyper-util's client.
+//! axum: a gateway that forwards its users' requests with its own token, over hyper-util's client.
 
 use std::{
     convert::Infallible,
@@ -105,12 +105,12 @@ fn gateway(layer: BearerAuthLayer<EmptyBody>, upstream: SocketAddr) -> Router {
     Router::new().fallback_service(stack)
 }
 
-/// Sends a request elsewhere, as one of ours.
+/// Makes a user's request ours, for the upstream.
 fn retarget(mut request: Request<Body>, upstream: &Authority) -> Request<Body> {
     let mut parts = request.uri().clone().into_parts();
     parts.scheme = Some(Scheme::HTTP);
     parts.authority = Some(upstream.clone());
-    // A `CONNECT` names no path, and a URI with a scheme has one.
+    // A `CONNECT` has no path, and a URI with a scheme needs one.
     let root = PathAndQuery::from_static("/");
     parts.path_and_query.get_or_insert(root);
     *request.uri_mut() = Uri::from_parts(parts).unwrap();
@@ -118,7 +118,7 @@ fn retarget(mut request: Request<Body>, upstream: &Authority) -> Request<Body> {
     request
 }
 
-/// A user has no use for a refusal of the gateway's token, but to take it for one of its own.
+/// A user would take a refusal of the gateway's token for one of its own.
 fn conceal(response: http::Response<Incoming>) -> Response {
     match response.status() {
         StatusCode::UNAUTHORIZED => StatusCode::BAD_GATEWAY.into_response(),
@@ -126,7 +126,7 @@ fn conceal(response: http::Response<Incoming>) -> Response {
     }
 }
 
-/// Tells a user what became of the gateway's token, which is none of the user's doing.
+/// Tells a user that there is no token, which is not the user's fault.
 async fn explain(error: BoxError, retry_in: Option<Duration>) -> Response {
     let Some(error) = error.downcast_ref::<TokenError>() else {
         return StatusCode::BAD_GATEWAY.into_response();
@@ -175,7 +175,7 @@ impl World {
     }
 }
 
-/// Sends a request as a user with a connection of its own.
+/// Sends a request as a user with its own connection.
 async fn user(request: Request<Body>) -> http::Response<Incoming> {
     let client = Client::builder(TokioExecutor::new()).build_http();
     client.request(request).await.unwrap()
@@ -223,9 +223,9 @@ async fn bodies_stream_through_in_both_directions() {
     assert!(body.frame().await.is_none());
 }
 
-/// RFC 9112 section 3.2: a user may name anything as the target, and `CONNECT` names no path at all.
+/// RFC 9112 section 3.2: a user may name any target, and `CONNECT` has no path.
 #[tokio::test]
-async fn every_form_of_a_target_is_answered_by_the_api() {
+async fn the_api_answers_every_form_of_a_target() {
     let world = World::start(&AuthServer::new()).await;
     for line in [
         "GET /sims HTTP/1.1",
@@ -245,7 +245,7 @@ async fn every_form_of_a_target_is_answered_by_the_api() {
 }
 
 #[tokio::test]
-async fn a_refused_token_is_replaced_and_an_empty_request_sent_again() {
+async fn a_refused_token_is_replaced_and_an_empty_request_replayed() {
     let auth = AuthServer::new();
     let world = World::start(&auth).await;
     world.upstream.refuse("token-1");
@@ -254,7 +254,7 @@ async fn a_refused_token_is_replaced_and_an_empty_request_sent_again() {
     assert_eq!(auth.requests(), 2);
 }
 
-/// A body that is on its way cannot be sent again, and the next request has another token.
+/// A body under way cannot be sent again, and the next request has another token.
 #[tokio::test]
 async fn a_request_with_a_body_is_sent_once_and_the_token_is_replaced() {
     let auth = AuthServer::new();
@@ -272,7 +272,7 @@ async fn a_request_with_a_body_is_sent_once_and_the_token_is_replaced() {
     assert_eq!(world.upstream.seen(), ["token-1", "token-2"]);
 }
 
-/// RFC 8441: hyper tells such a request as one without a body, and hands its stream out by an upgrade.
+/// RFC 8441: hyper presents such a request without a body, and hands out its stream by an upgrade.
 #[tokio::test]
 async fn a_websocket_over_http_2_does_not_wait_for_a_body_to_be_collected() {
     let (sender, mut seen) = mpsc::unbounded_channel();
@@ -301,7 +301,7 @@ async fn a_websocket_over_http_2_does_not_wait_for_a_body_to_be_collected() {
         .unwrap();
     tokio::spawn(connection);
     let target = |path| format!("http://{gateway}{path}");
-    // With the first answer comes the gateway's word that it takes such requests.
+    // The first answer brings the gateway's settings, which allow such requests.
     let request = Request::get(target("/")).body(Body::empty()).unwrap();
     user.send_request(request).await.unwrap();
     let websocket = Protocol::from_static("websocket");
@@ -325,7 +325,7 @@ async fn users_are_told_when_to_come_back_while_there_is_no_token() {
     let world = World::start(&auth).await;
     let response = world.get().await;
     assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
-    // Asked for 20 s, the cache waits for up to 22 s.
+    // Asked for 20 s, the cache waits up to 22 s.
     let pause: u64 = response.headers()[RETRY_AFTER]
         .to_str()
         .unwrap()
@@ -345,7 +345,7 @@ async fn users_are_told_when_to_come_back_while_there_is_no_token() {
 /// Law 5: axum drops a handler's future when its user hangs up.
 #[tokio::test]
 async fn a_user_who_hangs_up_leaves_the_token_request_running() {
-    /// Tells when a request is given up by the gateway.
+    /// Tells when the gateway drops a request.
     struct Dropped(Arc<AtomicBool>);
     impl Drop for Dropped {
         fn drop(&mut self) {

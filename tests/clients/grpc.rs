@@ -83,7 +83,7 @@ impl Api {
         self.endpoint().connect_lazy()
     }
 
-    /// A client whose calls are sent again, since their messages are collected first.
+    /// A client whose calls can be replayed, since their messages are collected first.
     fn collecting_client(
         &self,
         auth: &AuthServer,
@@ -104,7 +104,7 @@ impl Api {
         (EchoClient::new(channel), cache)
     }
 
-    /// Refuses this token from now on, in the middle of a stream as well.
+    /// Refuses this token from now on, even in the middle of a stream.
     fn refuse(&self, token: &'static str) {
         self.tables.lock().unwrap().refused.insert(token);
     }
@@ -114,7 +114,7 @@ impl Api {
         self.tables.lock().unwrap().explains = true;
     }
 
-    /// What was sent as `authorization`, in its order, once more for each message of a chat.
+    /// The tokens sent, in order, one more for each message of a chat.
     fn seen(&self) -> Vec<String> {
         self.tables.lock().unwrap().seen.clone()
     }
@@ -138,7 +138,7 @@ impl Tables {
     }
 }
 
-/// The token failure that this status must have for its source.
+/// The token failure that must be this status' source.
 fn token_error(status: &Status) -> &TokenError {
     status.source().unwrap().downcast_ref().unwrap()
 }
@@ -195,7 +195,7 @@ async fn every_kind_of_call_carries_the_token() {
     assert_eq!(auth.requests(), 1);
 }
 
-/// A refusal by status is not explained, so that other calls keep the token until there is another one.
+/// A status gives no reason, so other calls keep the token until there is another.
 #[tokio::test]
 async fn a_refusal_by_status_replaces_the_token_once_for_all_calls() {
     let api = Api::start().await;
@@ -225,7 +225,7 @@ async fn a_refusal_by_status_replaces_the_token_once_for_all_calls() {
     assert_eq!(auth.requests(), 2);
 }
 
-/// Between the two, a call may try again at once only if it says that the token was refused.
+/// A retry helps before the replacement comes only if the caller reports the refusal.
 #[tokio::test]
 async fn a_caller_that_reports_the_refusal_finds_another_token_at_once() {
     let api = Api::start().await;
@@ -239,7 +239,7 @@ async fn a_caller_that_reports_the_refusal_finds_another_token_at_once() {
     for _ in 0..2 {
         client.say(text("hello")).await.unwrap_err();
         assert_eq!(api.seen().last().unwrap(), "token-1");
-        // The replacement is under way, and the token is the only one there is.
+        // The replacement is under way, and there is no other token yet.
         until(|| auth.requests() == 2).await;
     }
     cache.invalidate(&sent);
@@ -252,9 +252,9 @@ async fn a_caller_that_reports_the_refusal_finds_another_token_at_once() {
     assert_eq!(auth.requests(), 2);
 }
 
-/// Between the two, no call has to report what the API has explained.
+/// The API gives the reason, so no caller has to report the refusal.
 #[tokio::test]
-async fn a_refusal_with_a_challenge_is_waited_for() {
+async fn after_a_refusal_with_a_challenge_calls_wait() {
     let api = Api::start().await;
     let auth = AuthServer::new();
     let (mut client, _) = api.client(&auth);
@@ -273,7 +273,7 @@ async fn a_refusal_with_a_challenge_is_waited_for() {
     assert_eq!(api.seen(), ["token-1", "token-1", "token-2"]);
 }
 
-/// A gateway before the API speaks HTTP.
+/// As from a gateway in front of the API.
 #[tokio::test]
 async fn a_401_in_place_of_a_grpc_answer_replaces_the_token() {
     let app = axum::Router::new().fallback(|headers: http::HeaderMap| async move {
@@ -295,16 +295,16 @@ async fn a_401_in_place_of_a_grpc_answer_replaces_the_token() {
 
     let status = client.say(text("hello")).await.unwrap_err();
     assert_eq!(status.code(), Code::Unauthenticated);
-    // The token was named invalid: whoever comes next waits for the other one.
+    // The token was named invalid, so the next call waits for another.
     let status = client.say(text("hello")).await.unwrap_err();
     assert_eq!(status.code(), Code::PermissionDenied);
     assert_eq!(status.metadata().get("x-seen").unwrap(), "token-2");
     assert_eq!(auth.requests(), 2);
 }
 
-/// tonic's body is encoded as it is sent, and has no clone. Even an empty message has a frame of its own.
+/// tonic encodes a body as it is sent, without a clone, and even an empty message has a frame.
 #[tokio::test]
-async fn no_call_is_empty_enough_to_be_sent_again() {
+async fn empty_body_replays_no_call() {
     let api = Api::start().await;
     api.refuse("token-1");
     let auth = AuthServer::new();
@@ -320,9 +320,9 @@ async fn no_call_is_empty_enough_to_be_sent_again() {
     client.say(String::new()).await.unwrap();
 }
 
-/// What makes a call replayable is a layer above that collects its messages.
+/// A layer above collects them.
 #[tokio::test]
-async fn a_call_whose_messages_are_collected_first_is_sent_again() {
+async fn a_call_whose_messages_are_collected_is_replayed() {
     let api = Api::start().await;
     api.refuse("token-1");
     let auth = AuthServer::new();
@@ -336,9 +336,9 @@ async fn a_call_whose_messages_are_collected_first_is_sent_again() {
     assert_eq!(auth.requests(), 2);
 }
 
-/// The request of one that is answered by a stream is one message, which ends.
+/// Its request is one message, which ends.
 #[tokio::test]
-async fn a_call_that_is_answered_by_a_stream_is_sent_again_as_well() {
+async fn a_call_answered_by_a_stream_is_replayed_too() {
     let api = Api::start().await;
     api.refuse("token-1");
     let auth = AuthServer::new();
@@ -351,9 +351,9 @@ async fn a_call_that_is_answered_by_a_stream_is_sent_again_as_well() {
     assert_eq!(auth.requests(), 2);
 }
 
-/// The layer reads no bodies, and trailers are part of one.
+/// The layer reads no bodies, and trailers are part of them.
 #[tokio::test]
-async fn a_refusal_at_the_end_of_a_stream_is_the_callers_to_report() {
+async fn the_caller_reports_a_refusal_at_the_end_of_a_stream() {
     let api = Api::start().await;
     let auth = AuthServer::new();
     let (mut client, cache) = api.client(&auth);
@@ -376,7 +376,7 @@ async fn a_refusal_at_the_end_of_a_stream_is_the_callers_to_report() {
     assert_eq!(auth.requests(), 2);
 }
 
-/// Law 10: a channel has a buffer, and a call that waits for a token holds no place in it.
+/// Law 10: a channel has a buffer.
 #[tokio::test]
 async fn a_call_that_waits_for_a_token_holds_no_place_in_the_channel() {
     let api = Api::start().await;
@@ -405,9 +405,9 @@ async fn a_call_that_waits_for_a_token_holds_no_place_in_the_channel() {
     assert_eq!(auth.requests(), 1);
 }
 
-/// A deadline is the channel's to keep, from when a call gets there: the first time and the second.
+/// The channel keeps it, anew for each send.
 #[tokio::test]
-async fn the_deadline_of_a_call_leaves_out_the_wait_for_a_token() {
+async fn a_calls_deadline_excludes_the_wait_for_a_token() {
     let api = Api::start().await;
     api.refuse("token-1");
     let auth = AuthServer::new();
@@ -419,7 +419,7 @@ async fn the_deadline_of_a_call_leaves_out_the_wait_for_a_token() {
     assert_eq!(api.seen(), ["token-1", "token-2"]);
 }
 
-/// What covers all of a call is a timeout above.
+/// It covers the whole call.
 #[tokio::test]
 async fn a_timeout_above_covers_a_calls_wait_for_a_token() {
     let api = Api::start().await;
@@ -435,7 +435,7 @@ async fn a_timeout_above_covers_a_calls_wait_for_a_token() {
     assert!(api.seen().is_empty());
 }
 
-/// The extensions of a call are those of its request.
+/// A call's extensions are those of its request.
 #[tokio::test]
 async fn a_call_says_what_its_token_is_for() {
     let api = Api::start().await;
@@ -456,7 +456,7 @@ async fn a_call_says_what_its_token_is_for() {
 }
 
 #[tokio::test]
-async fn the_callers_own_authorization_is_kept_only_if_asked_for() {
+async fn the_callers_authorization_is_kept_only_if_configured() {
     let api = Api::start().await;
     let auth = AuthServer::new();
     for (keep, token) in [(false, "token-1"), (true, "own")] {
@@ -470,9 +470,9 @@ async fn the_callers_own_authorization_is_kept_only_if_asked_for() {
     }
 }
 
-/// Law 9 in a client of tonic: what names the origin is the channel, which is below the layer.
+/// Law 9: the channel names the origin, below the layer.
 #[tokio::test]
-async fn a_channels_address_is_out_of_the_layers_sight_unless_the_client_names_it() {
+async fn the_layer_does_not_see_a_channels_address_unless_the_client_names_it() {
     let api = Api::start().await;
     let auth = AuthServer::new();
     let address = api.address;
@@ -485,7 +485,7 @@ async fn a_channels_address_is_out_of_the_layers_sight_unless_the_client_names_i
     let service = ServiceBuilder::new()
         .layer(layer.clone())
         .service(channel.clone());
-    // The token goes over plain http, which the layer would refuse if it knew.
+    // The token goes over plain http, which the layer would refuse if it saw it.
     EchoClient::new(service.clone())
         .say(text("hello"))
         .await
@@ -505,7 +505,7 @@ async fn a_channels_address_is_out_of_the_layers_sight_unless_the_client_names_i
     assert_eq!(api.seen(), ["token-1", "anonymous"]);
 }
 
-/// Loopback may carry the token over plain http, named or not.
+/// It may, even over plain http.
 #[tokio::test]
 async fn a_loopback_origin_that_the_client_names_carries_the_token() {
     let api = Api::start().await;
@@ -519,7 +519,7 @@ async fn a_loopback_origin_that_the_client_names_carries_the_token() {
     assert_eq!(api.seen(), ["token-1"]);
 }
 
-/// What tonic makes of a token failure by itself.
+/// This is tonic's own mapping.
 #[cfg(feature = "rustls")]
 #[tokio::test]
 async fn a_token_failure_is_an_unknown_status_with_the_error_for_its_source() {
@@ -547,9 +547,9 @@ async fn a_token_failure_is_an_unknown_status_with_the_error_for_its_source() {
     assert!(api.seen().is_empty());
 }
 
-/// tonic searches an error's causes for a status, and the one that it finds there was not the API's.
+/// tonic searches an error's sources for a status, and this one is not the API's.
 #[tokio::test]
-async fn a_status_among_the_causes_of_a_token_failure_is_taken_for_the_calls_own() {
+async fn a_status_in_the_sources_of_a_token_failure_becomes_the_calls() {
     let api = Api::start().await;
     let auth = AuthServer::new();
     let refusal = Status::permission_denied("the token service says no");
@@ -561,7 +561,7 @@ async fn a_status_among_the_causes_of_a_token_failure_is_taken_for_the_calls_own
     assert!(status.source().unwrap().is::<TokenError>());
 }
 
-/// What gRPC's own credentials report: that a call may be tried again, or that nobody let the caller in.
+/// What gRPC's own credentials report: that a retry may help, or that the caller is not authenticated.
 fn to_status(error: BoxError) -> Status {
     match error.downcast::<TokenError>() {
         Ok(error) => {
@@ -579,7 +579,7 @@ fn to_status(error: BoxError) -> Status {
 }
 
 #[tokio::test]
-async fn a_mapped_token_failure_tells_what_is_worth_another_try() {
+async fn a_mapped_token_failure_tells_whether_a_retry_may_help() {
     let api = Api::start().await;
     let pause = Some(Duration::from_secs(7));
     let busy = TokenError::transient("busy").with_retry_after(Duration::from_secs(7));
@@ -605,7 +605,7 @@ async fn a_mapped_token_failure_tells_what_is_worth_another_try() {
     }
 }
 
-/// The mapping leaves the statuses of the channel as they are.
+/// The mapping keeps the channel's statuses.
 #[tokio::test]
 async fn an_api_that_is_down_is_unavailable_with_and_without_the_mapping() {
     let channel = Endpoint::from_shared(format!("http://{}", closed().await))
@@ -628,7 +628,7 @@ async fn an_api_that_is_down_is_unavailable_with_and_without_the_mapping() {
     assert_eq!(status.code(), Code::Unavailable, "{status:?}");
 }
 
-/// An interceptor cannot wait. It can ask for a token, whose request goes on when nobody waits for it.
+/// An interceptor cannot wait, but it can start a token request, which goes on without it.
 fn intercept(cache: TokenCache) -> impl FnMut(Request<()>) -> Result<Request<()>, Status> + Clone {
     move |mut request| {
         let asked = std::pin::pin!(cache.get()).poll(&mut Context::from_waker(Waker::noop()));
@@ -652,7 +652,7 @@ async fn an_interceptor_takes_its_token_from_the_cache() {
     let channel = InterceptedService::new(api.channel(), intercept(cache.clone()));
     let mut client = EchoClient::new(channel);
 
-    // The first one comes too early, unless somebody has waited for the token before.
+    // The first call comes too early, unless somebody waited for the token before.
     let status = client.say(text("hello")).await.unwrap_err();
     assert_eq!(status.code(), Code::Unavailable);
     assert!(api.seen().is_empty());
@@ -660,7 +660,7 @@ async fn an_interceptor_takes_its_token_from_the_cache() {
     client.say(text("hello")).await.unwrap();
     assert_eq!(auth.requests(), 1);
 
-    // It sees no answers: the caller reports the refusal and waits.
+    // An interceptor sees no answers: the caller reports the refusal and waits.
     api.refuse("token-1");
     client.say(text("hello")).await.unwrap_err();
     cache.invalidate(&sent);
@@ -669,7 +669,7 @@ async fn an_interceptor_takes_its_token_from_the_cache() {
     assert_eq!(api.seen(), ["token-1", "token-1", "token-2"]);
 }
 
-/// What an interceptor refuses is a response of headers only, as the API's refusal is.
+/// An interceptor refuses with headers only, like the API.
 #[tokio::test]
 async fn a_refusal_of_an_interceptor_below_counts_against_the_token() {
     let api = Api::start().await;
@@ -695,9 +695,9 @@ async fn a_refusal_of_an_interceptor_below_counts_against_the_token() {
     assert!(api.seen().is_empty());
 }
 
-/// A call's metadata is the other place for a token, where one can wait.
+/// Its metadata holds it, and here one can wait for it.
 #[tokio::test]
-async fn a_call_takes_its_token_along() {
+async fn a_call_may_bring_its_token() {
     let api = Api::start().await;
     let cache = TokenCache::new(AuthServer::new());
     let mut request = Request::new(text("hello"));

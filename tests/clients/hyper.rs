@@ -1,4 +1,4 @@
-//! hyper-util: its client with its pool, and the pools that one puts together oneself.
+//! hyper-util: its client with its pool, and hand-made pools.
 
 use std::{
     convert::Infallible,
@@ -31,7 +31,7 @@ use tower_bearer::{BearerAuthLayer, BoxError, CloneBody};
 
 use crate::support::{AuthServer, INVALID_TOKEN, bearer};
 
-/// What a refusal looks like.
+/// The body of a refusal.
 #[derive(Clone, Copy)]
 enum Refusal {
     Small,
@@ -116,7 +116,7 @@ fn layer() -> BearerAuthLayer<CloneBody> {
     BearerAuthLayer::new(AuthServer::new()).replay(CloneBody)
 }
 
-/// Sends one request, whose first token is refused, and tells how many connections that took.
+/// Sends requests, the first with a token that is refused, and counts the connections.
 async fn connections_for<S>(inner: impl FnOnce(&Api) -> S, refusal: Refusal) -> usize
 where
     S: Service<Request<Full<Bytes>>, Response = Response<Incoming>> + Clone,
@@ -133,14 +133,14 @@ where
     api.connections()
 }
 
-/// The refusal is held while its token is replaced, which is time enough to read what is small.
+/// It is held while its token is replaced, long enough to read a small body.
 #[tokio::test]
-async fn a_small_refusal_over_http_1_leaves_its_connection_for_the_second_sending() {
+async fn a_small_refusal_over_http_1_leaves_its_connection_for_the_replay() {
     let client = |_: &Api| Client::builder(TokioExecutor::new()).build_http();
     assert_eq!(connections_for(client, Refusal::Small).await, 1);
 }
 
-/// Nobody reads such a body to its end.
+/// Nobody reads its body to the end.
 #[tokio::test]
 async fn an_endless_refusal_over_http_1_costs_its_connection() {
     let client = |_: &Api| Client::builder(TokioExecutor::new()).build_http();
@@ -178,11 +178,11 @@ async fn many_refused_requests_share_one_token_request_and_one_connection() {
     assert_eq!(api.connections(), 1);
 }
 
-// Clients that one puts together oneself.
+// Hand-made clients.
 
 type BoxFuture<T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send>>;
 
-/// hyper's end of a connection, as a service of tower: that of HTTP/2 can be cloned, that of HTTP/1 cannot.
+/// hyper's end of a connection as a tower service: for HTTP/2 it is `Clone`, for HTTP/1 it is not.
 #[derive(Clone)]
 struct Connection<T>(T);
 
@@ -232,7 +232,7 @@ async fn connect_2(
     Ok(Connection(sender))
 }
 
-/// A client over a pool of services, which takes one of them for each request.
+/// A client that takes a service from a pool for each request.
 fn pooled<P, S>(
     pool: P,
 ) -> impl Service<Request<Full<Bytes>>, Response = Response<Incoming>, Error = BoxError, Future: Send>
@@ -256,9 +256,9 @@ where
     })
 }
 
-/// One connection of HTTP/2 for all, made once.
+/// One HTTP/2 connection for all requests.
 #[tokio::test]
-async fn the_layer_goes_over_a_singleton_pool() {
+async fn the_layer_works_over_a_singleton_pool() {
     for refusal in [Refusal::Small, Refusal::Endless] {
         let client = |_: &Api| {
             let connect = tower::service_fn(|address| Box::pin(connect_2(address)));
@@ -268,9 +268,9 @@ async fn the_layer_goes_over_a_singleton_pool() {
     }
 }
 
-/// Connections of HTTP/1, each for one request at a time. The answer is held and not the connection.
+/// HTTP/1 connections, each for one request at a time. The answer is held, not the connection.
 #[tokio::test]
-async fn the_layer_goes_over_a_cache_pool() {
+async fn the_layer_works_over_a_cache_pool() {
     let client = |_: &Api| {
         let connect = tower::service_fn(|address| Box::pin(connect_1(address)));
         let cache = pool::cache::builder().executor(TokioExecutor::new());
@@ -280,7 +280,7 @@ async fn the_layer_goes_over_a_cache_pool() {
 }
 
 #[tokio::test]
-async fn the_layer_goes_over_a_connection_of_http_2() {
+async fn the_layer_works_over_an_http_2_connection() {
     let api = Api::start(Refusal::Small).await;
     let client = layer().layer(connect_2(api.address).await.unwrap());
     let response = client.oneshot(api.request()).await.unwrap();
@@ -288,9 +288,9 @@ async fn the_layer_goes_over_a_connection_of_http_2() {
     assert_eq!(api.seen(), ["token-1", "token-2"]);
 }
 
-/// The one of HTTP/1 has no clones, and the layer needs them: a buffer between makes some.
+/// The connection is not `Clone`, as the layer needs it to be; a buffer is.
 #[tokio::test]
-async fn the_layer_goes_over_a_connection_of_http_1_in_a_buffer() {
+async fn the_layer_works_over_a_buffered_http_1_connection() {
     let api = Api::start(Refusal::Small).await;
     let client = ServiceBuilder::new()
         .layer(layer())
@@ -301,9 +301,9 @@ async fn the_layer_goes_over_a_connection_of_http_1_in_a_buffer() {
     assert_eq!(api.seen(), ["token-1", "token-2"]);
 }
 
-/// hyper gives up a connection whose answer was left unread: whoever has but one has none left for the second sending.
+/// hyper closes a connection whose answer is left unread: a client with only one has none for the replay.
 #[tokio::test]
-async fn a_long_refusal_over_a_single_connection_of_http_1_ends_it_unless_it_is_made_anew() {
+async fn a_long_refusal_ends_a_single_http_1_connection_unless_it_reconnects() {
     let api = Api::start(Refusal::Endless).await;
     let connection = connect_1(api.address).await.unwrap();
     let client = layer().layer(ServiceBuilder::new().buffer(8).service(connection));

@@ -1,4 +1,4 @@
-//! The layer on the clients that people have, over real connections.
+//! The layer on the clients that people use, over real connections.
 #![expect(
     clippy::unwrap_used,
     reason = "clippy allows it in test functions only, not in their helpers"
@@ -20,7 +20,7 @@ mod reqwest;
 )]
 mod support;
 
-/// Serves `app` on this machine until the test ends, and returns where.
+/// Serves `app` on this machine until the test ends, and returns its address.
 async fn serve(app: axum::Router) -> std::net::SocketAddr {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -28,7 +28,7 @@ async fn serve(app: axum::Router) -> std::net::SocketAddr {
     address
 }
 
-/// An address of this machine at which nobody listens any more.
+/// An address of this machine where nobody listens any more.
 async fn closed() -> std::net::SocketAddr {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     listener.local_addr().unwrap()

@@ -42,7 +42,7 @@ use crate::{
     support::{INVALID_TOKEN, everything, token_error},
 };
 
-/// An authorization server and an API on one port of this machine; clones are one.
+/// An authorization server and an API on one port of this machine; clones are one site.
 #[derive(Clone)]
 struct Site {
     address: SocketAddr,
@@ -178,7 +178,7 @@ async fn answer(
 }
 
 fn client() -> Client {
-    // Whatever the environment of the test says.
+    // Whatever the environment says.
     Client::builder().no_proxy().build().unwrap()
 }
 
@@ -192,7 +192,7 @@ fn put(url: Url, body: impl Into<Body>) -> Request {
     request
 }
 
-/// A body that can be read once.
+/// A body that can be read only once.
 fn streaming(chunks: [&'static str; 2]) -> Body {
     let frames = chunks.map(|chunk| Ok::<_, Infallible>(Frame::data(Bytes::from(chunk))));
     Body::wrap(StreamBody::new(tokio_stream::iter(frames)))
@@ -247,7 +247,7 @@ async fn a_refused_request_is_sent_again_with_its_whole_body() {
     assert_eq!(site.asked(), 2);
 }
 
-/// What cannot be sent again comes back refused, and the next request has another token.
+/// Asserts that the refusal comes back, and that the next request has another token.
 async fn is_sent_once<R: Replay<Request> + Send + Sync + 'static>(
     replay: R,
     request: impl Fn(Url) -> Request,
@@ -283,7 +283,7 @@ async fn a_request_is_sent_once_by_default() {
 }
 
 #[tokio::test]
-async fn an_empty_body_is_sent_again_and_another_is_not() {
+async fn only_an_empty_body_is_sent_again() {
     let site = Site::start().await;
     site.lock().revoked = Some("token-1");
     let api = site.layer().replay(EmptyBody).layer(client());
@@ -298,7 +298,7 @@ async fn an_empty_body_is_sent_again_and_another_is_not() {
 #[tokio::test]
 async fn plain_http_to_another_machine_is_refused_before_it_is_sent() {
     let site = Site::start().await;
-    // If it were sent, it would arrive.
+    // It would arrive if sent.
     let client = Client::builder()
         .no_proxy()
         .resolve("api.example.com", site.address)
@@ -316,7 +316,7 @@ async fn plain_http_to_another_machine_is_refused_before_it_is_sent() {
     assert_eq!(site.tokens(), own(&[Some("token-1")]));
 }
 
-/// A proxy is below the layer: the page of the requests says so, and what to do.
+/// A proxy is below the layer: the documentation says so, and what to do.
 #[tokio::test]
 async fn a_proxy_reads_the_token_of_a_plain_request_to_loopback() {
     let (site, proxy) = (Site::start().await, Site::start().await);
@@ -346,7 +346,7 @@ async fn an_origin_that_is_not_pinned_gets_no_token() {
     assert_eq!(site.tokens(), own(&[Some("token-1")]));
 }
 
-/// reqwest follows redirects below the layer, and takes the token off at the first step to another origin.
+/// reqwest follows redirects below the layer, and removes the token at the first hop to another origin.
 #[tokio::test]
 async fn a_redirect_to_a_foreign_origin_carries_no_token() {
     let (site, foreign) = (Site::start().await, Site::start().await);
@@ -359,7 +359,7 @@ async fn a_redirect_to_a_foreign_origin_carries_no_token() {
     assert_eq!(foreign.tokens(), own(&[None]));
 }
 
-/// What the layer's documentation warns of: reqwest puts the token on again at the second step.
+/// The layer's documentation warns of it: reqwest adds the token again at the second hop.
 #[tokio::test]
 async fn a_second_redirect_by_a_foreign_origin_carries_the_token_unless_the_policy_forbids_it() {
     let (site, foreign) = (Site::start().await, Site::start().await);
@@ -390,7 +390,7 @@ async fn a_second_redirect_by_a_foreign_origin_carries_the_token_unless_the_poli
     assert_eq!(response.text().await.unwrap(), "token-2");
 }
 
-/// A `reqwest::Request` has no extensions that others could read; an `http::Request` above has.
+/// A `reqwest::Request` has no readable extensions, but an `http::Request` above has.
 #[tokio::test]
 async fn an_http_request_above_says_what_its_token_is_for() {
     let site = Site::start().await;
@@ -412,7 +412,7 @@ async fn an_http_request_above_says_what_its_token_is_for() {
     assert_eq!(site.tokens(), own(&[first, second, first, None]));
     assert_eq!(site.lock().asked, ["read", "write"]);
 
-    // Its token is its own to lose.
+    // A refusal replaces the token of its scope.
     site.lock().revoked = Some("token-2");
     let request = request().extension(of("write"));
     let request = request.body(Bytes::from("body")).unwrap();
@@ -423,9 +423,9 @@ async fn an_http_request_above_says_what_its_token_is_for() {
     assert!(arrivals.iter().all(|arrival| arrival.body == "body"));
 }
 
-/// Law 8: above, where requests are those of `http`, a streaming body can be read first.
+/// Law 8: above, where requests are `http`'s, it can be read first.
 #[tokio::test]
-async fn a_streaming_body_that_was_collected_is_sent_again() {
+async fn a_collected_streaming_body_is_sent_again() {
     let site = Site::start().await;
     site.lock().revoked = Some("token-1");
     let api = ServiceBuilder::new()
@@ -456,13 +456,13 @@ async fn errors_of_reqwest_pass_through() {
     let error = api.clone().oneshot(get(url)).await.unwrap_err();
     assert!(error.downcast_ref::<reqwest::Error>().unwrap().is_connect());
 
-    // Not for the layer to judge: reqwest has no such requests.
+    // The layer does not judge it: reqwest has no such requests.
     let error = api.oneshot(get("data:text/plain,a".parse().unwrap())).await;
     let error = error.unwrap_err();
     assert!(error.downcast_ref::<reqwest::Error>().unwrap().is_builder());
 }
 
-/// Such a URL is no `http::Uri`, being too long: no token helps it.
+/// This URL is too long for an `http::Uri`: no token helps.
 #[tokio::test]
 async fn a_url_that_cannot_be_sent_waits_for_no_token() {
     let site = Site::start().await;
@@ -476,9 +476,9 @@ async fn a_url_that_cannot_be_sent_waits_for_no_token() {
     assert_eq!(site.asked(), 0);
 }
 
-/// reqwest's timeout begins when the request is sent, each time anew.
+/// reqwest's timeout starts anew with each send.
 #[tokio::test]
-async fn the_timeout_of_a_request_leaves_out_the_wait_for_a_token() {
+async fn the_timeout_of_a_request_excludes_the_wait_for_a_token() {
     let send = async |path| {
         let site = Site::start().await;
         site.lock().latency = Duration::from_millis(700);
@@ -492,7 +492,7 @@ async fn the_timeout_of_a_request_leaves_out_the_wait_for_a_token() {
     };
     let response = send("/a").await.unwrap();
     assert_eq!(response.text().await.unwrap(), "token-2");
-    // The copy has it too.
+    // The copy has the timeout too.
     let error = send("/hang").await.unwrap_err();
     assert!(error.downcast_ref::<reqwest::Error>().unwrap().is_timeout());
 }
@@ -519,7 +519,7 @@ impl Policy<Request, Response, BoxError> for OnceMore {
 }
 
 #[tokio::test]
-async fn it_stands_between_a_retry_and_timeouts_in_a_box() {
+async fn the_layer_works_boxed_between_a_retry_and_timeouts() {
     let site = Site::start().await;
     let cache = TokenCache::with_policy(site.source(), RefreshPolicy::new().attempts(1));
     let api = ServiceBuilder::new()
@@ -542,7 +542,7 @@ async fn it_stands_between_a_retry_and_timeouts_in_a_box() {
 
 /// Law 9.
 #[tokio::test]
-async fn no_token_and_no_secret_is_shown() {
+async fn nothing_shows_a_token_or_secret() {
     let site = Site::start().await;
     let shown = Arc::new(Mutex::new(String::new()));
     let show = |what: &dyn Debug| *shown.lock().unwrap() += &format!("{what:?} {what:#?}\n");
