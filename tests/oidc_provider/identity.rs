@@ -1,17 +1,17 @@
-//! A client that finds its server by the issuer, and leaves it again.
+//! A client that finds its server by the issuer, and revokes its tokens.
 
 use tower_bearer::Credential;
 
 use super::*;
 
 #[tokio::test]
-async fn a_server_is_found_by_its_issuer_and_says_what_to_do_with_a_secret() {
+async fn a_server_is_found_by_its_issuer() {
     for method in ["client_secret_basic", "client_secret_post"] {
         let Some(server) = server(method).await else {
             return;
         };
         let source = ClientCredentials::discover(&server.at.issuer, ID).client_secret(SECRET);
-        // The server supports both, and which of them this client is to use its metadata do not tell.
+        // The server supports both, and its metadata do not say which this client should use.
         let source = match method {
             "client_secret_post" => source.auth_method(AuthMethod::ClientSecretPost),
             _ => source,
@@ -21,9 +21,9 @@ async fn a_server_is_found_by_its_issuer_and_says_what_to_do_with_a_secret() {
     }
 }
 
-/// RFC 8414 section 3.3. Law 9: whoever says to be another gets no secret.
+/// RFC 8414 section 3.3. Law 9: a server that calls itself another gets no secret.
 #[tokio::test]
-async fn a_server_of_another_name_is_sent_nothing() {
+async fn a_server_with_another_name_is_sent_nothing() {
     let Some(server) = server("client_secret_basic").await else {
         return;
     };
@@ -43,7 +43,7 @@ async fn a_server_of_another_name_is_sent_nothing() {
 
 /// RFC 7009 section 2.
 #[tokio::test]
-async fn a_token_is_inactive_once_its_cache_was_shut_down() {
+async fn a_token_is_inactive_once_its_cache_is_shut_down() {
     let Some(server) = server("client_secret_basic").await else {
         return;
     };
@@ -55,16 +55,16 @@ async fn a_token_is_inactive_once_its_cache_was_shut_down() {
         cache.shutdown_and_revoke().await.unwrap();
         assert_eq!(server.introspect(&token).await["active"], false);
     }
-    // Without a word about where, they live on, and the caller learns of it.
+    // Without a revocation endpoint they live on, and the caller gets an error.
     let cache = TokenCache::new(client(&server).build().unwrap());
     let token = is_ours(&server, &cache).await;
     cache.shutdown_and_revoke().await.unwrap_err();
     assert_eq!(server.introspect(&token).await["active"], true);
 }
 
-/// A secret that is wrong at first costs a request, and none of those that follow it.
+/// A secret that is wrong at first costs one request only.
 #[tokio::test]
-async fn a_secret_is_asked_for_again_within_the_attempt_that_was_refused() {
+async fn a_secret_is_asked_for_again_within_the_refused_attempt() {
     let Some(server) = server("client_secret_basic").await else {
         return;
     };

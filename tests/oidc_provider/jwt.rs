@@ -1,4 +1,4 @@
-//! Clients that prove who they are by signed assertions.
+//! Clients that prove their identity by signed assertions.
 
 use std::process::Command;
 
@@ -6,7 +6,7 @@ use tower_bearer::{AssertionAudience, SigningAlgorithm};
 
 use super::*;
 
-/// A private key in both of its forms, and the public one as a JWK.
+/// A private key in both forms, and the public one as a JWK.
 struct Key {
     pem: String,
     jwk: String,
@@ -14,7 +14,7 @@ struct Key {
 }
 
 impl Key {
-    /// Has Node make one, as its `crypto.generateKeyPairSync` names it: what others write is to be read here.
+    /// Has Node's `crypto.generateKeyPairSync` make one of this kind: keys made by others must be readable.
     fn new(kind: &str) -> Self {
         let script = format!(
             "const {{ privateKey, publicKey }} = require('crypto').generateKeyPairSync({kind});
@@ -62,7 +62,7 @@ async fn a_private_key_of_every_kind_proves_the_identity() {
         (&ed, "EdDSA", SigningAlgorithm::EdDsa),
     ] {
         let mut client = key.client();
-        // The server takes this one from this client and no other.
+        // The server accepts only this algorithm from this client.
         client["token_endpoint_auth_signing_alg"] = name.into();
         let Some(server) = start([client], json!({ "assertions": "issuer" })).await else {
             return;
@@ -80,7 +80,7 @@ async fn a_private_key_of_every_kind_proves_the_identity() {
 }
 
 #[tokio::test]
-async fn an_assertion_has_the_audience_that_the_server_wants() {
+async fn an_assertion_has_the_audience_the_server_wants() {
     if servers::installed("oidc-provider").is_none() {
         return;
     }
@@ -109,7 +109,7 @@ async fn an_assertion_has_the_audience_that_the_server_wants() {
     }
 }
 
-/// The server sees to it that an assertion is used once.
+/// The server accepts an assertion only once.
 #[tokio::test]
 async fn a_discovered_server_gets_an_assertion_for_every_token_request() {
     if servers::installed("oidc-provider").is_none() {

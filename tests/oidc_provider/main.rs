@@ -37,13 +37,13 @@ use tower_bearer::{
 
 use crate::servers::{HttpClient, Server};
 
-/// What has to be escaped in a form, in a URL, or in either; RFC 6749 appendix A has no bytes beyond ASCII here.
+/// What must be escaped in a form, a URL or either; RFC 6749 appendix A allows only ASCII here.
 const ID: &str = "client of a+b: 100%25 & more=/?#\"'";
 const SECRET: &str = "s p+a:c%2Be%&=/?#\\\"~";
 const RESOURCE: &str = "https://api.example.com/sims";
 const READ_ONLY: &str = "https://api.example.com/bills";
 
-/// A server that knows the client [`ID`], which has this way to authenticate and may read and write.
+/// A server that knows the client [`ID`], which authenticates by this method and may read and write.
 async fn server(method: &str) -> Option<Server> {
     let client = json!({
         "client_secret": SECRET,
@@ -57,7 +57,7 @@ async fn server(method: &str) -> Option<Server> {
     start([client], settings).await
 }
 
-/// A server with these clients, the first of which is [`ID`], and with one that introspects.
+/// A server with these clients, the first of which is [`ID`], and one that introspects.
 async fn start<const N: usize>(mut clients: [Value; N], mut settings: Value) -> Option<Server> {
     clients[0]["client_id"] = ID.into();
     let mut clients = Vec::from(clients);
@@ -113,7 +113,7 @@ async fn a_resource_is_the_tokens_audience() {
 }
 
 #[tokio::test]
-async fn the_scope_that_was_granted_is_told_although_more_was_asked_for() {
+async fn a_token_has_the_granted_scope_though_more_was_requested() {
     let Some(server) = server("client_secret_basic").await else {
         return;
     };
@@ -127,7 +127,7 @@ async fn the_scope_that_was_granted_is_told_although_more_was_asked_for() {
 }
 
 #[tokio::test]
-async fn a_scope_that_is_refused_is_terminal_and_not_asked_for_again() {
+async fn a_refused_scope_is_terminal_and_not_requested_again() {
     let Some(server) = server("client_secret_basic").await else {
         return;
     };
@@ -141,7 +141,7 @@ async fn a_scope_that_is_refused_is_terminal_and_not_asked_for_again() {
 }
 
 #[tokio::test]
-async fn a_client_is_refused_until_its_secret_is_the_servers() {
+async fn a_client_is_refused_until_the_server_knows_its_secret() {
     let Some(server) = server("client_secret_basic").await else {
         return;
     };
@@ -163,7 +163,7 @@ async fn a_client_is_refused_until_its_secret_is_the_servers() {
     assert_eq!(error.oauth_error(), Some("invalid_client"));
 }
 
-/// Law 3: a token is given up before the server does it, and not much sooner.
+/// Law 3: a token is given up before it expires at the server, and not much sooner.
 #[tokio::test]
 async fn a_token_is_what_introspection_says() {
     let Some(server) = server("client_secret_basic").await else {
@@ -187,7 +187,7 @@ async fn a_token_is_what_introspection_says() {
 }
 
 #[tokio::test]
-async fn an_endpoint_that_is_busy_is_heard_out() {
+async fn the_retry_after_of_a_busy_endpoint_is_read() {
     let Some(server) = server("client_secret_basic").await else {
         return;
     };
@@ -201,14 +201,14 @@ async fn an_endpoint_that_is_busy_is_heard_out() {
     source.fetch(Fetch::new()).await.unwrap();
 }
 
-/// Laws 1, 2 and 8: whatever is in flight when all tokens are revoked is answered all the same.
+/// Laws 1, 2 and 8: requests in flight when all tokens are revoked are still answered.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_revocation_under_load_costs_one_token_request_and_no_answer() {
+async fn a_revocation_under_load_costs_one_token_request_and_fails_none() {
     let Some(server) = server("client_secret_basic").await else {
         return;
     };
     let cache = TokenCache::new(client(&server).build().unwrap());
-    // So long that every caller has met the revocation before the next token is there.
+    // Long enough for every caller to meet the revocation before the next token comes.
     server.order(json!({ "delay": 200 })).await;
     let load = Load::start(&server, &cache, 20);
     time::sleep(Duration::from_millis(500)).await;
@@ -223,7 +223,7 @@ async fn a_revocation_under_load_costs_one_token_request_and_no_answer() {
     assert!(counts.api_requests >= 100, "{counts:?}");
 }
 
-/// Law 2: tokens that live for two to three seconds, since this server counts whole ones.
+/// Law 2: they live for two to three seconds, since this server counts whole ones.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tokens_of_seconds_are_replaced_before_anybody_notices() {
     let Some(server) = server("client_secret_basic").await else {
@@ -236,8 +236,8 @@ async fn tokens_of_seconds_are_replaced_before_anybody_notices() {
     time::sleep(Duration::from_secs(6)).await;
     let tokens = load.stop().await;
 
-    // The first token is due after 0.35 of its lifetime at the soonest, and the others after 0.65; and one
-    // may be forced by a 401 every five seconds.
+    // The first token is due after at least 0.35 of its lifetime, the others after 0.65; and a 401 may force one every
+    // five seconds.
     let elapsed = start.elapsed().as_secs_f64();
     let planned = 2 + ((elapsed - 3.0 * 0.35) / (3.0 * 0.65)) as usize;
     let forced = 1 + (elapsed / 5.0) as usize;
@@ -246,7 +246,7 @@ async fn tokens_of_seconds_are_replaced_before_anybody_notices() {
     assert!(tokens.len() >= 3, "{}", tokens.len());
 }
 
-/// Callers that send one request after the other and accept no answer but 200.
+/// Callers that send one request after another and accept only 200.
 struct Load {
     callers: JoinSet<BTreeSet<String>>,
     stop: tokio::sync::watch::Sender<bool>,
@@ -274,7 +274,7 @@ impl Load {
         load
     }
 
-    /// Returns all tokens that the API has seen and accepted.
+    /// Returns all tokens that the API accepted.
     async fn stop(self) -> BTreeSet<String> {
         self.stop.send_replace(true);
         self.callers
@@ -297,7 +297,7 @@ async fn call(client: tower_bearer::BearerAuth<HttpClient, CloneBody>, url: &str
     seen["token"].as_str().unwrap().to_owned()
 }
 
-/// Gets a token and has the server say whose it is.
+/// Gets a token and asks the server whose it is.
 async fn is_ours(server: &Server, cache: &TokenCache) -> String {
     let token = cache.get().await.unwrap();
     let said = server.introspect(token.expose_secret()).await;
@@ -308,7 +308,7 @@ async fn is_ours(server: &Server, cache: &TokenCache) -> String {
     token.expose_secret().to_owned()
 }
 
-/// Asks for a token as somebody whom the server does not know.
+/// Asks for a token as a client that the server does not know.
 async fn is_refused(source: ClientCredentials) {
     let error = source.fetch(Fetch::new()).await.unwrap_err();
     assert_eq!(error.oauth_error(), Some("invalid_client"), "{error:?}");

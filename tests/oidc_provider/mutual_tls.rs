@@ -1,4 +1,4 @@
-//! Clients that prove who they are by a certificate (RFC 8705), at the endpoint that the server has for them.
+//! Clients that prove their identity by a certificate (RFC 8705), at the server's endpoint for them.
 
 use base64::{Engine, engine::general_purpose::STANDARD, engine::general_purpose::URL_SAFE_NO_PAD};
 use rcgen::{
@@ -8,11 +8,11 @@ use rcgen::{
 
 use super::*;
 
-/// Who signs the certificate of the server, and those of clients.
+/// Signs the certificates of the server and of clients.
 struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 impl Authority {
-    /// Each has a name of its own: a server ends the handshake over one of a known name and another key.
+    /// Each needs its own name: a server ends the handshake over a known name with another key.
     fn new(name: &str) -> Self {
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, name);
@@ -27,7 +27,7 @@ impl Authority {
         (certificate, key)
     }
 
-    /// What makes a server speak TLS.
+    /// Makes a server speak TLS.
     fn settings(&self) -> Value {
         let (certificate, key) = self.sign("localhost");
         json!({ "tls": {
@@ -66,7 +66,7 @@ fn with(
 
 /// RFC 8705 section 2.1.
 #[tokio::test]
-async fn a_certificate_of_the_registered_subject_proves_the_identity() {
+async fn a_certificate_with_the_registered_subject_proves_the_identity() {
     let (authority, stranger) = (Authority::new("ours"), Authority::new("another"));
     let right = authority.sign("client.example");
     for (property, subject) in [
@@ -90,10 +90,10 @@ async fn a_certificate_of_the_registered_subject_proves_the_identity() {
 
 /// RFC 8705 section 2.2.
 #[tokio::test]
-async fn a_certificate_that_is_registered_itself_proves_the_identity() {
+async fn a_registered_certificate_proves_the_identity() {
     let authority = Authority::new("ours");
     let right = self_signed("client.example");
-    // The point of a P-256 key, which is not compressed: SEC 1 section 2.3.3.
+    // The uncompressed point of a P-256 key: SEC 1 section 2.3.3.
     let (x, y) = right.1.der_bytes()[1..].split_at(32);
     let client = json!({
         "token_endpoint_auth_method": "self_signed_tls_client_auth",

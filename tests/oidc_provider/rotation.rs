@@ -6,7 +6,7 @@ use tower_bearer::Credential;
 
 use super::*;
 
-/// A secret's file, gone with the test.
+/// A secret's file, removed with the test.
 struct SecretFile(PathBuf);
 
 impl SecretFile {
@@ -17,7 +17,7 @@ impl SecretFile {
         file
     }
 
-    /// Puts another file into its place, as Kubernetes does.
+    /// Replaces the file, as Kubernetes does.
     fn write(&self, secret: &str) {
         let new = self.0.with_extension("new");
         fs::write(&new, secret).unwrap();
@@ -42,13 +42,13 @@ async fn change(server: &Server, secret: &str) {
     server.order(json!({ "secret": order })).await;
 }
 
-/// Law 3: a token request between the two changes is refused, and made again before the token dies.
+/// Law 3: a token request between the two changes is refused, and repeated before the token dies.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_secret_that_changes_under_load_is_noticed_by_nobody() {
+async fn nobody_notices_a_secret_that_changes_under_load() {
     let Some(server) = server("client_secret_basic").await else {
         return;
     };
-    // A token is due after 6 s at the latest, and lives for 7 s at least.
+    // A token is due after at most 6 s, and lives for at least 7 s.
     server.order(json!({ "lifetime": 8 })).await;
     let file = SecretFile::new("load");
     let cache = TokenCache::new(file.source(&server));
@@ -64,12 +64,12 @@ async fn a_secret_that_changes_under_load_is_noticed_by_nobody() {
     file.write("third");
     until(|| async { server.counts().await.granted == 3 }).await;
 
-    // Each of them answers 200 to everybody.
+    // Each token got only 200.
     assert_eq!(load.stop().await.len(), 3);
     assert_eq!(server.counts().await.token_requests, 4);
 }
 
-/// Law 7: what is remembered of a refusal ends with the secret that was refused.
+/// Law 7: a remembered refusal ends with the refused secret.
 #[tokio::test]
 async fn a_secret_whose_file_follows_seconds_later_is_used_at_once() {
     let Some(server) = server("client_secret_basic").await else {
@@ -89,13 +89,13 @@ async fn a_secret_whose_file_follows_seconds_later_is_used_at_once() {
     let refused = Instant::now();
     file.write("second");
     until(|| async { cache.get().await.is_ok() }).await;
-    // The pause after the second refusal is twice as long, 5 s at the least.
+    // The pause after the second refusal is twice as long, at least 5 s.
     let took = refused.elapsed();
     assert!(took < Duration::from_secs(4), "{took:?}");
     assert_eq!(server.counts().await.token_requests, 3);
 }
 
-/// Asks again until it is so.
+/// Polls until it is so.
 async fn until<F: Future<Output = bool>>(mut is_so: impl FnMut() -> F) {
     for _ in 0..1500 {
         if is_so().await {
@@ -103,5 +103,5 @@ async fn until<F: Future<Output = bool>>(mut is_so: impl FnMut() -> F) {
         }
         time::sleep(Duration::from_millis(20)).await;
     }
-    panic!("it did not come about within half a minute");
+    panic!("not so within half a minute");
 }

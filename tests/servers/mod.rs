@@ -1,4 +1,4 @@
-//! Real authorization servers in processes of their own, by the contract of `README.md`.
+//! Real authorization servers in their own processes, by the contract in `README.md`.
 
 use std::{
     env,
@@ -28,7 +28,7 @@ use serde_json::Value;
 
 pub type HttpClient = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
 
-/// A server that runs; it ends when it is dropped.
+/// A running server; it ends when dropped.
 pub struct Server {
     child: Child,
     pub at: Endpoints,
@@ -82,7 +82,7 @@ impl Server {
             .await
     }
 
-    /// What the server says of a token (RFC 7662) to a client of the name and secret `inspector`.
+    /// What the server says about a token (RFC 7662) to a client with the name and secret `inspector`.
     pub async fn introspect(&self, token: &str) -> Value {
         let body = format!("client_id=inspector&client_secret=inspector&token={token}");
         let form = "application/x-www-form-urlencoded";
@@ -112,13 +112,13 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // It would also end by itself, as its input does.
+        // It would also end with its input.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// A client that trusts whoever signs the certificates of the server's clients.
+/// A client that trusts `ca`, by which the server verifies its clients.
 fn http_client(ca: Option<&str>) -> HttpClient {
     let mut roots = RootCertStore::empty();
     if let Some(ca) = ca {
@@ -138,7 +138,7 @@ fn http_client(ca: Option<&str>) -> HttpClient {
     Client::builder(TokioExecutor::new()).build(connector)
 }
 
-/// Returns where the server of this folder is, or says that the running test is skipped, and why.
+/// Returns where this folder's server is, or prints that the test is skipped, and why.
 pub fn installed(folder: &str) -> Option<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/servers")
@@ -175,14 +175,14 @@ fn launch(folder: &PathBuf, config: &str) -> (Child, Endpoints) {
         .current_dir(folder)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
-        // Servers warn of what is meant here, such as plain http.
+        // Servers warn of what is intended here, such as plain http.
         .stderr(Stdio::null())
         .spawn()
         .expect("Node is there");
     let output = child.stdout.take().expect("it was piped");
     match first_line(output) {
         Some(line) => {
-            let at = serde_json::from_str(&line).expect("it prints what the contract says");
+            let at = serde_json::from_str(&line).expect("it follows the contract");
             (child, at)
         }
         None => {
@@ -193,7 +193,7 @@ fn launch(folder: &PathBuf, config: &str) -> (Child, Endpoints) {
     }
 }
 
-/// Waits for the first line, and swallows the others so that the server never blocks on them.
+/// Waits for the first line, and discards the others so that the server never blocks on them.
 fn first_line(output: ChildStdout) -> Option<String> {
     let (sender, receiver) = std::sync::mpsc::channel();
     thread::spawn(move || {
