@@ -1,9 +1,9 @@
 //! A request that finds a token allocates nothing but what `http` needs to insert a header.
 //!
-//! The first requests are left out: with them a service makes itself a copy of each new token, one for its clones and, if
-//! it is called often, one for itself.
+//! The first requests are left out: with them a service copies each new token, once for its clones and, if it is called
+//! often, once for itself.
 //!
-//! A binary of its own, with one test, because the allocator counts for the whole process.
+//! A binary with one test, because the allocator counts for the whole process.
 
 use std::{
     convert::Infallible,
@@ -36,7 +36,7 @@ fn answer(request: Request<()>) -> Answer {
 struct Blocks {
     kept: u64,
     cloned: u64,
-    /// By clones of which each is called a few times.
+    /// By clones that are each called a few times.
     few: u64,
     keyed: u64,
 }
@@ -60,8 +60,8 @@ where
     }
 }
 
-/// What a thousand requests allocate, some before them left out; the least of three times, since the harness has a
-/// thread of its own that allocates too.
+/// What a thousand requests allocate after some others; the least of three times, since the harness has a thread that
+/// allocates too.
 async fn least(mut request: impl AsyncFnMut(usize)) -> u64 {
     let mut least = u64::MAX;
     for _ in 0..3 {
@@ -77,7 +77,7 @@ async fn least(mut request: impl AsyncFnMut(usize)) -> u64 {
     least
 }
 
-/// By a clone of the service, and after so many calls by the next one.
+/// By clones of the service, the next one after so many calls.
 async fn by_clones<S>(service: &S, request: impl Fn() -> Request<()>, calls: usize) -> u64
 where
     S: Service<Request<()>, Response = Response<()>> + Clone,
@@ -93,8 +93,7 @@ where
     .await
 }
 
-/// By a service that leaves a clone in its place each time, as a middleware does that calls the very service which was
-/// polled ready.
+/// By a service that leaves a clone in its place each time, like a middleware that calls the service that was ready.
 async fn gives_way<S>(service: &mut S) -> u64
 where
     S: Service<Request<()>, Response = Response<()>> + Clone,
@@ -161,7 +160,7 @@ async fn a_request_that_finds_a_token_allocates_no_more_than_a_static_header() {
 
     assert_eq!(gives_way(&mut giving_way.0).await, fixed.kept);
     assert_eq!(gives_way(&mut giving_way.1).await, fixed.kept);
-    // And with the next token too.
+    // The same with the next token.
     let (first, mut events) = (cache.peek().unwrap(), cache.events());
     cache.invalidate(&first);
     while !matches!(events.next().await, Some(TokenEvent::TokenReceived { .. })) {}

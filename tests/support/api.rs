@@ -1,4 +1,4 @@
-//! [`Api`]: a service that stands in for the API and what is between, and what it sees and answers.
+//! [`Api`]: a service in place of the API and the way to it; what it sees and answers.
 
 use std::{
     collections::HashMap,
@@ -29,8 +29,8 @@ impl Arrival {
 
 /// An API in memory that remembers what it was sent. Clones are one API.
 ///
-/// It takes requests with any body, which it does not read. What it answers is decided as a request arrives;
-/// when it does, by [`hold`](Self::hold).
+/// It takes requests with any body, which it does not read. The answer is decided when a request arrives;
+/// [`hold`](Self::hold) delays it.
 #[derive(Clone)]
 pub struct Api {
     shared: Arc<ApiShared>,
@@ -60,7 +60,7 @@ impl Api {
         Self::new(|arrival| echo(arrival.token()))
     }
 
-    /// Refuses the server's first token, of each scope, for invalid, and sends the others' text for a body.
+    /// Refuses the first token of each scope as invalid, and sends others' text as the body.
     pub fn refusing_the_first() -> Self {
         Self::new(|arrival| match arrival.token() {
             Some(token) if token.ends_with("-1") => unauthorized(INVALID_TOKEN),
@@ -68,7 +68,7 @@ impl Api {
         })
     }
 
-    /// `refusal` to requests with this token, and the others' text for a body.
+    /// `refusal` to requests with this token, and others' text as the body.
     pub fn refusing(
         token: &'static str,
         refusal: impl Fn() -> Response<String> + Send + Sync + 'static,
@@ -92,7 +92,7 @@ impl Api {
         self.shared.arrivals.lock().unwrap().clone()
     }
 
-    /// The tokens of all requests, in the order in which they came.
+    /// The tokens of all requests, in order.
     pub fn tokens(&self) -> Vec<String> {
         let arrivals = self.shared.arrivals.lock().unwrap();
         let tokens = arrivals.iter().map(Arrival::token);
@@ -101,7 +101,7 @@ impl Api {
             .collect()
     }
 
-    /// How often each path was sent to, at most.
+    /// The most requests to any one path.
     pub fn most_per_path(&self) -> usize {
         let arrivals = self.shared.arrivals.lock().unwrap();
         let mut counts = HashMap::<_, usize>::new();

@@ -1,4 +1,4 @@
-//! [`AuthServer`]: a token source that stands in for the authorization server.
+//! [`AuthServer`]: a token source in place of the authorization server.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -15,10 +15,10 @@ use tower_bearer::{Fetch, RefreshToken, TokenError, TokenResponse, TokenSource};
 /// What the authorization server does with a token request.
 #[derive(Clone, Debug)]
 pub enum Answer {
-    /// Grants a new token with this lifetime: `token-N` for the Nth request that asks for no scope, and
-    /// `token-SCOPE-N` for the Nth one that asks for this scope.
+    /// Grants a new token with this lifetime: `token-N` for the Nth request without a scope, and `token-SCOPE-N` for
+    /// the Nth one with this scope.
     Grant(Duration),
-    /// The same, and names no lifetime.
+    /// The same, without a lifetime.
     GrantUnnamed,
     /// Grants this.
     Give(TokenResponse),
@@ -42,7 +42,7 @@ impl Answer {
 pub struct Seen {
     pub at: Instant,
     pub attempt: u32,
-    /// All scopes in their order with a `+` between; empty without any.
+    /// All scopes in order, joined by `+`; empty without any.
     pub scope: String,
     pub refresh_token: Option<String>,
     pub claims: Option<String>,
@@ -57,9 +57,9 @@ pub struct AuthServer {
 
 struct State {
     answer: Answer,
-    /// What it does first, one answer after the other.
+    /// Its first answers, in order.
     script: VecDeque<Answer>,
-    /// What it does with requests for this scope, whatever it does with others.
+    /// Its answer to requests for this scope, whatever the others get.
     by_scope: HashMap<String, Answer>,
     latency: Duration,
     refresh_tokens: bool,
@@ -91,7 +91,7 @@ impl AuthServer {
         }
     }
 
-    /// A server that answers so, in this order, and then fails.
+    /// A server that gives these answers in order and then fails.
     pub fn scripted<const N: usize>(script: [Result<TokenResponse, TokenError>; N]) -> Self {
         let server = Self::new();
         server.set(Answer::Fail(TokenError::transient("the script is over")));
@@ -100,7 +100,7 @@ impl AuthServer {
         server
     }
 
-    /// Sets what it does from now on, with the requests that it holds as well.
+    /// Sets its answer from now on, even to requests that it holds.
     pub fn set(&self, answer: Answer) {
         self.lock().answer = answer;
     }
@@ -149,12 +149,12 @@ impl AuthServer {
         self.lock().seen.clone()
     }
 
-    /// How many token requests it has not answered and nobody has given up.
+    /// How many token requests are neither answered nor given up.
     pub fn in_flight(&self) -> usize {
         self.lock().in_flight
     }
 
-    /// How many token requests it has had at once, at most: law 1 wants one.
+    /// The most token requests it has had at once: law 1 wants one.
     pub fn most_at_once(&self) -> usize {
         self.lock().most_at_once
     }
@@ -209,7 +209,7 @@ impl TokenSource for AuthServer {
 struct Guest<'a> {
     server: &'a AuthServer,
     scope: String,
-    /// The number of the request among those for the same scope.
+    /// The request's number among those for its scope.
     number: usize,
     latency: Duration,
 }

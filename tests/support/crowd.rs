@@ -1,4 +1,4 @@
-//! Callers of a cache: one of them, or a [`Crowd`].
+//! Callers of a cache: one, or a [`Crowd`].
 
 use std::{
     sync::{Arc, Mutex},
@@ -14,7 +14,7 @@ use tower_bearer::{AccessToken, TokenCache, TokenError};
 
 use super::poll_once;
 
-/// Callers of [`TokenCache::get`] that do not wait for each other, and what becomes of them.
+/// Callers of [`TokenCache::get`] that do not wait for each other, and their results.
 #[derive(Clone)]
 pub struct Crowd {
     cache: TokenCache,
@@ -26,7 +26,7 @@ pub struct Tally {
     pub served: usize,
     pub failed: usize,
     pub waiting: usize,
-    /// The longest that a caller has waited for its answer.
+    /// The longest wait of a caller.
     pub slowest: Duration,
     pub first_served: Option<Instant>,
 }
@@ -58,7 +58,7 @@ impl Crowd {
         }
     }
 
-    /// So many callers at once, again and again for so long.
+    /// So many callers at once, again and again until `duration` is over.
     pub async fn storm(&self, callers: usize, every: Duration, duration: Duration) {
         let end = Instant::now() + duration;
         while Instant::now() < end {
@@ -85,13 +85,13 @@ impl Crowd {
         }
     }
 }
-/// Starts a caller of [`TokenCache::get`] in a task of its own.
+/// Starts a caller of [`TokenCache::get`] in its own task.
 pub fn caller(cache: &TokenCache) -> JoinHandle<Result<AccessToken, TokenError>> {
     let cache = cache.clone();
     tokio::spawn(async move { cache.get().await })
 }
 
-/// Waits for all tasks, and fails with them or if one would never end.
+/// Waits for all tasks; fails if one fails or never ends.
 pub async fn all<T: 'static>(tasks: impl IntoIterator<Item = JoinHandle<T>>) -> Vec<T> {
     let mut results = Vec::new();
     for task in tasks {

@@ -22,8 +22,8 @@ use tracing_subscriber::{
 
 use super::everything;
 
-/// Keeps all events and spans enabled for the whole process, so that a subscriber of one thread sees its own ones
-/// whatever others come and go meanwhile: whether anybody cares for an event is remembered for all threads.
+/// Keeps all events and spans enabled for the whole process, so that a thread's subscriber sees its own whatever
+/// others come and go: whether an event is of interest is remembered for all threads.
 pub fn enable_tracing() {
     static ENABLED: LazyLock<tracing::Dispatch> =
         LazyLock::new(|| tracing::Dispatch::new(tracing_subscriber::registry()));
@@ -31,12 +31,12 @@ pub fn enable_tracing() {
     tracing::callsite::rebuild_interest_cache();
 }
 
-/// Everything that was printed. Clones are one.
+/// Everything that was printed. Clones share it.
 #[derive(Clone, Default)]
 pub struct Printed(Arc<Mutex<Vec<u8>>>);
 
 impl Printed {
-    /// Begins with all events and spans of this thread, of every target and level.
+    /// Collects all events and spans of this thread, of every target and level.
     pub fn collect() -> (Self, DefaultGuard) {
         enable_tracing();
         let printed = Self::default();
@@ -85,23 +85,23 @@ impl<'a> MakeWriter<'a> for Printed {
     }
 }
 
-/// A log that panics at what it is told, while it is told to.
+/// A log that panics at certain records, while switched on.
 pub struct PanickingLog {
     panics: Arc<AtomicBool>,
     at: &'static [Told],
 }
 
-/// What a log is told of.
+/// What a log receives.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Told {
     Event,
     NewSpan,
-    /// More of a span.
+    /// Of a span's field.
     Record,
 }
 
 impl PanickingLog {
-    /// Makes one the log of this thread, and returns its switch, which is off.
+    /// Installs one for this thread and returns its switch, which is off.
     pub fn collect(at: &'static [Told]) -> (Arc<AtomicBool>, DefaultGuard) {
         enable_tracing();
         let panics = Arc::new(AtomicBool::new(false));

@@ -1,4 +1,4 @@
-//! What the tests share: fakes of the two servers, in memory so that time can be paused, and ways to wait and to look.
+//! What the tests share: fakes of both servers, in memory so that time can be paused, and ways to wait and look.
 
 mod api;
 mod auth_server;
@@ -38,19 +38,19 @@ pub fn get_path(path: impl fmt::Display) -> Request<String> {
         .unwrap()
 }
 
-/// Waits until a service is ready for requests of [`get`]'s type, where it takes those of any.
+/// Waits until a service is ready, naming the request type where it takes several.
 pub async fn ready<S: Service<Request<String>>>(service: &mut S) -> Result<&mut S, S::Error> {
     service.ready().await
 }
 
-/// Lets every task run until none has anything to do, without time passing.
+/// Runs every task until all are idle, without time passing.
 pub async fn settle() {
     for _ in 0..100 {
         tokio::task::yield_now().await;
     }
 }
 
-/// Runs a future and tells how long it took; one that would never end fails.
+/// Runs a future and measures its time; fails if it never ends.
 pub async fn timed<F: Future>(future: F) -> (F::Output, Duration) {
     let start = Instant::now();
     let output = time::timeout(Duration::from_secs(3_600), future).await;
@@ -64,14 +64,14 @@ pub fn token_error(error: &BoxError) -> &TokenError {
         .unwrap_or_else(|| panic!("not a token failure: {error:?}"))
 }
 
-/// Everything that an error says of itself, down to its last source.
+/// All that an error shows, down to its last source.
 pub fn everything(error: &(dyn Error + 'static)) -> String {
     std::iter::successors(Some(error), |&error| error.source())
         .map(|error| format!("{error}\n{error:#}\n{error:?}\n{error:#?}\n"))
         .collect()
 }
 
-/// Makes what the caches of this thread leave to chance the same in every run.
+/// Makes this thread's caches draw the same random numbers in every run.
 pub fn seed(seed: u64) {
     fastrand::seed(seed);
 }
@@ -84,7 +84,7 @@ pub const fn millis(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
-/// Lets the paused clock go on and no task with it, as on a runtime that stands still.
+/// Advances the paused clock without running tasks, as on a runtime that stands still.
 pub fn stand_still(duration: Duration) {
     let _ = poll_once(pin!(time::advance(duration)));
 }
@@ -94,7 +94,7 @@ pub fn poll_once<F: Future + ?Sized>(future: Pin<&mut F>) -> Poll<F::Output> {
     future.poll(&mut Context::from_waker(Waker::noop()))
 }
 
-/// What a future that does not wait comes to, polled once.
+/// The output of a future that is ready at its first poll.
 #[track_caller]
 pub fn now<F: Future>(future: F) -> F::Output {
     match poll_once(pin!(future)) {
@@ -103,7 +103,7 @@ pub fn now<F: Future>(future: F) -> F::Output {
     }
 }
 
-/// Waits until `condition` holds, by a real clock for some seconds at most.
+/// Waits until `condition` holds, for at most some seconds of a real clock.
 pub async fn until(condition: impl Fn() -> bool) {
     for _ in 0..5_000 {
         if condition() {
@@ -111,10 +111,10 @@ pub async fn until(condition: impl Fn() -> bool) {
         }
         time::sleep(millis(1)).await;
     }
-    panic!("it never comes to that");
+    panic!("the condition never holds");
 }
 
-/// Runs `f` in a thread of its own, and fails if it takes longer than some seconds: it hangs.
+/// Runs `f` in its own thread, and fails if it hangs.
 pub fn without_a_hang<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> T {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || sender.send(f()));

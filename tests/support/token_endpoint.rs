@@ -1,4 +1,4 @@
-//! [`TokenEndpoint`]: what [`ClientCredentials`](tower_bearer::ClientCredentials) speak to in place of a connection.
+//! [`TokenEndpoint`]: what [`ClientCredentials`](tower_bearer::ClientCredentials) use in place of a connection.
 
 use std::{
     future::Future,
@@ -23,7 +23,7 @@ pub struct TokenEndpoint {
 type Answering = Pin<Box<dyn Future<Output = Result<Response<String>, BoxError>> + Send>>;
 
 impl TokenEndpoint {
-    /// An endpoint that gives this answer to a request once it has read it.
+    /// An endpoint that reads a request and then gives this answer.
     pub fn new<F>(answer: impl Fn(Request<String>) -> F + Send + Sync + 'static) -> Self
     where
         F: Future<Output = Result<Response<String>, BoxError>> + Send + 'static,
@@ -34,7 +34,7 @@ impl TokenEndpoint {
         }
     }
 
-    /// The bodies of all requests, in the order in which they came.
+    /// The bodies of all requests, in order.
     pub fn bodies(&self) -> Vec<String> {
         self.bodies.lock().unwrap().clone()
     }
