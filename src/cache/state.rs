@@ -1023,7 +1023,7 @@ mod tests {
         assert_eq!(case.acquire(), "fail");
     }
 
-    /// Law 7 (T14): a token dies by either clock, and a gate opens by either.
+    /// Law 7: a token dies by either clock, and a gate opens by either.
     #[test]
     fn clock_steps_neither_revive_a_token_nor_shut_a_gate_for_good() {
         let hour = Duration::from_secs(3_600);

@@ -152,7 +152,7 @@ fn assert_sent_once((response, received): (Response<String>, Vec<Received>), bod
     assert_whole(once, body, "token-1");
 }
 
-/// Law 8 (T15): the clone equals the request, to the byte.
+/// Law 8: the clone equals the request, to the byte.
 #[tokio::test(start_paused = true)]
 async fn cloned_bodies_are_sent_again_whole() {
     let large: Vec<u8> = (0..1_000_000_u32).map(|n| (n % 251) as u8).collect();
@@ -166,7 +166,7 @@ async fn cloned_bodies_are_sent_again_whole() {
     assert_sent_twice(send!(CloneBody, ALL, text.clone()), text.as_bytes());
 }
 
-/// Law 8 (T15): the clone is taken before the body is read.
+/// Law 8: the clone is taken before the body is read.
 #[tokio::test(start_paused = true)]
 async fn an_unread_cloned_body_is_sent_again_whole() {
     let server = AuthServer::new();
@@ -237,7 +237,7 @@ impl Body for Upload {
     }
 }
 
-/// Law 8 (T15): even bodies that cannot be cloned.
+/// Law 8: even bodies that cannot be cloned.
 #[tokio::test(start_paused = true)]
 async fn empty_bodies_are_sent_again() {
     assert_sent_twice(send!(EmptyBody, ALL, Empty::<Bytes>::new()), b"");
@@ -247,7 +247,7 @@ async fn empty_bodies_are_sent_again() {
     assert_sent_twice(send!(EmptyBody, ALL, Upload::default()), b"");
 }
 
-/// Law 8 (T15): the token is replaced all the same.
+/// Law 8: the token is replaced all the same.
 #[tokio::test(start_paused = true)]
 async fn empty_body_sends_bodies_that_are_not_empty_once() {
     assert_sent_once(send!(EmptyBody, ALL, Full::new(Bytes::from("a"))), b"a");
@@ -260,7 +260,7 @@ async fn empty_body_sends_bodies_that_are_not_empty_once() {
     assert_sent_once(send!(EmptyBody, ALL, upload), b"");
 }
 
-/// Law 8 (T15): it is not restarted, and its caller does not wait.
+/// Law 8: it is not restarted, and its caller does not wait.
 #[tokio::test(start_paused = true)]
 async fn a_refusal_of_a_half_sent_stream_is_returned_at_once() {
     let (upload, sender) = Upload::of(&["half"], false);

@@ -110,7 +110,7 @@ async fn release_at_stage_2(server: &AuthServer, stage: usize) {
     settle().await;
 }
 
-/// Law 5 (T2): after any number of polls, as the first caller or one of many.
+/// Law 5: after any number of polls, as the first caller or one of many.
 #[tokio::test(start_paused = true)]
 async fn other_requests_get_their_token_whenever_one_is_dropped() {
     for first in [true, false] {
@@ -148,7 +148,7 @@ async fn other_requests_get_their_token_whenever_one_is_dropped() {
     }
 }
 
-/// Law 5 (T2): the same for a refused request that waits for its replay.
+/// Law 5: the same for a refused request that waits for its replay.
 #[tokio::test(start_paused = true)]
 async fn others_get_the_replacement_whenever_a_refused_request_is_dropped() {
     for polls in 0.. {
@@ -177,7 +177,7 @@ async fn others_get_the_replacement_whenever_a_refused_request_is_dropped() {
     }
 }
 
-/// Law 5 (T2): the same without a layer.
+/// Law 5: the same without a layer.
 #[tokio::test(start_paused = true)]
 async fn other_gets_return_the_token_whenever_one_is_dropped() {
     for first in [true, false] {

@@ -38,7 +38,7 @@ async fn requests_of_a_fleet() -> Vec<usize> {
     seconds
 }
 
-/// Law 2, of many (T17): and an outage brings them back into step only as far as the gates allow. With a fixed
+/// Law 2, of many: an outage brings them back into step only as far as the gates allow. With a fixed
 /// margin each of these figures would be a thousand, and without pauses between failures so in every second.
 #[tokio::test(start_paused = true)]
 async fn a_fleet_that_starts_at_once_falls_out_of_step() {

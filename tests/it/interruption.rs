@@ -58,7 +58,7 @@ async fn assert_share_an_interruption(
     assert_eq!(texts, [&*texts[0]]);
 }
 
-/// Laws 6 and 7 (T3).
+/// Laws 6 and 7.
 #[tokio::test(start_paused = true)]
 async fn a_panic_in_the_sources_future_is_shared_and_the_next_flight_succeeds() {
     let server = AuthServer::new();
@@ -78,7 +78,7 @@ async fn a_panic_in_the_sources_future_is_shared_and_the_next_flight_succeeds() 
     assert_eq!(cache.get().await.unwrap().expose_secret(), "token-2");
 }
 
-/// Laws 6 and 7 (T3): `fetch` is foreign code even before it returns its future.
+/// Laws 6 and 7: `fetch` is foreign code even before it returns its future.
 #[tokio::test(start_paused = true)]
 async fn a_panic_in_fetch_itself_is_shared_and_the_next_flight_succeeds() {
     let broken = Arc::new(AtomicBool::new(true));
@@ -134,7 +134,7 @@ async fn a_panic_during_a_refresh_leaves_the_token_in_use() {
     assert_eq!(now(cache.get()).unwrap().expose_secret(), "token-3");
 }
 
-/// Laws 1 and 6 (T3): callers on another runtime start the next flight.
+/// Laws 1 and 6: callers on another runtime start the next flight.
 #[test]
 fn callers_are_served_when_the_flights_runtime_is_dropped() {
     let server = AuthServer::new();
@@ -163,7 +163,7 @@ fn callers_are_served_when_the_flights_runtime_is_dropped() {
     assert_eq!(server.most_at_once(), 1);
 }
 
-/// Laws 1 and 6 (T3): a runtime that nobody drives stops the flight and its timers, but no others; driven again,
+/// Laws 1 and 6: a runtime that nobody drives stops the flight and its timers, but no others; driven again,
 /// its flight does no harm.
 #[test]
 fn callers_are_served_when_the_flights_runtime_is_parked_and_its_late_result_is_ignored() {

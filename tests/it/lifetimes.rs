@@ -31,7 +31,7 @@ fn most_requests(lifetime: Duration, time: Duration) -> usize {
     }
 }
 
-/// Laws 2, 3 and 4 (T8).
+/// Laws 2, 3 and 4.
 #[tokio::test(start_paused = true)]
 async fn token_requests_are_as_few_as_lifetimes_allow_and_nobody_waits_needlessly() {
     let named = [

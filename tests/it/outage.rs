@@ -57,11 +57,10 @@ const BACKOFF: [RangeInclusive<u64>; 6] = [
     5_000..=10_000,
 ];
 
-/// A server that lets a client have one token request in a second, as some do, and does not say so.
+/// Some servers allow one token request per second, and do not say so.
 #[tokio::test(start_paused = true)]
 async fn a_first_flight_outlasts_a_rate_limit_without_a_retry_after() {
-    let sent = Mutex::new(Vec::new());
-    let sent = Arc::new(sent);
+    let sent = Arc::new(Mutex::new(Vec::new()));
     let endpoint = TokenEndpoint::new({
         let sent = Arc::clone(&sent);
         let started = Instant::now();
@@ -83,7 +82,7 @@ async fn a_first_flight_outlasts_a_rate_limit_without_a_retry_after() {
     assert!(sent[1] >= millis(500) && sent.len() <= 3, "{sent:?}");
 }
 
-/// Laws 2, 3 and 4 (T4).
+/// Laws 2, 3 and 4.
 #[tokio::test(start_paused = true)]
 async fn failed_refreshes_leave_the_token_in_use_and_follow_the_gate() {
     let server = AuthServer::new();
@@ -107,7 +106,7 @@ async fn failed_refreshes_leave_the_token_in_use_and_follow_the_gate() {
     assert!(pauses.len() >= 8, "{pauses:?}");
 }
 
-/// Laws 3 and 7 (T4).
+/// Laws 3 and 7.
 #[tokio::test(start_paused = true)]
 async fn no_caller_notices_an_outage_within_a_lifetime() {
     for run in 0..10 {
@@ -136,7 +135,7 @@ async fn no_caller_notices_an_outage_within_a_lifetime() {
     }
 }
 
-/// Laws 2, 6 and 7 (T5): a thousand callers a second for ten minutes.
+/// Laws 2, 6 and 7: a thousand callers a second for ten minutes.
 #[tokio::test(start_paused = true)]
 async fn a_dead_server_is_asked_on_the_backoff_schedule_whatever_the_traffic() {
     let server = AuthServer::new();
@@ -166,7 +165,7 @@ async fn a_dead_server_is_asked_on_the_backoff_schedule_whatever_the_traffic() {
     assert_eq!(server.most_at_once(), 1);
 }
 
-/// Law 7 (T5): however long the outage was; half a gate on average.
+/// Law 7: however long the outage was; half a gate on average.
 #[tokio::test(start_paused = true)]
 async fn recovery_takes_one_gate_at_most() {
     let mut sum = Duration::ZERO;

@@ -31,7 +31,6 @@ async fn refresh(cache: &TokenCache) {
     settle().await;
 }
 
-/// T10.
 #[tokio::test(start_paused = true)]
 async fn each_refresh_token_is_used_once_by_the_next_flight() {
     let server = AuthServer::new();
@@ -51,7 +50,7 @@ async fn each_refresh_token_is_used_once_by_the_next_flight() {
     }
 }
 
-/// T10: a lost answer cannot be told from a lost request.
+/// A lost answer cannot be told from a lost request.
 #[tokio::test(start_paused = true)]
 async fn only_the_first_attempt_of_a_flight_carries_the_refresh_token() {
     let server = AuthServer::new();
@@ -81,7 +80,7 @@ async fn only_the_first_attempt_of_a_flight_carries_the_refresh_token() {
     assert_eq!(carried[last], (1, some(&format!("refresh-{last}"))));
 }
 
-/// T10: the panic used it up.
+/// The panic used it up.
 #[tokio::test(start_paused = true)]
 async fn a_refresh_token_is_not_used_again_after_a_panic() {
     let server = AuthServer::new();
@@ -98,7 +97,6 @@ async fn a_refresh_token_is_not_used_again_after_a_panic() {
     assert_eq!(carried(&server), expected);
 }
 
-/// T10.
 #[tokio::test(start_paused = true)]
 async fn a_refresh_token_past_its_lifetime_is_not_used() {
     // The refresh comes after 226 s.
@@ -117,7 +115,7 @@ async fn a_refresh_token_past_its_lifetime_is_not_used() {
     }
 }
 
-/// Law 8 (T10): a revoked session takes its refresh token with it.
+/// Law 8: a revoked session takes its refresh token with it.
 #[tokio::test(start_paused = true)]
 async fn a_refresh_forced_by_a_refusal_uses_no_refresh_token() {
     let server = AuthServer::new();
@@ -204,7 +202,7 @@ fn granted(number: usize, refresh_token: Option<String>) -> Result<Response<Stri
     reply(200, format!("{{{token}{refresh_token}}}"))
 }
 
-/// T10, over HTTP: the whole ladder, in one attempt.
+/// Over HTTP: the whole ladder, in one attempt.
 #[tokio::test(start_paused = true)]
 async fn an_attempt_brings_a_token_whatever_becomes_of_its_refresh_token() {
     // How many of ten refreshes send a refresh token, and how many client credentials.

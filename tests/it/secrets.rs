@@ -168,7 +168,7 @@ fn api()
     })
 }
 
-/// Law 9 (T18): through success, refusal, refresh, failure and recovery.
+/// Law 9: through success, refusal, refresh, failure and recovery.
 #[tokio::test(start_paused = true)]
 async fn no_event_shows_a_secret() {
     for method in [AuthMethod::ClientSecretBasic, AuthMethod::ClientSecretPost] {
@@ -244,7 +244,7 @@ async fn no_event_shows_a_secret() {
     }
 }
 
-/// Law 9 (T18): over sockets, with all that an HTTP/2 client logs of its frames.
+/// Law 9: over sockets, with all that an HTTP/2 client logs of its frames.
 #[tokio::test]
 async fn no_event_of_the_http_client_shows_a_secret() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -311,7 +311,7 @@ fn serve(listener: std::net::TcpListener, stopped: tokio::sync::oneshot::Receive
     });
 }
 
-/// Law 9 (T18): errors hold neither what was sent nor what came back.
+/// Law 9: errors hold neither what was sent nor what came back.
 #[tokio::test(start_paused = true)]
 async fn no_error_of_a_token_request_shows_a_secret() {
     let printed = Printed::default();
@@ -334,7 +334,7 @@ async fn no_error_of_a_token_request_shows_a_secret() {
     assert_clean(&printed);
 }
 
-/// Law 9 (T18): in its `Debug`.
+/// Law 9: in its `Debug`.
 #[tokio::test(start_paused = true)]
 async fn no_type_shows_a_secret() {
     let printed = Printed::default();
@@ -400,7 +400,7 @@ async fn no_type_shows_a_secret() {
     assert_clean(&printed);
 }
 
-/// Law 9 (T18): it may hold a secret.
+/// Law 9: it may hold a secret.
 #[tokio::test(start_paused = true)]
 async fn the_panic_message_of_a_source_is_not_shown() {
     let (printed, guard) = Printed::collect();
@@ -418,7 +418,7 @@ async fn the_panic_message_of_a_source_is_not_shown() {
     assert_clean(&printed);
 }
 
-/// Law 9 (T18): not even of settings in the wrong place.
+/// Law 9: not even of settings in the wrong place.
 #[test]
 fn no_error_of_the_configuration_shows_a_secret() {
     let printed = Printed::default();

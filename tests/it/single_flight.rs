@@ -8,7 +8,7 @@ use tower_bearer::{BearerAuthLayer, TokenCache};
 
 use crate::support::{Api, AuthServer, get};
 
-/// Law 1 (T1).
+/// Law 1.
 #[tokio::test(start_paused = true)]
 async fn ten_thousand_cold_requests_share_one_token_request() {
     let server = AuthServer::new();
@@ -23,7 +23,7 @@ async fn ten_thousand_cold_requests_share_one_token_request() {
     assert_eq!(server.requests(), 1);
 }
 
-/// Law 1 (T1): all have sent that token before.
+/// Law 1: all have sent that token before.
 #[tokio::test(start_paused = true)]
 async fn ten_thousand_requests_after_a_tokens_death_share_one_token_request() {
     let server = AuthServer::new();

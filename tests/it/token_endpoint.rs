@@ -33,7 +33,7 @@ async fn fetch(reply: Reply) -> Result<TokenResponse, TokenError> {
     source.fetch(Fetch::new()).await
 }
 
-/// T11 and T12: laws 7 and 9, and the transport's half of law 6.
+/// Laws 7 and 9, and the transport's half of law 6.
 #[tokio::test]
 async fn every_hostile_answer_ends_as_it_should() {
     let elsewhere = Bystander::new();

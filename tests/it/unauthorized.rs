@@ -202,7 +202,7 @@ async fn a_refusal_with_a_reason_counts_with_the_switch_off() {
     }
 }
 
-/// Laws 1 and 8 (T6).
+/// Laws 1 and 8.
 #[tokio::test(start_paused = true)]
 async fn a_hundred_refusals_of_one_token_cost_one_token_request() {
     for refusal in [invalid_token, unexplained] {
@@ -226,7 +226,7 @@ async fn a_hundred_refusals_of_one_token_cost_one_token_request() {
     }
 }
 
-/// Laws 2 and 8 (T6): a 401 counts against the token that was sent.
+/// Laws 2 and 8: a 401 counts against the token that was sent.
 #[tokio::test(start_paused = true)]
 async fn a_hundred_late_refusals_of_an_older_token_cost_no_token_request() {
     for refusal in [invalid_token, unexplained] {
@@ -280,7 +280,7 @@ async fn a_late_refusal_is_replayed_within_the_cooldown() {
     assert_eq!(server.requests(), 2);
 }
 
-/// Law 2 (T7): 60,000 requests in a minute, all refused.
+/// Law 2: 60,000 requests in a minute, all refused.
 #[tokio::test(start_paused = true)]
 async fn an_api_that_refuses_everything_costs_a_handful_of_token_requests() {
     for refusal in [invalid_token, unexplained] {
