@@ -26,14 +26,10 @@ use tower_bearer::{
 };
 
 use crate::support::{
-    Answer, Api, AuthServer, INVALID_TOKEN, PanickingLog, TokenEndpoint, Told, caller, get, millis,
-    now, poll_once, reply, secs, seed, settle, stand_still, timed, unauthorized, until,
-    without_a_hang,
+    Answer, Api, AuthServer, INVALID_TOKEN, PanickingLog, TokenEndpoint, Told, caller,
+    current_thread, get, millis, now, paused, poll_once, reply, secs, seed, settle, stand_still,
+    timed, unauthorized, until, without_a_hang,
 };
-
-fn current_thread() -> Runtime {
-    Builder::new_current_thread().enable_all().build().unwrap()
-}
 
 fn multi_thread() -> Runtime {
     Builder::new_multi_thread()
@@ -244,11 +240,7 @@ fn no_request_fails_on_a_runtime_that_stands_still_between_requests() {
         (11, secs(8)),
     ] {
         seed(pause);
-        let runtime = Builder::new_current_thread()
-            .enable_all()
-            .start_paused(true)
-            .build()
-            .unwrap();
+        let runtime = paused();
         // It takes longer than a request to the API, and waits at each of its steps.
         let source = source_fn(move |_| async move {
             let began = Instant::now();

@@ -3,7 +3,7 @@
 use tokio::time::{self, Instant};
 use tower_bearer::{TokenCache, TokenError};
 
-use crate::support::{Answer, AuthServer, caller, millis, now, secs, settle};
+use crate::support::{Answer, AuthServer, caller, current_thread, millis, now, secs, settle};
 
 /// Law 8.
 #[tokio::test(start_paused = true)]
@@ -182,10 +182,7 @@ async fn a_server_that_repeats_the_refused_token_is_asked_once_a_cooldown() {
 fn a_refusal_outside_a_runtime_changes_nothing() {
     let server = AuthServer::new();
     let cache = TokenCache::new(server.clone());
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
+    let runtime = current_thread();
     let token = runtime.block_on(cache.get()).unwrap();
     cache.invalidate(&token);
     assert_eq!(now(cache.get()).unwrap().expose_secret(), "token-1");

@@ -1,13 +1,15 @@
 //! A service that is called again and again keeps the token, and drops it in time.
 
 use http::Request;
-use tokio::{runtime::Builder, time};
+use tokio::time;
 use tower::{Layer, Service};
 use tower_bearer::{
     BearerAuth, BearerAuthLayer, Never, TokenCache, TokenRequest, TokenResponse, source_fn,
 };
 
-use crate::support::{Answer, Api, AuthServer, get, millis, now, ready, secs, settle, token_error};
+use crate::support::{
+    Answer, Api, AuthServer, get, millis, now, paused, ready, secs, settle, token_error,
+};
 
 type Kept = BearerAuth<Api, Never>;
 
@@ -109,13 +111,6 @@ async fn it_drops_a_void_token() {
 /// The runtime that watched it is gone, so the service reads it itself.
 #[test]
 fn it_reads_the_clock_when_nobody_watches_it() {
-    let paused = || {
-        Builder::new_current_thread()
-            .enable_all()
-            .start_paused(true)
-            .build()
-            .unwrap()
-    };
     let server = AuthServer::new();
     let cache = TokenCache::new(server);
     let first = paused();

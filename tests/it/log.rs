@@ -13,10 +13,7 @@ use std::{
 };
 
 use http::Request;
-use tokio::{
-    runtime::Builder,
-    time::{self, Instant},
-};
+use tokio::time::{self, Instant};
 use tower::{Layer as _, Service, ServiceExt};
 use tower_bearer::{
     BearerAuthLayer, ClientCredentials, CloneBody, RefreshPolicy, TokenCache, TokenError,
@@ -35,8 +32,9 @@ use tracing_subscriber::{
 };
 
 use crate::support::{
-    Answer, Api, AuthServer, INVALID_TOKEN, TokenEndpoint, all, caller, enable_tracing, get,
-    millis, poll_once, reply, secs, seed, settle, unauthorized, without_a_hang,
+    Answer, Api, AuthServer, INVALID_TOKEN, TokenEndpoint, all, caller, current_thread,
+    enable_tracing, get, millis, paused, poll_once, reply, secs, seed, settle, unauthorized,
+    without_a_hang,
 };
 
 type Fields = BTreeMap<String, String>;
@@ -507,7 +505,7 @@ fn the_span_of_a_lost_flight_says_so() {
     let server = AuthServer::new();
     server.set(Answer::Hang);
     let cache = TokenCache::new(server);
-    let runtime = Builder::new_current_thread().enable_time().build().unwrap();
+    let runtime = current_thread();
     let waits = runtime.block_on(async { time::timeout(millis(1), cache.get()).await });
     assert!(waits.is_err());
     drop(runtime);
@@ -528,15 +526,11 @@ fn the_span_of_an_abandoned_flight_says_so() {
     let server = AuthServer::new();
     server.set(Answer::Hang);
     let cache = TokenCache::new(server.clone());
-    let parked = Builder::new_current_thread().enable_time().build().unwrap();
+    let parked = current_thread();
     let waits = parked.block_on(async { time::timeout(millis(1), cache.get()).await });
     assert!(waits.is_err());
     server.set(Answer::Grant(secs(300)));
-    let other = Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .unwrap();
+    let other = paused();
     other.block_on(async {
         time::advance(secs(31)).await;
         cache.get().await.unwrap();
@@ -690,11 +684,7 @@ fn a_subscriber_that_uses_the_cache_does_not_deadlock() {
             calls: calls.clone(),
         };
         let _guard = tracing::subscriber::set_default(meddler);
-        let runtime = Builder::new_current_thread()
-            .enable_all()
-            .start_paused(true)
-            .build()
-            .unwrap();
+        let runtime = paused();
         runtime.block_on(async {
             let server = AuthServer::new();
             let policy = RefreshPolicy::new().max_keys(1);

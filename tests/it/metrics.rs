@@ -21,7 +21,7 @@ use metrics_util::{
     MetricKind,
     debugging::{DebugValue, DebuggingRecorder, Snapshotter},
 };
-use tokio::{runtime::Builder, sync::Semaphore, time};
+use tokio::{sync::Semaphore, time};
 use tower::{Layer, Service, ServiceExt, limit::GlobalConcurrencyLimitLayer};
 use tower_bearer::{
     BearerAuth, BearerAuthLayer, ClientCredentials, CloneBody, Never, RefreshPolicy, TokenCache,
@@ -29,8 +29,8 @@ use tower_bearer::{
 };
 
 use crate::support::{
-    Answer, Api, AuthServer, TokenEndpoint, all, caller, get, get_path, millis, now, poll_once,
-    reply, secs, settle, token_error,
+    Answer, Api, AuthServer, TokenEndpoint, all, caller, current_thread, get, get_path, millis,
+    now, poll_once, reply, secs, settle, token_error,
 };
 
 /// The metrics recorded since the last read, gauges included.
@@ -354,7 +354,7 @@ fn a_lost_flight_counts_as_a_closed_gate() {
     let server = AuthServer::new();
     server.hold();
     let cache = TokenCache::new(server);
-    let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = current_thread();
     runtime.block_on(async {
         assert!(poll_once(pin!(cache.get())).is_pending());
         settle().await;

@@ -26,7 +26,7 @@ use tower_bearer::{
     TokenResponse, TokenSource, source_fn,
 };
 
-use crate::support::{INVALID_TOKEN, Printed, TokenEndpoint, get, settle};
+use crate::support::{INVALID_TOKEN, Printed, TokenEndpoint, current_thread, get, settle};
 
 /// Part of every secret of this module, and of nothing else.
 const CANARY: &str = "CANARY";
@@ -298,10 +298,7 @@ fn serve(listener: std::net::TcpListener, stopped: tokio::sync::oneshot::Receive
     let router = axum::Router::new()
         .route("/token", axum::routing::post(token))
         .route("/sims", axum::routing::get(sims));
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
+    let runtime = current_thread();
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::from_std(listener).unwrap();
         tokio::select! {

@@ -7,7 +7,7 @@ use std::sync::{
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use http::StatusCode;
-use tokio::{runtime::Builder, time};
+use tokio::time;
 use tower::{Layer, ServiceExt};
 use tower_bearer::{
     BearerAuthLayer, CloneBody, Fetch, RefreshPolicy, RefreshToken, TokenCache, TokenError,
@@ -15,7 +15,8 @@ use tower_bearer::{
 };
 
 use crate::support::{
-    Answer, Api, AuthServer, get, millis, now, secs, settle, timed, unauthorized, without_a_hang,
+    Answer, Api, AuthServer, current_thread, get, millis, now, secs, settle, timed, unauthorized,
+    without_a_hang,
 };
 
 fn response(text: &str) -> TokenResponse {
@@ -163,7 +164,7 @@ fn huge_scopes_are_read_once() {
         .requested_scope(asked.join(" "))
         .scope(granted);
     let missing = without_a_hang(move || {
-        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        let runtime = current_thread();
         let cache = TokenCache::new(AuthServer::scripted([Ok(answer)]));
         let token = runtime.block_on(cache.get()).unwrap();
         token

@@ -8,7 +8,7 @@ use std::{
 };
 
 use tokio::{
-    runtime::{Builder, Handle},
+    runtime::Handle,
     time::{self, Instant},
 };
 use tower::{Layer, ServiceExt, limit::ConcurrencyLimitLayer};
@@ -18,8 +18,8 @@ use tower_bearer::{
 };
 
 use crate::support::{
-    Answer, Api, AuthServer, PanickingLog, Told, caller, get, millis, now, poll_once, secs, settle,
-    timed, token_error,
+    Answer, Api, AuthServer, PanickingLog, Told, caller, current_thread, get, millis, now,
+    poll_once, secs, settle, timed, token_error,
 };
 
 /// A source that revokes slowly and remembers what.
@@ -307,8 +307,7 @@ fn a_shutdown_reports_no_lost_flight() {
     server.hold();
     let cache = TokenCache::new(server);
     let mut events = cache.events();
-    let paused = || Builder::new_current_thread().enable_all().build().unwrap();
-    let (first, second) = (paused(), paused());
+    let (first, second) = (current_thread(), current_thread());
     second.block_on(async {
         let key = TokenRequest::new().scope("a");
         assert!(poll_once(pin!(cache.get_for(&key))).is_pending());

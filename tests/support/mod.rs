@@ -18,7 +18,10 @@ use std::{
 };
 
 use http::Request;
-use tokio::time::{self, Instant};
+use tokio::{
+    runtime::{Builder, Runtime},
+    time::{self, Instant},
+};
 use tower::{Service, ServiceExt};
 use tower_bearer::{BoxError, TokenError};
 
@@ -101,6 +104,20 @@ pub fn now<F: Future>(future: F) -> F::Output {
         Poll::Ready(output) => output,
         Poll::Pending => panic!("it waits"),
     }
+}
+
+/// A runtime on one thread.
+pub fn current_thread() -> Runtime {
+    Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+/// The same, with its clock paused.
+pub fn paused() -> Runtime {
+    Builder::new_current_thread()
+        .enable_all()
+        .start_paused(true)
+        .build()
+        .unwrap()
 }
 
 /// Waits until `condition` holds, for at most some seconds of a real clock.
