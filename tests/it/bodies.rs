@@ -3,7 +3,6 @@
 use std::{
     convert::Infallible,
     future::{Ready, ready},
-    pin::Pin,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -18,13 +17,14 @@ use http::{
     header::{ACCEPT, AUTHORIZATION},
     request::Parts,
 };
-use http_body::{Body, Frame};
+use http_body::Body;
 use http_body_util::{BodyExt, Empty, Full, combinators::UnsyncBoxBody};
-use tokio::sync::mpsc;
 use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_bearer::{BearerAuthLayer, BoxError, CloneBody, EmptyBody, Never, Replay};
 
-use crate::support::{AuthServer, INVALID_TOKEN, bearer, echo, settle, timed, unauthorized};
+use crate::support::{
+    AuthServer, INVALID_TOKEN, Upload, bearer, data, echo, settle, timed, unauthorized,
+};
 
 /// A request as the API saw it.
 #[derive(Clone, Debug)]
@@ -185,8 +185,7 @@ async fn without_replay_every_body_is_sent_once() {
     assert_sent_once(send!(Never, ALL, Full::new(Bytes::from("a"))), b"a");
     assert_sent_once(send!(Never, ALL, "b".to_owned()), b"b");
     assert_sent_once(send!(Never, ALL, boxed("c")), b"c");
-    let (upload, _sender) = Upload::of(&["d", "e"], true);
-    assert_sent_once(send!(Never, ALL, upload), b"de");
+    assert_sent_once(send!(Never, ALL, Upload::of(&["d", "e"])), b"de");
 }
 
 /// A body that can be neither cloned nor shared.
@@ -194,47 +193,6 @@ fn boxed(text: &'static str) -> UnsyncBoxBody<Bytes, BoxError> {
     Full::new(Bytes::from(text))
         .map_err(|never| match never {})
         .boxed_unsync()
-}
-
-/// A body whose chunks arrive while it is sent, so it is not `Clone`.
-#[derive(Default)]
-struct Upload {
-    chunks: Option<mpsc::UnboundedReceiver<Bytes>>,
-}
-
-impl Upload {
-    /// Starts with these chunks; unless `complete`, more may follow until the sender is dropped.
-    fn of(chunks: &[&'static str], complete: bool) -> (Self, Option<mpsc::UnboundedSender<Bytes>>) {
-        let (sender, receiver) = mpsc::unbounded_channel();
-        for chunk in chunks {
-            sender.send(Bytes::from_static(chunk.as_bytes())).unwrap();
-        }
-        let upload = Self {
-            chunks: Some(receiver),
-        };
-        (upload, (!complete).then_some(sender))
-    }
-}
-
-impl Body for Upload {
-    type Data = Bytes;
-    type Error = BoxError;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        match &mut self.chunks {
-            Some(chunks) => chunks
-                .poll_recv(cx)
-                .map(|chunk| chunk.map(|chunk| Ok(Frame::data(chunk)))),
-            None => Poll::Ready(None),
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.chunks.is_none()
-    }
 }
 
 /// Law 8: even bodies that cannot be cloned.
@@ -253,22 +211,25 @@ async fn empty_body_sends_bodies_that_are_not_empty_once() {
     assert_sent_once(send!(EmptyBody, ALL, Full::new(Bytes::from("a"))), b"a");
     assert_sent_once(send!(EmptyBody, ALL, "b".to_owned()), b"b");
     assert_sent_once(send!(EmptyBody, ALL, boxed("c")), b"c");
-    let (upload, _) = Upload::of(&["d", "e"], true);
-    assert_sent_once(send!(EmptyBody, ALL, upload), b"de");
+    assert_sent_once(send!(EmptyBody, ALL, Upload::of(&["d", "e"])), b"de");
     // It turns out to be empty, which nobody could tell beforehand.
-    let (upload, _) = Upload::of(&[], true);
-    assert_sent_once(send!(EmptyBody, ALL, upload), b"");
+    assert_sent_once(send!(EmptyBody, ALL, Upload::of(&[])), b"");
 }
 
 /// Law 8: it is not restarted, and its caller does not wait.
 #[tokio::test(start_paused = true)]
 async fn a_refusal_of_a_half_sent_stream_is_returned_at_once() {
-    let (upload, sender) = Upload::of(&["half"], false);
+    let half = || {
+        let (sender, upload) = Upload::new();
+        sender.send(data("half")).unwrap();
+        (sender, upload)
+    };
+    let (sender, upload) = half();
     assert_sent_once(send!(EmptyBody, 1, upload), b"half");
-    assert!(sender.unwrap().is_closed(), "the rest is not read");
-    let (upload, sender) = Upload::of(&["half"], false);
+    assert!(sender.is_closed(), "the rest is not read");
+    let (sender, upload) = half();
     assert_sent_once(send!(Never, 1, upload), b"half");
-    assert!(sender.unwrap().is_closed(), "the rest is not read");
+    assert!(sender.is_closed(), "the rest is not read");
 
     let server = AuthServer::new();
     let (_, api) = reading(1);
@@ -277,7 +238,7 @@ async fn a_refusal_of_a_half_sent_stream_is_returned_at_once() {
         .layer(api);
     client.cache().get().await.unwrap();
     server.set_latency(Duration::from_secs(1));
-    let (upload, _sender) = Upload::of(&["half"], false);
+    let (_sender, upload) = half();
     let (response, took) = timed(client.oneshot(request(upload))).await;
     assert_eq!(response.unwrap().status(), 401);
     assert_eq!(took, Duration::ZERO);

@@ -11,7 +11,7 @@ use std::{
 
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response, StatusCode};
-use http_body::{Body, Frame, SizeHint};
+use http_body::{Body, Frame};
 use http_body_util::BodyExt;
 use tokio::{sync::mpsc, time};
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
@@ -19,65 +19,9 @@ use tower_bearer::{
     BearerAuthLayer, BoxError, CloneBody, CollectBodyLayer, CollectedBody, TokenCache,
 };
 
-use crate::support::{AuthServer, INVALID_TOKEN, bearer, echo, now, poll_once, secs, unauthorized};
-
-/// A body that streams what a channel sends.
-struct Upload {
-    frames: mpsc::UnboundedReceiver<Result<Frame<Bytes>, BoxError>>,
-    /// Its size hint, lower and upper bound.
-    length: (u64, Option<u64>),
-}
-
-type Sender = mpsc::UnboundedSender<Result<Frame<Bytes>, BoxError>>;
-
-impl Upload {
-    fn new() -> (Sender, Self) {
-        let (sender, frames) = mpsc::unbounded_channel();
-        let length = (0, None);
-        (sender, Self { frames, length })
-    }
-
-    /// A body of these chunks, with these trailers unless they are empty.
-    fn of(chunks: &[&'static str], trailers: HeaderMap) -> Self {
-        let (sender, upload) = Self::new();
-        for chunk in chunks {
-            sender.send(data(chunk)).unwrap();
-        }
-        if !trailers.is_empty() {
-            sender.send(Ok(Frame::trailers(trailers))).unwrap();
-        }
-        upload
-    }
-}
-
-impl Body for Upload {
-    type Data = Bytes;
-    type Error = BoxError;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        self.frames.poll_recv(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.length.1 == Some(0)
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        let mut hint = SizeHint::new();
-        hint.set_lower(self.length.0);
-        if let Some(most) = self.length.1 {
-            hint.set_upper(most);
-        }
-        hint
-    }
-}
-
-fn data(text: &'static str) -> Result<Frame<Bytes>, BoxError> {
-    Ok(Frame::data(Bytes::from_static(text.as_bytes())))
-}
+use crate::support::{
+    AuthServer, INVALID_TOKEN, Upload, bearer, data, echo, now, poll_once, secs, unauthorized,
+};
 
 fn checksum() -> HeaderMap {
     let mut trailers = HeaderMap::new();
@@ -178,7 +122,7 @@ async fn a_body_within_the_limit_is_sent_again_with_its_trailers() {
             .layer(CollectBodyLayer::new(6))
             .layer(BearerAuthLayer::new(server.clone()).replay(CloneBody))
             .service(api);
-        let upload = Upload::of(chunks, trailers.clone());
+        let upload = Upload::with_trailers(chunks, trailers.clone());
         let response = client.oneshot(put(upload)).await.unwrap();
         assert_eq!(response.body(), "token-2");
         let of = |token| received(token, length, &["onetwo"], trailers.clone());
@@ -196,7 +140,7 @@ async fn a_longer_body_is_sent_once_as_it_comes() {
         .layer(CollectBodyLayer::new(5))
         .layer(BearerAuthLayer::new(server.clone()).replay(CloneBody))
         .service(api);
-    let upload = || Upload::of(&["one", "two", "three", "four"], checksum());
+    let upload = || Upload::with_trailers(&["one", "two", "three", "four"], checksum());
     let response = client.clone().oneshot(put(upload())).await.unwrap();
     assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
     let chunks = &["onetwo", "three", "four"];
@@ -258,7 +202,7 @@ fn a_huge_size_hint_allocates_nothing() {
         body.collect().await.map(|body| body.to_bytes())
     }));
     for least in [u64::MAX, u64::MAX / 2, 1 << 60] {
-        let mut upload = Upload::of(&["short"], HeaderMap::new());
+        let mut upload = Upload::of(&["short"]);
         upload.length.0 = least;
         assert_eq!(now(client.clone().oneshot(put(upload))).unwrap(), "short");
     }
@@ -275,7 +219,7 @@ fn lengths_that_overflow_are_left_out() {
         ((0, Some(u64::MAX)), (5, None)),
         ((0, Some(9)), (5, Some(14))),
     ] {
-        let mut upload = Upload::of(&["short"], HeaderMap::new());
+        let mut upload = Upload::of(&["short"]);
         upload.length = said;
         assert_eq!(now(client.clone().oneshot(put(upload))).unwrap(), passed_on);
     }
@@ -316,7 +260,7 @@ async fn waiting_for_a_body_holds_no_permit() {
     let mut slow = Box::pin(slow);
     assert!(poll_once(slow.as_mut()).is_pending());
 
-    let upload = Upload::of(&["fast"], HeaderMap::new());
+    let upload = Upload::of(&["fast"]);
     let fast = async { client.ready().await?.call(put(upload)).await };
     let response = time::timeout(secs(1), fast).await.unwrap().unwrap();
     assert_eq!(response.body(), "token-2");
@@ -368,10 +312,8 @@ impl Service<Request<CollectedBody<Upload>>> for Original {
 fn an_unread_body_goes_to_the_service_that_was_ready() {
     let (_sender, mut long) = Upload::new();
     long.length = (101, Some(101));
-    let (_, mut empty) = Upload::new();
-    empty.length = (0, Some(0));
-    let short = Upload::of(&["short"], HeaderMap::new());
-    for (upload, is_read) in [(long, false), (empty, false), (short, true)] {
+    let short = Upload::of(&["short"]);
+    for (upload, is_read) in [(long, false), (Upload::default(), false), (short, true)] {
         let mut client = CollectBodyLayer::new(100).layer(Original {
             is_clone: false,
             is_ready: false,

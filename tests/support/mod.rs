@@ -5,6 +5,7 @@ mod auth_server;
 mod crowd;
 mod log;
 mod token_endpoint;
+mod upload;
 
 use std::{
     error::Error,
@@ -25,7 +26,7 @@ use tokio::{
 use tower::{Service, ServiceExt};
 use tower_bearer::{BoxError, TokenError};
 
-pub use self::{api::*, auth_server::*, crowd::*, log::*, token_endpoint::*};
+pub use self::{api::*, auth_server::*, crowd::*, log::*, token_endpoint::*, upload::*};
 
 /// A request to a loopback origin.
 pub fn get() -> Request<String> {
