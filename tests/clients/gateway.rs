@@ -43,7 +43,7 @@ use tower_bearer::{
 
 use crate::{
     serve,
-    support::{Answer, AuthServer, INVALID_TOKEN, until},
+    support::{Answer, AuthServer, INVALID_TOKEN, bearer_of, until},
 };
 
 /// An API that sends bodies back as they come, unless it refuses the token. Clones are one API.
@@ -86,9 +86,7 @@ impl Upstream {
 }
 
 fn bearer(headers: &HeaderMap) -> String {
-    let value = headers.get(AUTHORIZATION);
-    let text = value.map_or("anonymous", |value| value.to_str().unwrap());
-    text.trim_start_matches("Bearer ").to_owned()
+    bearer_of(headers).unwrap_or("anonymous").to_owned()
 }
 
 /// A gateway whose only handler is the stack.

@@ -141,7 +141,8 @@ pub fn bearer<B>(request: &Request<B>) -> Option<&str> {
     bearer_of(request.headers())
 }
 
-fn bearer_of(headers: &HeaderMap) -> Option<&str> {
+/// The same, of these headers.
+pub fn bearer_of(headers: &HeaderMap) -> Option<&str> {
     let value = headers.get(AUTHORIZATION)?.to_str().ok()?;
     value.strip_prefix("Bearer ")
 }
