@@ -1,4 +1,4 @@
-//! The laws of the cache, tested by random scripts in virtual time.
+//! The laws of the cache, which are the README's promises, tested by random scripts in virtual time.
 //!
 //! A [`World`] drives the real state machine through calls, refusals, failures, lost flights and clock steps, and
 //! simulates the flights and the server. It notes every flight; afterwards the notes are checked against the figures

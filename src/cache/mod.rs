@@ -1,4 +1,6 @@
 //! [`TokenCache`]: the handle that all users of a token share.
+//!
+//! Law 1 to law 10, here and in the tests, are the promises that the README numbers.
 
 mod acquire;
 mod common;
