@@ -111,10 +111,10 @@ impl RefreshPolicy {
     ///
     /// Another attempt follows only after a transient error, unless the error has a `Retry-After` or is a panic of the
     /// source. The pause before it is up to 200 ms, doubling to up to 5 s. It is 0.5 s to 1 s, doubling to up to 5 s,
-    /// after a `429`, and while there is a token that lives for longer than 4 s, since nobody waits then. After a failed token request, each
-    /// further one has a single attempt until one succeeds. No attempt follows if
-    /// [`flight_timeout`](Self::flight_timeout) leaves no time for it, or if another key has learned that the server
-    /// wants to be left alone or refuses the client.
+    /// after a `429`; and, unless a 401 has caused the token request, while there is a token that lives for longer than
+    /// 4 s, since nobody waits then. After a failed token request, each further one has a single attempt until one
+    /// succeeds. No attempt follows if [`flight_timeout`](Self::flight_timeout) leaves no time for it, or if another key
+    /// has learned that the server wants to be left alone or refuses the client.
     ///
     /// If the claims that an API demands cannot be obtained, one more attempt follows without them, whatever the number
     /// ([`Fetch::claims`](crate::Fetch::claims)).
@@ -168,7 +168,7 @@ impl RefreshPolicy {
         self
     }
 
-    /// Sets the name of the cache in spans and metrics: default `default`.
+    /// Sets the name of the cache in events, spans and metrics: default `default`.
     ///
     /// Caches with the same name share their metrics: counters add up, and gauges show the cache that has changed last.
     /// The name is static, since each one makes new time series of all metrics.
