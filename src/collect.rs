@@ -90,7 +90,7 @@ pub struct CollectBodyLayer {
 }
 
 impl CollectBodyLayer {
-    /// Reads up to `limit` bytes of each body.
+    /// Creates a layer that reads up to `limit` bytes of each body.
     #[must_use]
     pub const fn new(limit: usize) -> Self {
         Self { limit }

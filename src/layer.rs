@@ -119,16 +119,16 @@ impl<R> BearerAuthLayer<R> {
 
     /// Sets whether a 401 that does not say what is wrong counts against the token: default `true`.
     ///
-    /// That is one without a challenge, or with a challenge for tokens that names no error: of the scheme `Bearer`, or
-    /// of `OAuth2`, `OAuth`, `Token` or `JWT`, as some servers call it. gRPC's status 16 (unauthenticated) is treated
-    /// as a 401, and mostly comes without a challenge. RFC 6750 section 3.1 wants `invalid_token` for a token that has
-    /// expired or was revoked, but many servers do not send it.
+    /// That is one without a challenge, or with a challenge for tokens that names no error or none of RFC 6750: of the
+    /// scheme `Bearer`, or of `OAuth2`, `OAuth`, `Token` or `JWT`, as some servers call it. gRPC's status 16
+    /// (unauthenticated) is treated as a 401, and mostly comes without a challenge. RFC 6750 section 3.1 wants
+    /// `invalid_token` for a token that has expired or was revoked, but many servers do not send it.
     #[must_use]
     pub fn refresh_on_unexplained_401(self, refresh: bool) -> Self {
         self.with(|settings| settings.refresh_on_unexplained_401 = refresh)
     }
 
-    /// Returns the cache that feeds this layer.
+    /// Returns the cache that this layer takes its tokens from.
     pub fn cache(&self) -> &TokenCache {
         &self.slot.settings().cache
     }

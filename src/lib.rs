@@ -265,7 +265,7 @@
 //! | `replayed` | DEBUG | | the request is sent once more |
 //! | `waited` | DEBUG | `flight`, `took`, `outcome` | by a request: `token`, `old_token`, `failed`, `lost` or `dropped` |
 //! | `invalidated`, `shut_down` | DEBUG | ; `cache` | by the program |
-//! | `keys_evicted`, `keys_full` | DEBUG, WARN | `cache`; `count`, `limit` | |
+//! | `keys_evicted`, `keys_full` | DEBUG, WARN | `cache`, `count`; `cache`, `limit` | |
 //!
 //! Each flight has a span `token_flight` at DEBUG, which contains its events and what its client logs. Its fields are
 //! `cache` ([`RefreshPolicy::name`]), `flight` (a number, unique within the process), `key`, `grant`, `forced`, `attempts`,
@@ -331,7 +331,7 @@
 //!
 //! - `rustls` (default): the default client for the token endpoint, hyper over rustls with ring and the system's
 //!   roots. Without it, give [`ClientCredentialsBuilder::build_with`] any tower HTTP service, with TLS of your choice.
-//! - `jwt`: clients that prove who they are by a signed assertion, `private_key_jwt` and `client_secret_jwt`, with
+//! - `jwt`: clients that authenticate by a signed assertion, `private_key_jwt` and `client_secret_jwt`, with
 //!   `jsonwebtoken` 10 over `aws-lc-rs`. It is a feature because that is a second cryptographic library, besides `ring`;
 //!   both need a C compiler to build. The backend is used by name, and the process-wide one is neither read nor set. If
 //!   your application uses the same `jsonwebtoken` with `rust_crypto`, both backends are compiled in, and it has to choose

@@ -83,13 +83,13 @@ pub(crate) enum Kind {
     /// An HTTP status that is about the endpoint rather than the request: a redirect, 408, 425, 429, 5xx, or any
     /// without an RFC 6749 error.
     Unavailable,
-    /// The answer claims success but is no token response.
+    /// The answer claims success but is no token response, or no usable metadata.
     Malformed,
     /// The client's credentials cannot be sent.
     Credentials,
     /// The client's secret, key or certificate is missing, for now.
     NoCredential,
-    /// The server's metadata names another issuer than the configured one.
+    /// The server's metadata name another issuer than the configured one.
     OtherIssuer,
     /// The source panicked.
     Panicked,
@@ -221,8 +221,8 @@ impl TokenError {
         self.0.kind == Kind::Unavailable
     }
 
-    /// Returns `true` if the answer claimed success and was not a usable token response (RFC 6749 section
-    /// 5.1).
+    /// Returns `true` if the answer claimed success but was no usable token response (RFC 6749 section 5.1), or no usable
+    /// metadata (RFC 8414 section 3.2).
     pub fn is_malformed_response(&self) -> bool {
         self.0.kind == Kind::Malformed
     }
@@ -261,7 +261,7 @@ impl TokenError {
         match self.status() {
             Some(StatusCode::UNAUTHORIZED) => self.is_transient(),
             Some(StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN) => self.is_unavailable(),
-            // There is no status to tell one by where errors are told with a success.
+            // A server that reports errors with a success has no status for this one.
             Some(status) => status.is_success() || self.oauth_error() == Some("invalid_client"),
             None => false,
         }
