@@ -77,7 +77,7 @@ use tower_bearer::{
 #[command(group(ArgGroup::new("secret")))]
 #[command(group(ArgGroup::new("proof").required(true).multiple(true)))]
 struct Args {
-    /// The authorization server's issuer, whose metadata names the token endpoint
+    /// The authorization server's issuer, whose metadata name the token endpoint
     #[arg(long, value_name = "URL", group = "server")]
     issuer: Option<String>,
     /// The token endpoint, instead of the issuer

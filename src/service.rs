@@ -38,8 +38,8 @@ use crate::{
 ///
 /// # Errors
 ///
-/// The inner service's errors pass through as they are. A token failure is a
-/// [`TokenError`](crate::TokenError), found by a downcast; the request was not sent.
+/// The inner service's errors pass through as they are. A token failure is a [`TokenError`], found by a downcast; the
+/// request was not sent.
 ///
 /// # Panics
 ///
@@ -63,7 +63,7 @@ impl<S, R> BearerAuth<S, R> {
         }
     }
 
-    /// Returns the cache that feeds this service.
+    /// Returns the cache that this service takes its tokens from.
     pub fn cache(&self) -> &TokenCache {
         &self.slot.settings().cache
     }
@@ -273,8 +273,8 @@ impl<S, R> BearerAuth<S, R> {
 /// says nothing about a token.
 ///
 /// A `FollowRedirect` above drops the extensions of a request on its way to another origin, and this one with them,
-/// unless it is told to keep it; [`origins`](crate::BearerAuthLayer::origins) keep the token from there in any case. That
-/// of tower-http 0.6 drops them at every hop, within one origin too.
+/// unless it is told to keep it; [`origins`](crate::BearerAuthLayer::origins) keep the token from there in any case. The
+/// one of tower-http 0.6 drops them at every hop, within one origin too.
 ///
 /// ```
 /// use tower_bearer::WithoutToken;

@@ -15,7 +15,7 @@ use tokio_util::sync::ReusableBoxFuture;
 
 use crate::{error::TokenError, source::TokenRequest};
 
-/// Something that happened in a [`TokenCache`](crate::TokenCache), as [`Events`] tells it.
+/// Something that happened in a [`TokenCache`](crate::TokenCache), as [`Events`] reports it.
 ///
 /// However many requests there are, events come only with token requests, and when the cache runs full. Each flight has
 /// a number, which is unique in the process, and is the same in the events of `tracing`. No event holds a token. The

@@ -75,7 +75,7 @@ impl Status {
     /// invalid counts until a request for another one fails.
     ///
     /// A cache that has not been used yet is healthy, and one that was shut down is not. During an outage, a cache is
-    /// healthy as long as its token lasts; [`consecutive_failures`](Self::consecutive_failures) tells such an outage.
+    /// healthy as long as its token lasts; [`consecutive_failures`](Self::consecutive_failures) shows such an outage.
     pub fn is_healthy(&self) -> bool {
         match self.state {
             TokenState::ShutDown => false,

@@ -10,7 +10,7 @@
 //! use http::StatusCode;
 //! use tower_bearer::{BoxError, TokenError, test_util::errors};
 //!
-//! /// The status of a gateway whose own token could not be had.
+//! /// The status of a gateway whose own token could not be obtained.
 //! fn status(error: &BoxError) -> StatusCode {
 //!     match error.downcast_ref::<TokenError>() {
 //!         Some(error) if error.is_timeout() => StatusCode::GATEWAY_TIMEOUT,
@@ -126,7 +126,7 @@ pub fn no_runtime() -> TokenError {
     TokenError::new(Kind::NoRuntime)
 }
 
-/// The client's key or certificate is of no use, so nothing was sent: terminal.
+/// The client's key or certificate cannot be used, so nothing was sent: terminal.
 ///
 /// No predicate is true of it.
 #[must_use]
@@ -135,7 +135,7 @@ pub fn credentials() -> TokenError {
         .with_source(ConfigError::new("the private key cannot be read"))
 }
 
-/// A [`Credential`](crate::Credential) could not be had, such as a file that is not there: transient.
+/// A [`Credential`](crate::Credential) could not be obtained, such as a file that is not there: transient.
 ///
 /// No predicate is true of it.
 #[must_use]

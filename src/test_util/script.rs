@@ -328,12 +328,12 @@ pub struct Asked {
     pub at: Duration,
     /// The number of the attempt within its token request, from 1.
     pub attempt: u32,
-    /// How long the attempt might take.
+    /// How long the attempt might take before it is dropped.
     pub timeout: Duration,
     /// The refresh token that was handed to it.
     pub refresh_token: Option<RefreshToken>,
     /// What the token was for.
     pub request: TokenRequest,
-    /// The claims that the API wanted to see in the token.
+    /// The claims that the API demanded in the token.
     pub claims: Option<String>,
 }
