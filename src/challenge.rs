@@ -265,7 +265,7 @@ impl<'a> Iterator for Challenges<'a> {
             scheme,
             params: Params(self.0),
         };
-        // Moves on to the next challenge. Only a Bearer challenge's parameters are read again.
+        // Moves on to the next challenge. Only the parameters of a challenge for tokens are read again.
         while self.0.param().is_some() {}
         Some(challenge)
     }

@@ -463,7 +463,7 @@ mod tests {
         assert!(!format!("{error} {error:?} {source}").contains("hunter2"));
     }
 
-    /// Whoever reads that a setting is off sets it, which opens all of http and helps no other scheme.
+    /// Who reads that a setting is off turns it on, which opens all of http and helps no other scheme.
     #[test]
     fn a_refusal_of_another_scheme_says_nothing_of_how_the_setting_stands() {
         for text in ["wss://api.example.com/", "api.example.com:443"] {

@@ -321,7 +321,7 @@ impl Entry {
             return None;
         }
         self.watched().begin(token.id());
-        // Only now, or a raise in between would be missed.
+        // Only now, or a higher `not_before` in between would be missed.
         if self.is_void(token) {
             self.watched().end(token.id());
             return None;

@@ -39,7 +39,7 @@ enum Op {
     Refuse { late: bool, named: bool },
     /// The wall clock steps.
     Step(i64),
-    /// The task of the flight in the air is dropped or panics, or its runtime is parked.
+    /// The task of the flight under way is dropped or panics, or its runtime is parked.
     Lose(Loss),
 }
 
@@ -200,7 +200,7 @@ impl World {
         }
     }
 
-    /// Runs the events of the flight in the air up to `time` from now.
+    /// Runs the events of the flight under way up to `time` from now.
     fn advance(&mut self, time: u64) {
         let until = self.monotonic + time;
         while let Some(flight) = &self.flight {
@@ -281,7 +281,7 @@ impl World {
         self.flight = Some(flight);
     }
 
-    /// Whether the flight in the air is to make no further attempt.
+    /// Whether the flight under way is to make no further attempt.
     fn is_held_back(&self, note: &mut Note) -> bool {
         let is_held_back = self.state.is_held_back(&self.shared, self.now());
         note.held_back_at = is_held_back.then_some(self.monotonic);
@@ -714,7 +714,7 @@ impl Worlds {
     }
 
     fn check(&mut self) {
-        // What is still in the air ends before the sums are checked.
+        // What is still under way ends before the sums are checked.
         self.advance(60_000);
         for key in 0..self.keys.len() {
             self.with(key, |world| world.give_up(world.now()));
@@ -746,7 +746,7 @@ impl Worlds {
                 .iter()
                 .any(|at| heard.contains(at));
             for (other, note) in notes() {
-                // A flight that was in the air makes no further attempt.
+                // A flight that was under way makes no further attempt.
                 let heeds = |at: &&u64| **at > told.end && heard.contains(*at) && **at < well;
                 let further = note.attempts.iter().skip(1).find(heeds);
                 assert!(
@@ -824,7 +824,7 @@ proptest! {
         let mut world = World::new(seed);
         world.run(&script);
         world.recover();
-        // A flight still in the air ends before the sums are checked.
+        // A flight still under way ends before the sums are checked.
         world.advance(60_000);
         world.give_up(world.now());
         world.check();

@@ -214,7 +214,7 @@ impl<F: Clone + PartialEq> State<F> {
     /// What to do about a 401 to the token `sent`; `named` if the API called it invalid.
     ///
     /// A 401 counts against the token that was sent (law 8), and only as far as the cooldown and the gate allow:
-    /// while no other token can be had, it changes nothing.
+    /// while no other token can be obtained, it changes nothing.
     pub(crate) fn refused(
         &mut self,
         shared: &SharedGate,
@@ -748,7 +748,7 @@ mod tests {
         }
     }
 
-    /// Law 4: a refresh in the air makes nobody wait, until the token dies.
+    /// Law 4: a refresh under way makes nobody wait, until the token dies.
     #[test]
     fn callers_join_a_flight_only_without_a_token() {
         let (mut case, _, _) = Case::with_token();

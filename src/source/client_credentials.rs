@@ -563,7 +563,7 @@ mod tests {
         }
     }
 
-    /// A function that returns `secrets`, and the last one for ever.
+    /// A function that returns `secrets`, and the last one forever.
     fn giving(secrets: &[&'static str]) -> crate::Credential {
         let secrets = Mutex::new(VecDeque::from(secrets.to_vec()));
         crate::Credential::from_fn(move || {

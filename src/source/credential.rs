@@ -553,7 +553,7 @@ mod tests {
         assert!(!first.is_outdated());
     }
 
-    /// Law 6: a parked runtime holds the lock for as long as an attempt, not for ever.
+    /// Law 6: a parked runtime holds the lock for as long as an attempt, not forever.
     #[tokio::test(start_paused = true)]
     async fn a_function_that_hangs_on_a_parked_runtime_is_called_again() {
         let credential = hanging_at_first();

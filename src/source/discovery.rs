@@ -653,7 +653,7 @@ mod tests {
         fetch(&source).await.unwrap();
     }
 
-    /// Law 6: a parked runtime holds the lock for as long as an attempt, not for ever.
+    /// Law 6: a parked runtime holds the lock for as long as an attempt, not forever.
     #[tokio::test(start_paused = true)]
     async fn a_discovery_on_a_parked_runtime_does_not_block_the_next() {
         let server = Server::with(OAUTH, &metadata());

@@ -78,7 +78,7 @@ impl Meters {
 
     /// Looks the recorder up again, which may be installed by now.
     ///
-    /// Call it before a token comes: whoever takes the token keeps the handles for as long.
+    /// Call it before a token comes: services keep the handles for as long as the token.
     pub(crate) fn renew(&self) {
         describe();
         self.0.handles.store(Arc::new(Handles::of(self.0.cache)));

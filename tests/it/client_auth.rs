@@ -1,4 +1,4 @@
-//! How a client proves its identity, and what happens when its credentials change.
+//! How a client authenticates, and what happens when its credentials change.
 
 use std::{
     fs,

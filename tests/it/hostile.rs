@@ -415,7 +415,7 @@ fn too_much(add: Add<'_>) {
         Reply::raw(chunked).then(chunk.clone(), 640),
         Outcome::Malformed(200),
     );
-    // Reading these to their end takes for ever.
+    // Reading these to their end takes forever.
     add(
         "chunks without end",
         Reply::raw(chunked).then(chunk, usize::MAX),

@@ -300,7 +300,7 @@ impl<S: Service<Request<String>>> Service<Request<String>> for Slow<S> {
     }
 }
 
-/// Law 6: no request waits for ever.
+/// Law 6: no request waits forever.
 #[tokio::test(start_paused = true)]
 async fn a_service_that_gets_ready_slower_than_tokens_die_is_called() {
     let server = AuthServer::new();

@@ -239,7 +239,7 @@ async fn a_log_that_panics_does_not_cut_a_shutdown_short() {
     assert!(matches!(now(events.next()), Some(TokenEvent::ShutDown)));
 }
 
-/// Nobody waits for ever.
+/// Nobody waits forever.
 #[tokio::test(start_paused = true)]
 async fn a_hanging_revocation_is_given_up() {
     struct Hanging;

@@ -1,4 +1,4 @@
-//! Clients that prove their identity by signed assertions.
+//! Clients that authenticate by signed assertions.
 
 use std::process::Command;
 

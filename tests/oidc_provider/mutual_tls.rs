@@ -1,4 +1,4 @@
-//! Clients that prove their identity by a certificate (RFC 8705), at the server's endpoint for them.
+//! Clients that authenticate by a certificate (RFC 8705), at the server's endpoint for them.
 
 use base64::{Engine, engine::general_purpose::STANDARD, engine::general_purpose::URL_SAFE_NO_PAD};
 use rcgen::{
