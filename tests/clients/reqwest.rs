@@ -497,7 +497,7 @@ async fn the_timeout_of_a_request_excludes_the_wait_for_a_token() {
     assert!(error.downcast_ref::<reqwest::Error>().unwrap().is_timeout());
 }
 
-/// Tries once more after a token failure that may heal.
+/// Tries once more after a token failure that may pass.
 #[derive(Clone)]
 struct OnceMore {
     tried: bool,

@@ -21,7 +21,7 @@ use crate::{
 
 const LIFETIME: Duration = Duration::from_secs(300);
 
-/// Tries once more after a token failure that may heal and after a 401.
+/// Tries once more after a token failure that may pass and after a 401.
 #[derive(Clone)]
 struct OnceMore {
     tried: bool,

@@ -220,7 +220,7 @@ fn a_failing_cache_needs_no_runtime() {
     assert!(now(cache.get()).unwrap_err().is_shut_down());
 }
 
-/// Their `Debug` is the same, letter by letter.
+/// Their `Debug` is exactly the same.
 #[tokio::test(start_paused = true)]
 async fn made_errors_look_like_real_ones() {
     let same =

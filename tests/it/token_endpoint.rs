@@ -138,7 +138,7 @@ fn assert_failed(name: &str, error: &TokenError, outcome: Outcome) {
         status,
         "{name}"
     );
-    // None is the client's fault, so each may heal by itself.
+    // None is the client's fault, so each may pass by itself.
     assert!(error.is_transient() && !error.is_rejected(), "{name}");
     assert_eq!(error.oauth_error(), None, "{name}");
 }
