@@ -43,7 +43,7 @@ pub enum AuthMethod {
     /// `tls_client_auth`: a client certificate signed by a trusted authority, and the id in the body (RFC 8705
     /// section 2.1).
     ///
-    /// The default for a client certificate, unless the server's metadata say otherwise.
+    /// The default for a client certificate alone, unless the server's metadata say otherwise.
     TlsClientAuth,
     /// `self_signed_tls_client_auth`: a client certificate registered with the server, and the id in the body (RFC 8705
     /// section 2.2).
