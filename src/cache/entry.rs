@@ -39,7 +39,7 @@ use crate::{
 pub(crate) struct Entry {
     endpoint: Arc<Endpoint>,
     common: Arc<Common>,
-    /// Whether this is the plain key, the only one whose token is watched.
+    /// Whether this is the plain key, that of requests without a [`TokenRequest`]: only its token is watched.
     plain: bool,
     id: KeyId,
     /// The token that requests take without a lock; absent while it is rejected.
