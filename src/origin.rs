@@ -485,6 +485,7 @@ mod tests {
             };
             // The same rule, restated by what there may be in the place of a host and port.
             let is_this_machine = |text: &str| {
+                let text = text.rsplit('@').next().unwrap();
                 let host = match text.rsplit_once(':') {
                     Some((host, port)) if port.chars().all(char::is_numeric) => host,
                     _ => text,
