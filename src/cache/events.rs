@@ -165,7 +165,7 @@ impl TokenEvent {
 /// A listener does not keep the cache alive or slow it down. It may be up to 256 events behind; after that, it is told
 /// how many it has [`Missed`](TokenEvent::Missed). The stream ends, once all events are read, when the last handle of
 /// the cache is dropped, or after [`ShutDown`](TokenEvent::ShutDown).
-#[must_use = "nothing is heard until it is polled, and events are lost that come before it is made"]
+#[must_use = "it does nothing unless polled, and misses events from before it was made"]
 pub struct Events {
     next: ReusableBoxFuture<'static, Next>,
     done: bool,

@@ -339,7 +339,7 @@ impl World {
     }
 
     fn launch(&mut self, id: u64, plan: Plan, forced: bool) {
-        assert!(self.flight.is_none(), "law 1: two flights in the air");
+        assert!(self.flight.is_none(), "law 1: two flights under way");
         let start = self.monotonic + plan.delay.as_millis() as u64;
         let now = self.now();
         let note = Note {

@@ -600,7 +600,7 @@ mod tests {
 
     /// Law 7: the codes of Keycloak, Auth0 and Cloud Foundry.
     #[tokio::test]
-    async fn a_secret_is_asked_for_again_whatever_a_401_calls_it() {
+    async fn a_secret_is_obtained_again_whatever_a_401_calls_it() {
         for answer in [
             (401, r#"{"error":"unauthorized_client"}"#),
             (401, r#"{"error":"access_denied"}"#),
@@ -624,8 +624,7 @@ mod tests {
     /// Law 7: the answers of FedEx, Twitch, a proxy, Zoho and ServiceNow, which are not OAuth's.
     /// Law 2: a transient refusal costs an attempt one request.
     #[tokio::test]
-    async fn a_secret_is_asked_for_again_by_the_attempt_after_one_that_was_refused_in_other_words()
-    {
+    async fn the_attempt_after_an_unusual_refusal_obtains_the_secret_again() {
         for answer in [
             (401, r#"{"errors":[{"code":"NOT.AUTHORIZED.ERROR"}]}"#),
             (403, r#"{"status":403,"message":"invalid client secret"}"#),
