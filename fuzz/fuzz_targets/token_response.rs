@@ -160,7 +160,7 @@ impl World {
                     "{?",
                     "{\"access_token\":1,\"access_token\":1}",
                     "{}",
-                    "{\"access_token\":\"a\"}",
+                    "{\"access_token\":\"a\",\"token_type\":\"a\"}",
                     "{\"access_token\":\" \",\"token_type\":\"Bearer\"}",
                     "{\"error\":\"a\"}",
                     "{\"error\":\"slow_down\"}",
@@ -208,7 +208,7 @@ impl World {
     }
 }
 
-/// All that an error says, without its code and with each number replaced by 0.
+/// All that an error says, without its code, and with each number and time replaced by 0.
 fn shown(error: &TokenError) -> String {
     let mut text = String::new();
     let mut next: Option<&dyn Error> = Some(error);
@@ -219,6 +219,10 @@ fn shown(error: &TokenError) -> String {
     if let Some(code) = error.oauth_error() {
         text = text.replace(&format!("({code}, "), "(");
         text = text.replace(&format!("Some({code:?})"), "None");
+    }
+    if let Some(after) = error.retry_after() {
+        // Its unit depends on its size.
+        text = text.replace(&format!("{after:?}"), "0s");
     }
     collapse(&text)
 }
