@@ -598,48 +598,22 @@ mod tests {
         let p256 = DecodingKey::from_ec_der(p256.public_key().as_ref());
         let p384 = DecodingKey::from_ec_der(p384.public_key().as_ref());
         let ed = DecodingKey::from_ed_der(ed.public_key().as_ref());
-        for (texts, key, configured, expected) in [
-            (&rsa_texts, &rsa, None, Algorithm::RS256),
-            (
-                &rsa_texts,
-                &rsa,
-                Some(SigningAlgorithm::Rs256),
-                Algorithm::RS256,
-            ),
-            (
-                &rsa_texts,
-                &rsa,
-                Some(SigningAlgorithm::Ps256),
-                Algorithm::PS256,
-            ),
-            (
-                &rsa_texts,
-                &rsa,
-                Some(SigningAlgorithm::Rs384),
-                Algorithm::RS384,
-            ),
-            (
-                &rsa_texts,
-                &rsa,
-                Some(SigningAlgorithm::Rs512),
-                Algorithm::RS512,
-            ),
-            (
-                &rsa_texts,
-                &rsa,
-                Some(SigningAlgorithm::Ps384),
-                Algorithm::PS384,
-            ),
-            (
-                &rsa_texts,
-                &rsa,
-                Some(SigningAlgorithm::Ps512),
-                Algorithm::PS512,
-            ),
+        let of_rsa = [
+            (None, Algorithm::RS256),
+            (Some(SigningAlgorithm::Rs256), Algorithm::RS256),
+            (Some(SigningAlgorithm::Rs384), Algorithm::RS384),
+            (Some(SigningAlgorithm::Rs512), Algorithm::RS512),
+            (Some(SigningAlgorithm::Ps256), Algorithm::PS256),
+            (Some(SigningAlgorithm::Ps384), Algorithm::PS384),
+            (Some(SigningAlgorithm::Ps512), Algorithm::PS512),
+        ]
+        .map(|(configured, expected)| (&rsa_texts, &rsa, configured, expected));
+        let of_curves = [
             (&p256_texts, &p256, None, Algorithm::ES256),
             (&p384_texts, &p384, None, Algorithm::ES384),
             (&ed_texts, &ed, None, Algorithm::EdDSA),
-        ] {
+        ];
+        for (texts, key, configured, expected) in of_rsa.into_iter().chain(of_curves) {
             for text in texts {
                 let settings = Settings {
                     algorithm: configured,
