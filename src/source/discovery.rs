@@ -795,6 +795,23 @@ mod tests {
         assert!(server.paths().is_empty());
     }
 
+    /// By default, a cache allows 10 s for all of it.
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_hangs_leaves_time_to_revoke_both_tokens() {
+        let mut metadata = metadata();
+        metadata["revocation_endpoint"] = "https://as.example/revoke".into();
+        let server = Server::with(OAUTH, &metadata);
+        let source = server.source(builder());
+        server.answer("/token", 404, "");
+        fetch(&source).await.unwrap_err();
+        server.paths();
+        server.0.lock().hanging = true;
+        let revoking = source.revoke(revocation(true).await);
+        let revoked = time::timeout(Duration::from_secs(10), revoking).await;
+        assert!(revoked.unwrap().unwrap_err().is_timeout());
+        assert_eq!(server.paths(), [OAUTH, "/revoke", "/revoke"]);
+    }
+
     /// A changed secret is noticed here too.
     #[tokio::test]
     async fn a_refused_revocation_obtains_a_new_secret() {
