@@ -280,7 +280,9 @@ async fn a_dropped_caller_frees_its_place() {
 struct Counted;
 
 impl Wake for Counted {
-    fn wake(self: Arc<Self>) {}
+    fn wake(self: Arc<Self>) {
+        drop(self);
+    }
 }
 
 /// Law 5: a dropped caller leaks nothing.
