@@ -265,8 +265,9 @@ impl ClientCredentialsBuilder {
     /// The client speaks HTTP/1.1, trusts the system's roots and those of
     /// [`root_certificates`](Self::root_certificates), keeps no connection open, follows no redirect, and sends
     /// `tower-bearer` with its version as its `User-Agent`. If `SSL_CERT_FILE` or `SSL_CERT_DIR` is set, it replaces
-    /// the system's roots. The client connects directly, whatever `HTTPS_PROXY` and similar variables say; for a proxy,
-    /// give [`build_with`](Self::build_with) a client that uses one. Building needs no runtime and sends nothing.
+    /// the system's roots. The client connects directly, whatever `HTTPS_PROXY` and similar variables say; the
+    /// [guide](crate::guide::clients#the-token-endpoint-behind-a-proxy) has a client that uses them. Building needs no
+    /// runtime and sends nothing.
     ///
     /// # Errors
     ///

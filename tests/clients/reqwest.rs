@@ -19,7 +19,7 @@ use http::{
     header::{AUTHORIZATION, LOCATION, WWW_AUTHENTICATE},
 };
 use http_body::Frame;
-use http_body_util::StreamBody;
+use http_body_util::{Full, StreamBody};
 use hyper_util::{client::legacy, rt::TokioExecutor};
 use reqwest::{Body, Client, Proxy, Request, Response, Url, redirect};
 use serde_json::{Value, json};
@@ -28,7 +28,7 @@ use tokio::{
     time::{self, Sleep},
 };
 use tower::{
-    Layer, Service, ServiceBuilder, ServiceExt, retry::Policy, timeout::error::Elapsed,
+    Layer, Service, ServiceBuilder, ServiceExt, retry::Policy, service_fn, timeout::error::Elapsed,
     util::BoxCloneSyncService,
 };
 use tower_bearer::{
@@ -314,6 +314,40 @@ async fn plain_http_to_another_machine_is_refused_before_it_is_sent() {
     let api = site.layer().dangerous_plain_http(true).layer(client);
     api.oneshot(get(url)).await.unwrap();
     assert_eq!(site.tokens(), own(&[Some("token-1")]));
+}
+
+/// As the guide builds it, but for where the proxy comes from.
+#[tokio::test]
+async fn token_requests_go_through_the_proxy_of_their_client() {
+    let source = |proxy: Url| {
+        let client = Client::builder()
+            .redirect(redirect::Policy::none())
+            .pool_max_idle_per_host(0)
+            .proxy(Proxy::http(proxy).unwrap());
+        let client = client.build().unwrap();
+        let client = service_fn(move |request: http::Request<Full<Bytes>>| {
+            let client = client.clone();
+            async move {
+                let request = request.map(Body::wrap).try_into()?;
+                client.execute(request).await.map(http::Response::from)
+            }
+        });
+        // Only the proxy can be reached.
+        ClientCredentials::builder("http://localhost:1/token", "client-id")
+            .client_secret("client-secret")
+            .scope("sims")
+            .build_with(client)
+            .unwrap()
+    };
+    let proxy = Site::start().await;
+    let cache = TokenCache::new(source(proxy.url("/")));
+    assert_eq!(cache.get().await.unwrap().expose_secret(), "token-1");
+    assert_eq!(proxy.lock().asked, ["sims"]);
+
+    let mut gone = proxy.url("/");
+    gone.set_port(Some(closed().await.port())).unwrap();
+    let error = TokenCache::new(source(gone)).get().await.unwrap_err();
+    assert!(error.is_transport() && error.is_transient(), "{error}");
 }
 
 /// A proxy is below the layer: the documentation says so, and what to do.
