@@ -30,7 +30,7 @@ pub struct RefreshPolicy {
     pub(crate) default_lifetime: Duration,
     pub(crate) attempt_timeout: Duration,
     flight_timeout: Duration,
-    attempts: u32,
+    pub(crate) attempts: u32,
     max_waiters: Option<usize>,
     pub(crate) max_keys: usize,
     extended_lifetime: bool,
@@ -113,7 +113,8 @@ impl RefreshPolicy {
     /// source. The pause before it is up to 200 ms, doubling to up to 5 s. It is 0.5 s to 1 s, doubling to up to 5 s,
     /// after a `429`; and, unless a 401 has caused the token request, while there is a token that lives for longer than
     /// 4 s, since nobody waits then. After a failed token request, each further one has a single attempt until one
-    /// succeeds. No attempt follows if [`flight_timeout`](Self::flight_timeout) leaves no time for it, or if another key
+    /// succeeds; after one that was lost with its runtime, this holds only while there is a token that lives for longer
+    /// than 4 s. No attempt follows if [`flight_timeout`](Self::flight_timeout) leaves no time for it, or if another key
     /// has learned that the server wants to be left alone or refuses the client.
     ///
     /// If the claims that an API demands cannot be obtained, one more attempt follows without them, whatever the number
@@ -212,11 +213,6 @@ impl RefreshPolicy {
                 .filter(|_| self.extended_lifetime)
                 .map(|extended| extended.min(MAX_LIFETIME)),
         }
-    }
-
-    /// How many attempts a flight has after `failures` failed flights in a row.
-    pub(crate) fn attempts_after(&self, failures: u32) -> u32 {
-        if failures == 0 { self.attempts } else { 1 }
     }
 
     pub(crate) fn flight_limit(&self) -> Duration {

@@ -535,10 +535,20 @@ impl<F: Clone + PartialEq> State<F> {
     ) -> (F, Plan) {
         let deadline = now.monotonic + delay + self.policy.flight_limit();
         let overdue = deadline + policy::GRACE;
-        let attempts = self.policy.attempts_after(self.gate.failures(shared));
         let token = self.attachable(now).filter(|_| !forced);
         let in_background =
             token.is_some_and(|token| token.outlives(policy::BACKGROUND_LIFETIME, now));
+        // A lost flight says nothing about the server. But the next one may be lost as well, and in the background it
+        // would pause for long between its attempts, until callers that need a token have to wait for it.
+        let is_first_try = match in_background {
+            true => self.gate.failures(shared) == 0,
+            false => self.gate.remembered(shared).is_none(),
+        };
+        let attempts = if is_first_try {
+            self.policy.attempts
+        } else {
+            1
+        };
         self.gate.pass(shared, now, overdue);
         let flight = make(overdue);
         self.flights += 1;
@@ -1021,6 +1031,32 @@ mod tests {
         let lost = case.state.failed(&mut case.shared, &flight, None, case.now);
         assert!(lost.is_some());
         assert_eq!(case.acquire(), "fail");
+    }
+
+    /// It says nothing about the server: a caller should not fail by the next hiccup.
+    #[test]
+    fn after_a_lost_flight_one_that_callers_wait_for_has_all_its_attempts() {
+        let lose = |case: &mut Case, flight| {
+            let lost = case.state.failed(&mut case.shared, &flight, None, case.now);
+            assert!(lost.is_some());
+        };
+        let mut case = Case::new();
+        let (flight, _) = case.begin();
+        lose(&mut case, flight);
+        let (flight, plan) = case.begin();
+        assert_eq!(plan.attempts, 3);
+        case.fail(flight, &down());
+        let (flight, _) = case.begin();
+        lose(&mut case, flight);
+        let (_, plan) = case.begin();
+        assert_eq!(plan.attempts, 1);
+
+        let (mut case, _, _) = Case::with_token();
+        case.pass(800.0);
+        let (flight, _) = case.begin();
+        lose(&mut case, flight);
+        let (_, plan) = case.begin();
+        assert_eq!((plan.in_background, plan.attempts), (true, 1));
     }
 
     /// Law 7: a token dies by either clock, and a gate opens by either.

@@ -330,9 +330,10 @@ async fn an_answer_counts_though_the_runtime_stood_still() {
     assert_eq!(attempts, 1);
 
     let closed = || TokenError::transient("the connection was closed");
+    // Its caller waits for a second token request.
     let (error, attempts) = stopped_within_each_attempt(secs(5), closed).await;
     assert!(error.is_interrupted(), "{error:?}");
-    assert_eq!(attempts, 3);
+    assert_eq!(attempts, 4);
 
     // A runtime that is busy for a while is not standing still.
     let (error, attempts) = stopped_within_each_attempt(millis(600), closed).await;
@@ -423,6 +424,23 @@ async fn no_request_fails_if_the_runtime_stands_still_before_a_token_request() {
         assert!(waiting.await.is_ok(), "waits: {waits}");
         assert_eq!(server.requests(), 1 + usize::from(waits));
     }
+}
+
+/// The network of a machine that has just woken up may need a moment.
+#[tokio::test(start_paused = true)]
+async fn a_hiccup_after_a_lost_token_request_fails_no_caller() {
+    let grant = |text: &str| TokenResponse::new(text).map(|token| token.expires_in(secs(300)));
+    let hiccup = Err(TokenError::transient("no route to host"));
+    let server = AuthServer::scripted([grant("token-1"), hiccup, grant("token-2")]);
+    let cache = TokenCache::new(server.clone());
+    cache.get().await.unwrap();
+    time::sleep(secs(226)).await;
+    now(cache.get()).unwrap();
+    // The refresh is lost, and the token dies.
+    stand_still(secs(3_600));
+    assert_eq!(cache.get().await.unwrap().expose_secret(), "token-2");
+    let attempts: Vec<_> = server.seen().iter().map(|seen| seen.attempt).collect();
+    assert_eq!(attempts, [1, 1, 2]);
 }
 
 /// Law 2 and the guide: in an outage requests learn at once that there is no token.
