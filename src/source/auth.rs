@@ -26,7 +26,7 @@ pub enum AuthMethod {
     /// (RFC 6749 section 2.3.1).
     ///
     /// The default for a secret, unless the server's metadata say otherwise. A space is encoded as `%20`, since some
-    /// servers take a `+` literally.
+    /// servers take a `+` literally, and a `~` not at all, since some do not decode.
     #[default]
     ClientSecretBasic,
     /// `client_secret_post`: id and secret in the body, for servers that support nothing better.
@@ -333,11 +333,16 @@ fn basic(client_id: &str, secret: &str, raw: bool) -> HeaderValue {
     value
 }
 
-/// RFC 6749 appendix B, with a space as `%20`: form decoders read that as well as `+`, and URL decoders read only that.
+/// RFC 6749 appendix B, but for what all decoders read alike: a space as `%20`, since URL decoders take a `+` literally,
+/// and a `~` as it is, so that servers that do not decode understand all of RFC 3986's unreserved characters.
 fn form_encoded(text: &str) -> Zeroizing<String> {
-    let encoded: String = form_urlencoded::byte_serialize(text.as_bytes()).collect();
-    // A plus in the text itself is `%2B` by now.
-    Zeroizing::new(encoded.replace('+', "%20"))
+    let parts = form_urlencoded::byte_serialize(text.as_bytes());
+    let parts = parts.map(|part| match part {
+        "+" => "%20",
+        "%7E" => "~",
+        part => part,
+    });
+    Zeroizing::new(parts.collect())
 }
 
 /// In order of preference.

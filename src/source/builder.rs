@@ -103,7 +103,7 @@ impl ClientCredentialsBuilder {
     /// default.
     ///
     /// RFC 6749 section 2.3.1 wants them form-encoded, and most servers decode them. It makes no difference if they
-    /// consist of letters, digits and `*-._`.
+    /// consist of letters, digits and `*-._~`.
     pub fn raw_basic_credentials(mut self, raw: bool) -> Self {
         self.auth.raw_basic = raw;
         self

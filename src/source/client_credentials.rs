@@ -473,6 +473,8 @@ mod tests {
             ("a:b", "c:d", "Basic YSUzQWI6YyUzQWQ="),
             // base64 of "i%25d:s%2B%20%C3%A9"
             ("i%d", "s+ é", "Basic aSUyNWQ6cyUyQiUyMCVDMyVBOQ=="),
+            // base64 of "a-._~:b%257E~", for servers that do not decode
+            ("a-._~", "b%7E~", "Basic YS0uX346YiUyNTdFfg=="),
         ] {
             let (endpoint, source) =
                 Endpoint::with(builder(id).client_secret(secret), &[(200, TOKEN)]);
