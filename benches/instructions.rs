@@ -19,7 +19,7 @@ use support::{
     cached, call, inner, loopback_request,
     report::{Report, Table},
     request,
-    subjects::{KEY, keyed_request},
+    subjects::{KEYS, keyed_request},
 };
 use tower::{Layer, Service, ServiceBuilder, service_fn};
 use tower_bearer::{BearerAuthLayer, CloneBody};
@@ -99,7 +99,7 @@ fn main() -> ExitCode {
 /// Sends `count` requests.
 fn run(case: &str, count: u64) {
     let (cache, token, runtime) = cached();
-    let key = runtime.block_on(cache.get_for(&KEY));
+    let key = runtime.block_on(cache.get_for(&KEYS[0]));
     key.expect("the source gives a token");
     let bearer = BearerAuthLayer::new(cache);
     let bare = service_fn(inner);

@@ -1,6 +1,9 @@
 //! The services that are measured side by side with a token at hand.
 
-use std::sync::LazyLock;
+use std::sync::{
+    LazyLock,
+    atomic::{AtomicUsize, Ordering},
+};
 
 use http::Request;
 use tokio::runtime::Runtime;
@@ -26,8 +29,10 @@ pub trait Measure {
 #[must_use = "the watch ends with the runtime"]
 pub fn subjects(measure: &mut impl Measure) -> Runtime {
     let (cache, token, runtime) = cached();
-    let key = runtime.block_on(cache.get_for(&KEY));
-    key.expect("the source gives a token");
+    for key in &*KEYS {
+        let token = runtime.block_on(cache.get_for(key));
+        token.expect("the source gives a token");
+    }
     let bare = service_fn(inner);
     let fixed = AddAuthorizationLayer::bearer(&token).layer(bare);
     let bearer = BearerAuthLayer::new(cache);
@@ -56,17 +61,36 @@ pub fn subjects(measure: &mut impl Measure) -> Runtime {
     measure.measure("bearer with replay", replayed, request);
     measure.measure(KEYED_FLOOR, fixed, keyed_request);
     measure.measure("keyed bearer", bearer.layer(bare), keyed_request);
+    measure.measure(
+        "keyed bearer, a key per thread",
+        bearer.layer(bare),
+        own_keyed_request,
+    );
     runtime
 }
 
 /// A request with a [`TokenRequest`] that was made once.
 pub fn keyed_request() -> Request<Body> {
+    request_for(&KEYS[0])
+}
+
+/// A request with another key than that of the thread that was started before this one.
+fn own_keyed_request() -> Request<Body> {
+    static THREADS: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static THREAD: usize = THREADS.fetch_add(1, Ordering::Relaxed);
+    }
+    request_for(&KEYS[THREAD.with(|thread| thread % KEYS.len())])
+}
+
+fn request_for(key: &TokenRequest) -> Request<Body> {
     let mut request = request();
-    request.extensions_mut().insert(KEY.clone());
+    request.extensions_mut().insert(key.clone());
     request
 }
 
-pub static KEY: LazyLock<TokenRequest> = LazyLock::new(|| TokenRequest::new().scope("sims:read"));
+pub static KEYS: LazyLock<[TokenRequest; 2]> =
+    LazyLock::new(|| ["sims:read", "sims:write"].map(|scope| TokenRequest::new().scope(scope)));
 
 /// The least that a layer must do to send a token.
 pub const FLOOR: &str = "static header";

@@ -2,10 +2,11 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak},
+    sync::{Arc, PoisonError, Weak},
     time::Duration,
 };
 
+use crossbeam_utils::sync::{ShardedLock, ShardedLockReadGuard, ShardedLockWriteGuard};
 use tokio::time::Instant;
 
 use super::{common::Common, endpoint::Endpoint, entry::Entry, reporter::Outlets};
@@ -24,7 +25,8 @@ pub(super) struct Keys {
     /// The endpoint of the cache's own source.
     endpoint: Arc<Endpoint>,
     common: Arc<Common>,
-    map: RwLock<Map>,
+    /// In shards, since each request with a key reads it: few threads write the same cache line.
+    map: ShardedLock<Map>,
 }
 
 #[derive(Default)]
@@ -41,7 +43,7 @@ impl Keys {
         Self {
             endpoint,
             common,
-            map: RwLock::default(),
+            map: ShardedLock::default(),
         }
     }
 
@@ -110,11 +112,11 @@ impl Keys {
         &self.common.outlets
     }
 
-    fn read(&self) -> RwLockReadGuard<'_, Map> {
+    fn read(&self) -> ShardedLockReadGuard<'_, Map> {
         self.map.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self) -> RwLockWriteGuard<'_, Map> {
+    fn write(&self) -> ShardedLockWriteGuard<'_, Map> {
         self.map.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
