@@ -171,8 +171,8 @@ impl<S, R> BearerAuth<S, R> {
     fn judge<Req: HttpRequest>(&self, request: &Req) -> Option<Disposition> {
         let settings = self.slot.settings();
         if settings.keep_existing
-            || request.extension::<WithoutToken>().is_some()
             || request.extension::<TokenRequest>().is_some()
+            || request.extension::<WithoutToken>().is_some()
         {
             return None;
         }

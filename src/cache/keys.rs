@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    hash::{BuildHasherDefault, Hasher},
     sync::{Arc, PoisonError, Weak},
     time::Duration,
 };
@@ -31,7 +32,7 @@ pub(super) struct Keys {
 
 #[derive(Default)]
 struct Map {
-    entries: HashMap<TokenRequest, Arc<Entry>>,
+    entries: HashMap<TokenRequest, Arc<Entry>, BuildHasherDefault<Prehashed>>,
     /// The endpoints of other sources, by the source's address; each endpoint keeps its source alive.
     endpoints: HashMap<usize, Weak<Endpoint>>,
     /// When the map was last swept.
@@ -177,6 +178,24 @@ impl Map {
         self.endpoints
             .retain(|_, endpoint| endpoint.strong_count() > 0);
         Some(evicted)
+    }
+}
+
+/// Takes the hash that a [`TokenRequest`] keeps, which is random already.
+#[derive(Default)]
+struct Prehashed(u64);
+
+impl Hasher for Prehashed {
+    fn write_u64(&mut self, hash: u64) {
+        self.0 = hash;
+    }
+
+    fn write(&mut self, _bytes: &[u8]) {
+        unreachable!("a token request writes its hash alone");
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
     }
 }
 
