@@ -290,6 +290,11 @@ impl Entry {
         token.not_before() < self.endpoint.not_before()
     }
 
+    /// Notes that `flight`, whose delay is over, is about to ask the source.
+    pub(super) fn asks(&self, flight: &Arc<Flight>) {
+        self.state.lock().asks(flight);
+    }
+
     /// Whether the server has told another key to back off, or that the client is refused, since the flight under way
     /// began.
     pub(super) fn is_held_back(&self) -> bool {

@@ -346,7 +346,8 @@ const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
 async fn fly(ending: &Ending, plan: Plan) -> Outcome {
     // A sleep of zero takes up to a millisecond.
-    if !plan.delay.is_zero() {
+    let waits = !plan.delay.is_zero();
+    if waits {
         time::sleep(plan.delay).await;
     }
     let deadline = plan.deadline;
@@ -354,6 +355,9 @@ async fn fly(ending: &Ending, plan: Plan) -> Outcome {
     let starts = deadline - ending.entry.policy().flight_limit();
     if Now::read().monotonic >= deadline.max(starts + policy::GRACE) {
         return Outcome::Lost;
+    }
+    if waits {
+        ending.entry.asks(&ending.flight);
     }
     report_if_slow(ending, attempts(ending, plan)).await
 }

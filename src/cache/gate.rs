@@ -309,7 +309,7 @@ impl OwnGate {
     }
 
     /// Ends the probe, if this key's flight was it.
-    fn end_probe(&self, shared: &mut SharedGate) -> bool {
+    pub(crate) fn end_probe(&self, shared: &mut SharedGate) -> bool {
         shared.probe.take_if(|(key, _)| *key == self.key).is_some()
     }
 }

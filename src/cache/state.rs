@@ -73,6 +73,8 @@ struct OnRecord<F> {
     overdue: Instant,
     began: Instant,
     forced: bool,
+    /// Whether it waits for the gate or the floor, and has asked nobody yet.
+    waits: bool,
 }
 
 /// The flights that failed since the last success.
@@ -286,6 +288,13 @@ impl<F: Clone + PartialEq> State<F> {
         self.record(shared, make, true, Duration::ZERO, None, now)
     }
 
+    /// Notes that `flight` is about to ask the source.
+    pub(crate) fn asks(&mut self, flight: &F) {
+        if let Some(record) = self.flight.as_mut() {
+            record.waits &= record.flight != *flight;
+        }
+    }
+
     /// Takes the response of `flight` and returns the token, if the flight is still on record.
     pub(crate) fn succeeded(
         &mut self,
@@ -333,7 +342,12 @@ impl<F: Clone + PartialEq> State<F> {
         error: Option<&TokenError>,
         now: Now,
     ) -> Option<Duration> {
-        let began = self.close(flight, false, now)?;
+        let OnRecord { began, waits, .. } = self.close(flight, false, now)?;
+        // Nobody was asked: if it shut the gate anew, runtimes that end before it opens would keep it shut for good.
+        if error.is_none() && waits && self.outage.is_some() {
+            self.gate.end_probe(shared);
+            return Some(remaining(self.gate.opens(shared), now));
+        }
         let outage = self.outage.get_or_insert(Outage {
             since: began,
             failures: 0,
@@ -538,11 +552,12 @@ impl<F: Clone + PartialEq> State<F> {
         let token = self.attachable(now).filter(|_| !forced);
         let in_background =
             token.is_some_and(|token| token.outlives(policy::BACKGROUND_LIFETIME, now));
-        // A lost flight says nothing about the server. But the next one may be lost as well, and in the background it
-        // would pause for long between its attempts, until callers that need a token have to wait for it.
-        let is_first_try = match in_background {
-            true => self.gate.failures(shared) == 0,
-            false => self.gate.remembered(shared).is_none(),
+        let is_first_try = match self.gate.failures(shared) {
+            0 => true,
+            // A lost flight says nothing about the server. But once more it may be the many attempts that outlast the
+            // runtime. And in the background, where they are far apart, they would leave callers to wait.
+            1 => self.gate.remembered(shared).is_none() && !in_background,
+            _ => false,
         };
         let attempts = if is_first_try {
             self.policy.attempts
@@ -557,6 +572,7 @@ impl<F: Clone + PartialEq> State<F> {
             overdue,
             began: now.monotonic,
             forced,
+            waits: !delay.is_zero(),
         });
         let plan = Plan {
             delay,
@@ -572,14 +588,14 @@ impl<F: Clone + PartialEq> State<F> {
         (flight, plan)
     }
 
-    /// Takes `flight` off the record, if it is there, and returns when it began.
-    fn close(&mut self, flight: &F, succeeded: bool, now: Now) -> Option<Instant> {
+    /// Takes `flight` off the record, if it is there.
+    fn close(&mut self, flight: &F, succeeded: bool, now: Now) -> Option<OnRecord<F>> {
         let record = self.flight.take_if(|record| record.flight == *flight)?;
         self.rejected = false;
         if record.forced {
             self.cooldown.end(succeeded, now);
         }
-        Some(record.began)
+        Some(record)
     }
 
     /// Whether a flight may start now, without an attachable token.
@@ -1043,10 +1059,18 @@ mod tests {
         let mut case = Case::new();
         let (flight, _) = case.begin();
         lose(&mut case, flight);
+        case.pass(0.5);
         let (flight, plan) = case.begin();
         assert_eq!(plan.attempts, 3);
+        // It may be the many attempts that outlast each runtime.
+        lose(&mut case, flight);
+        case.pass(1.0);
+        let (flight, plan) = case.begin();
+        assert_eq!(plan.attempts, 1);
         case.fail(flight, &down());
-        let (flight, _) = case.begin();
+        case.pass(10.0);
+        let (flight, plan) = case.begin();
+        assert_eq!(plan.attempts, 1);
         lose(&mut case, flight);
         let (_, plan) = case.begin();
         assert_eq!(plan.attempts, 1);
@@ -1057,6 +1081,39 @@ mod tests {
         lose(&mut case, flight);
         let (_, plan) = case.begin();
         assert_eq!((plan.in_background, plan.attempts), (true, 1));
+    }
+
+    /// Law 7: otherwise runtimes that end, or stand still, before the gate opens would keep the server from ever being
+    /// asked.
+    #[test]
+    fn a_flight_lost_before_it_asked_shuts_no_gate() {
+        let lose = |case: &mut Case, flight| {
+            let lost = case.state.failed(&mut case.shared, &flight, None, case.now);
+            lost.unwrap()
+        };
+        let long = Duration::from_secs(5);
+        let mut case = Case::new();
+        for _ in 0..9 {
+            let (flight, plan) = case.begin();
+            case.now.monotonic += plan.delay;
+            case.state.asks(&flight);
+            lose(&mut case, flight);
+        }
+        let (flight, plan) = case.begin();
+        assert!(plan.delay >= long, "{plan:?}");
+        case.pass(1.0);
+        let left = lose(&mut case, flight);
+        assert_eq!(left, plan.delay - Duration::from_secs(1));
+        assert_eq!(case.state.outage().unwrap().failures, 9);
+
+        let (flight, plan) = case.begin();
+        assert_eq!(plan.delay, left);
+        case.pass(3_600.0);
+        let overdue = case.state.give_up_overdue(&mut case.shared, case.now);
+        assert_eq!(overdue, Some(flight));
+        let (flight, plan) = case.begin();
+        assert_eq!(plan.delay, Duration::ZERO);
+        assert!(lose(&mut case, flight) >= long);
     }
 
     /// Law 7: a token dies by either clock, and a gate opens by either.

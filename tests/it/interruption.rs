@@ -426,6 +426,38 @@ async fn no_request_fails_if_the_runtime_stands_still_before_a_token_request() {
     }
 }
 
+/// Law 7: calls that are shorter than the pause after a failure, with the process frozen in between, still reach the
+/// server when it is well; and law 2, not before.
+#[test]
+fn a_frozen_function_gets_a_token_after_an_outage_that_outlasted_its_calls() {
+    let runtime = paused();
+    let server = AuthServer::new();
+    let cache = TokenCache::new(server.clone());
+    let call = || {
+        let got = runtime.block_on(async { time::timeout(secs(1), cache.get()).await });
+        runtime.block_on(async { stand_still(secs(60)) });
+        got.is_ok_and(|got| got.is_ok())
+    };
+    server.hold();
+    for requests in 1..=2 {
+        assert!(!call());
+        assert_eq!(server.requests(), requests);
+    }
+    // The second one was sent after its pause, and its loss calls for another one.
+    runtime.block_on(async {
+        let waiting = caller(&cache);
+        settle().await;
+        waiting.abort();
+    });
+    assert_eq!(server.requests(), 2);
+    // After these the pauses are longer than a call.
+    for _ in 0..20 {
+        assert!(!call());
+    }
+    server.release();
+    assert!((0..3).any(|_| call()));
+}
+
 /// The network of a machine that has just woken up may need a moment.
 #[tokio::test(start_paused = true)]
 async fn a_hiccup_after_a_lost_token_request_fails_no_caller() {
