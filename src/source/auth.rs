@@ -319,15 +319,14 @@ fn missing_setting(method: AuthMethod, setting: &str) -> ConfigError {
 
 /// The header of RFC 6749 section 2.3.1.
 fn basic(client_id: &str, secret: &str, raw: bool) -> HeaderValue {
+    // Each string is made in its full size, since one that grows leaves copies behind.
     let pair = Zeroizing::new(if raw {
-        format!("{client_id}:{secret}")
+        [client_id, ":", secret].concat()
     } else {
-        format!("{}:{}", *form_encoded(client_id), *form_encoded(secret))
+        [&form_encoded(client_id), ":", &form_encoded(secret)].concat()
     });
-    let value = Zeroizing::new(format!(
-        "Basic {}",
-        *Zeroizing::new(STANDARD.encode(&*pair))
-    ));
+    let pair = Zeroizing::new(STANDARD.encode(&*pair));
+    let value = Zeroizing::new(["Basic ", &pair].concat());
     let mut value = HeaderValue::from_str(&value).expect("base64 fits into a header");
     value.set_sensitive(true);
     value
@@ -337,12 +336,13 @@ fn basic(client_id: &str, secret: &str, raw: bool) -> HeaderValue {
 /// and a `~` as it is, so that servers that do not decode understand all of RFC 3986's unreserved characters.
 fn form_encoded(text: &str) -> Zeroizing<String> {
     let parts = form_urlencoded::byte_serialize(text.as_bytes());
-    let parts = parts.map(|part| match part {
+    let mut encoded = Zeroizing::new(String::with_capacity(3 * text.len()));
+    encoded.extend(parts.map(|part| match part {
         "+" => "%20",
         "%7E" => "~",
         part => part,
-    });
-    Zeroizing::new(parts.collect())
+    }));
+    encoded
 }
 
 /// In order of preference.
