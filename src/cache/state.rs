@@ -253,12 +253,11 @@ impl<F: Clone + PartialEq> State<F> {
         now: Now,
     ) -> (F, Plan) {
         let mut delay = remaining(self.floor, now);
-        if !self.gate.is_open(shared, now) {
-            if self.is_exempt(shared, now) {
-                self.exempted = true;
-            } else {
-                delay = delay.max(remaining(self.gate.opens(shared), now));
-            }
+        let is_exempt = self.is_exempt(shared, now);
+        // Also if the gate is open: the flight may shut it.
+        self.exempted |= is_exempt;
+        if !is_exempt && !self.gate.is_open(shared, now) {
+            delay = delay.max(remaining(self.gate.opens(shared), now));
         }
         // Each refresh token is handed out once, whatever comes of it: servers that rotate them treat a second use
         // as theft, and a lost answer cannot be told from a lost request.
@@ -1081,6 +1080,20 @@ mod tests {
         lose(&mut case, flight);
         let (_, plan) = case.begin();
         assert_eq!((plan.in_background, plan.attempts), (true, 1));
+    }
+
+    /// Law 2: it is for a gate that was shut before the token died, not for one that the first flight after it shuts.
+    #[test]
+    fn a_dead_tokens_exemption_is_used_up_by_the_first_flight_after_it() {
+        let (mut case, _, _) = Case::with_token();
+        case.pass(991.0);
+        assert_eq!(case.acquire(), "start");
+        let (flight, plan) = case.begin();
+        assert_eq!(plan.delay, Duration::ZERO);
+        case.fail(flight, &down());
+        assert_eq!(case.acquire(), "fail");
+        case.pass(0.51);
+        assert_eq!(case.acquire(), "start");
     }
 
     /// Law 7: otherwise runtimes that end, or stand still, before the gate opens would keep the server from ever being
