@@ -98,14 +98,10 @@ impl Issuer {
                 {
                     return Err(error);
                 }
-                // Some servers answer every path, so another document may still be the right one. One that is not
-                // there explains the least.
+                // Some servers answer every path, so another document may still be the right one.
                 Err(error) if error.is_transient() => {
-                    failure = failure
-                        .filter(|failure: &TokenError| {
-                            failure.status() != Some(StatusCode::NOT_FOUND)
-                        })
-                        .or(Some(error));
+                    let says_more = |failure: &TokenError| weight(failure) >= weight(&error);
+                    failure = failure.filter(says_more).or(Some(error));
                 }
                 Err(error) => refusal = Some(error),
             }
@@ -257,6 +253,16 @@ fn suggests_stale_metadata(error: &TokenError) -> bool {
         || error.is_transport()
         || error.is_timeout()
         || (error.is_unavailable() && !busy)
+}
+
+/// How much a document's failure says about the server: that it is not there, the least; that it may not be read is
+/// often said of any other path than the one that is there.
+fn weight(failure: &TokenError) -> u8 {
+    match failure.status() {
+        Some(StatusCode::NOT_FOUND) => 0,
+        Some(status) if status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS => 1,
+        _ => 2,
+    }
 }
 
 fn text<'a>(object: &'a Map<String, Value>, name: &str) -> Option<&'a str> {
@@ -517,6 +523,26 @@ mod tests {
             error.to_string(),
             "the token endpoint is not available (status 404)"
         );
+    }
+
+    /// A front end may answer 404 or 403 for all paths but the one of the server.
+    #[tokio::test]
+    async fn the_error_is_that_of_the_document_that_says_most() {
+        for (oauth, openid, expected) in [
+            (404, 503, 503),
+            (403, 503, 503),
+            (503, 403, 503),
+            (403, 429, 429),
+            (404, 403, 403),
+            (403, 404, 403),
+            (500, 503, 500),
+        ] {
+            let server = Server::new();
+            server.answer(OAUTH, oauth, "");
+            server.answer(OPENID, openid, "");
+            let error = fetch(&server.source(builder())).await.unwrap_err();
+            assert_eq!(error.status().unwrap(), expected, "{oauth} {openid}");
+        }
     }
 
     /// Law 9: metadata make no exception to where the secret may go.
