@@ -95,6 +95,8 @@ impl Credential {
     }
 
     /// Creates a credential that is read from an environment variable for every token request.
+    ///
+    /// Line breaks at its end are removed.
     #[must_use]
     pub fn env(name: impl Into<OsString>) -> Self {
         Self(Arc::new(Origin::Env(name.into())))
@@ -332,7 +334,7 @@ fn read_file(path: &Path) -> io::Result<(SecretString, FileVersion)> {
     }
     let text = std::str::from_utf8(without_bom(&text));
     let text = text.map_err(|_| io::Error::other("it is not UTF-8"))?;
-    let text = text.trim_end_matches(['\r', '\n']);
+    let text = without_line_breaks(text);
     if text.is_empty() {
         // Perhaps it is still being written.
         return Err(io::Error::other("it is empty"));
@@ -340,10 +342,17 @@ fn read_file(path: &Path) -> io::Result<(SecretString, FileVersion)> {
     Ok((SecretString::from(text), version))
 }
 
+/// A secret ends with none, but `echo` and editors add one.
+fn without_line_breaks(text: &str) -> &str {
+    text.trim_end_matches(['\r', '\n'])
+}
+
 fn read_env(name: &OsStr) -> Result<SecretString, TokenError> {
-    let problem = match env::var(name) {
-        Ok(text) if !text.is_empty() => return Ok(text.into()),
-        Ok(_) => "is empty",
+    let problem = match env::var(name).map(Zeroizing::new) {
+        Ok(text) => match without_line_breaks(&text) {
+            "" => "is empty",
+            text => return Ok(text.into()),
+        },
         Err(env::VarError::NotPresent) => "is not set",
         Err(env::VarError::NotUnicode(_)) => "is not UTF-8",
     };
@@ -451,6 +460,14 @@ mod tests {
         assert!(Credential::file(&large.0).get().await.is_err());
         let missing = Credential::env("TOWER_BEARER_IS_NOT_SET");
         assert!(missing.get().await.unwrap_err().is_transient());
+    }
+
+    #[test]
+    fn line_breaks_at_the_end_are_no_part_of_a_secret() {
+        for text in ["se cret", "se cret\n", "se cret\r\n\n"] {
+            assert_eq!(without_line_breaks(text), "se cret");
+        }
+        assert_eq!(without_line_breaks("\nse\ncret "), "\nse\ncret ");
     }
 
     #[tokio::test]
