@@ -211,8 +211,9 @@ impl Key {
             return Self::from_jwk(text);
         }
         // PEM errors quote the text they fail on.
-        let der = PrivateKeyDer::from_pem_slice(text.as_bytes())
-            .map_err(|_| unusable("it is neither PEM nor a JWK"))?;
+        let der = PrivateKeyDer::from_pem_slice(text.as_bytes()).map_err(|_| {
+            unusable("it is neither a JWK nor a private key in PEM without encryption")
+        })?;
         match &der {
             PrivateKeyDer::Pkcs1(der) => {
                 let pair = rsa::KeyPair::from_der(der.secret_pkcs1_der());
