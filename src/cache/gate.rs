@@ -8,7 +8,8 @@
 //!
 //! When the shared gate opens, one key probes, and the keys bound by the gate wait for its result. If the probe's
 //! failure is ambiguous, the gate from then on binds only keys that have failed. And since broken keys in high demand
-//! would win the probe every time, one key that has waited long bypasses the gate every 5 s.
+//! would win the probe every time, one key that has waited long bypasses the gate every 5 s; so it does if a probe is lost
+//! with its runtime, once the gate is open.
 
 use std::time::Duration;
 
@@ -75,6 +76,8 @@ pub(crate) struct SharedGate {
     suspect: Option<KeyId>,
     /// The key that probes whether the endpoint has recovered, and until when others wait for it.
     probe: Option<(KeyId, Instant)>,
+    /// Whether a probe was lost since it was shut, so that nobody knows.
+    lost_probe: bool,
     /// How often a refused client got new credentials.
     renewals: u64,
     /// How often since the last success, and when the next renewal may be.
@@ -146,6 +149,7 @@ impl SharedGate {
             }
         }
         self.certain = is_certain || (self.certain && !is_open);
+        self.lost_probe = false;
         self.shut_at = Some(now.monotonic);
     }
 
@@ -197,7 +201,8 @@ impl OwnGate {
     /// Whether this key may bypass the shared gate, which other keys' faults may have shut.
     fn may_bypass(&self, shared: &SharedGate, now: Now) -> bool {
         let has_come = |moment: Option<Deadline>| moment.is_none_or(|moment| moment.has_come(now));
-        !shared.certain && has_come(self.starved_from) && has_come(shared.next_bypass)
+        let may_any = !shared.certain || (shared.lost_probe && shared.gate.is_open(now));
+        may_any && has_come(self.starved_from) && has_come(shared.next_bypass)
     }
 
     /// Whether a token at hard expiry may pass even a shut gate.
@@ -269,7 +274,10 @@ impl OwnGate {
         began: Instant,
         now: Now,
     ) -> Duration {
-        let was_probe = self.end_probe(shared);
+        let was_probe = match error {
+            Some(_) => self.end_probe(shared),
+            None => self.lose_probe(shared),
+        };
         let fault = Fault::of(error);
         let is_shared = match fault {
             Fault::Endpoint | Fault::Client => true,
@@ -308,8 +316,15 @@ impl OwnGate {
             .is_some_and(|renewals| renewals != shared.renewals)
     }
 
+    /// Ends the probe without a result, if this key's flight was it.
+    pub(crate) fn lose_probe(&self, shared: &mut SharedGate) -> bool {
+        let was_probe = self.end_probe(shared);
+        shared.lost_probe |= was_probe;
+        was_probe
+    }
+
     /// Ends the probe, if this key's flight was it.
-    pub(crate) fn end_probe(&self, shared: &mut SharedGate) -> bool {
+    fn end_probe(&self, shared: &mut SharedGate) -> bool {
         shared.probe.take_if(|(key, _)| *key == self.key).is_some()
     }
 }
@@ -688,6 +703,29 @@ mod tests {
             case.pass(20);
             assert_eq!(case.open(), [!told; 3]);
         }
+    }
+
+    /// Law 7: keys whose flights are lost, one after the other, would keep the rest out.
+    #[test]
+    fn after_a_lost_probe_a_starved_key_bypasses_an_open_gate() {
+        let mut case = Case::new();
+        let down = TokenError::new(Kind::Transport);
+        case.fail(0, &down);
+        case.pass(12);
+        case.start(0);
+        assert_eq!(case.open(), [true, false, false]);
+        assert!(case.keys[0].lose_probe(&mut case.shared));
+        case.start(1);
+        assert_eq!(case.open(), [true; 3]);
+        case.start(2);
+        assert_eq!(case.open(), [false, true, false]);
+        case.pass(5);
+        assert_eq!(case.open(), [true; 3]);
+        case.fail(2, &down);
+        assert_eq!(case.open(), [false; 3]);
+        // Now the failure is known again, and one probe is enough.
+        case.pass(12);
+        assert_eq!(case.open(), [false, true, false]);
     }
 
     /// Law 2: whatever happens to other keys, a key's own failures hold it back.

@@ -344,7 +344,7 @@ impl<F: Clone + PartialEq> State<F> {
         let OnRecord { began, waits, .. } = self.close(flight, false, now)?;
         // Nobody was asked: if it shut the gate anew, runtimes that end before it opens would keep it shut for good.
         if error.is_none() && waits && self.outage.is_some() {
-            self.gate.end_probe(shared);
+            self.gate.lose_probe(shared);
             return Some(remaining(self.gate.opens(shared), now));
         }
         let outage = self.outage.get_or_insert(Outage {
