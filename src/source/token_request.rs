@@ -129,7 +129,8 @@ impl TokenRequest {
         pairs(&self.0.fields.params)
     }
 
-    pub(crate) fn own_source(&self) -> Option<&SharedSource> {
+    /// Returns the source that fetches the token, if it is not the cache's own: it tells whose token an event is about.
+    pub fn own_source(&self) -> Option<&SharedSource> {
         self.0.fields.source.as_ref()
     }
 
