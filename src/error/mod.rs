@@ -2,7 +2,7 @@
 
 mod connection;
 
-use std::{error::Error, fmt, sync::Arc, time::Duration};
+use std::{error::Error, fmt, io, sync::Arc, time::Duration};
 
 use http::StatusCode;
 
@@ -347,6 +347,19 @@ impl fmt::Debug for TokenError {
     }
 }
 
+impl TokenError {
+    /// The source, if this crate has worded it: a log that shows the message alone then says what to mend. Foreign
+    /// words may hold anything.
+    fn own_reason(&self) -> Option<&dyn fmt::Display> {
+        let source = &**self.0.source.as_ref()?;
+        if let Some(reason) = source.downcast_ref::<NoCredential>() {
+            return Some(reason);
+        }
+        let reason = source.downcast_ref::<ConfigError>()?;
+        Some(reason)
+    }
+}
+
 impl fmt::Display for TokenError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let request = self.0.request;
@@ -389,9 +402,10 @@ impl fmt::Display for TokenError {
             (Some(status), Some(code)) => write!(f, " ({code}, status {})", status.as_u16()),
             (Some(status), None) => write!(f, " (status {})", status.as_u16()),
             (None, Some(code)) => write!(f, " ({code})"),
-            (None, None) => match self.connection_cause() {
-                Some(cause) => write!(f, " ({cause})"),
-                None => Ok(()),
+            (None, None) => match (self.connection_cause(), self.own_reason()) {
+                (Some(cause), _) => write!(f, " ({cause})"),
+                (None, Some(reason)) => write!(f, " ({reason})"),
+                (None, None) => Ok(()),
             },
         }
     }
@@ -405,6 +419,15 @@ impl Error for TokenError {
 
 /// The cache obeys no longer `Retry-After`: a server's mistake must not keep a client out for days.
 const RETRY_AFTER_CAP: Duration = Duration::from_secs(300);
+
+/// Why a credential could not be obtained.
+#[derive(Debug, thiserror::Error)]
+#[error("{problem}")]
+pub(crate) struct NoCredential {
+    pub(crate) problem: String,
+    #[source]
+    pub(crate) error: Option<io::Error>,
+}
 
 /// A setting that cannot work, reported where it enters.
 #[derive(Debug, thiserror::Error)]

@@ -18,7 +18,7 @@ use zeroize::Zeroizing;
 
 use super::{lease::LeasedLock, response::without_bom};
 use crate::{
-    error::{BoxError, Kind, TokenError},
+    error::{BoxError, Kind, NoCredential, TokenError},
     sync::Mutex,
 };
 
@@ -273,7 +273,14 @@ impl Function {
                 };
                 return Ok(text);
             }
-            Ok(_) => "the function gave an empty text".into(),
+            Ok(_) => {
+                let problem = "the function gave an empty text".to_owned();
+                NoCredential {
+                    problem,
+                    error: None,
+                }
+                .into()
+            }
             Err(error) => error,
         };
         // Not cached, so the next token request calls again.
@@ -311,7 +318,8 @@ async fn read_off_runtime(path: PathBuf) -> Result<(SecretString, FileVersion), 
     let reading = tokio::task::spawn_blocking(move || {
         read_file(&path).map_err(|error| {
             let problem = format!("the file {path:?} cannot be read");
-            missing(Unreadable { problem, error })
+            let error = Some(error);
+            missing(NoCredential { problem, error })
         })
     });
     match reading.await {
@@ -357,20 +365,13 @@ fn read_env(name: &OsStr) -> Result<SecretString, TokenError> {
         Err(env::VarError::NotUnicode(_)) => "is not UTF-8",
     };
     let problem = format!("the environment variable {name:?} {problem}");
-    Err(missing(problem))
+    let error = None;
+    Err(missing(NoCredential { problem, error }))
 }
 
 /// The error of a credential that cannot be obtained because of `source`.
 fn missing(source: impl Into<BoxError>) -> TokenError {
     TokenError::new(Kind::NoCredential).with_source(source)
-}
-
-#[derive(Debug, thiserror::Error)]
-#[error("{problem}")]
-struct Unreadable {
-    problem: String,
-    #[source]
-    error: io::Error,
 }
 
 /// Far more than a certificate chain needs.
@@ -448,10 +449,13 @@ mod tests {
             }
             let error = Credential::file(&file.0).get().await.unwrap_err();
             assert!(error.is_transient());
-            // The message alone says that it is not the server.
+            // The message alone says that it is not the server, and which file it is.
             assert_eq!(
                 error.to_string(),
-                "the client's credential could not be obtained"
+                format!(
+                    "the client's credential could not be obtained (the file {:?} cannot be read)",
+                    file.0
+                )
             );
             assert!(!format!("{error:?}").contains("CANARY"), "{error:?}");
         }
@@ -459,7 +463,18 @@ mod tests {
         large.write(&"a".repeat(FILE_LIMIT as usize + 1));
         assert!(Credential::file(&large.0).get().await.is_err());
         let missing = Credential::env("TOWER_BEARER_IS_NOT_SET");
-        assert!(missing.get().await.unwrap_err().is_transient());
+        let missing = missing.get().await.unwrap_err();
+        assert!(missing.is_transient());
+        assert_eq!(
+            missing.to_string(),
+            "the client's credential could not be obtained \
+             (the environment variable \"TOWER_BEARER_IS_NOT_SET\" is not set)"
+        );
+        let foreign = Credential::from_fn(|| async { Err("CANARY".into()) });
+        assert_eq!(
+            foreign.get().await.err().unwrap().to_string(),
+            "the client's credential could not be obtained"
+        );
     }
 
     #[test]

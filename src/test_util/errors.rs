@@ -33,7 +33,7 @@ use std::io;
 use http::StatusCode;
 
 use crate::{
-    error::{ConfigError, Kind, TokenError},
+    error::{ConfigError, Kind, NoCredential, TokenError},
     source,
 };
 
@@ -140,8 +140,10 @@ pub fn credentials() -> TokenError {
 /// No predicate is true of it.
 #[must_use]
 pub fn no_credential() -> TokenError {
-    TokenError::new(Kind::NoCredential)
-        .with_source("the environment variable \"CLIENT_SECRET\" is not set")
+    TokenError::new(Kind::NoCredential).with_source(NoCredential {
+        problem: "the environment variable \"CLIENT_SECRET\" is not set".to_owned(),
+        error: None,
+    })
 }
 
 /// The metadata of a [discovered](crate::ClientCredentials::discover) server are those of another issuer: terminal.
