@@ -114,8 +114,8 @@ impl RefreshPolicy {
     /// after a `429`; and, unless a 401 has caused the token request, while there is a token that lives for longer than
     /// 4 s, since nobody waits then. After a failed token request, each further one has a single attempt until one
     /// succeeds; but the first one after a token request that was lost with its runtime has all attempts, if callers
-    /// wait for it. No attempt follows if [`flight_timeout`](Self::flight_timeout) leaves no time for it, or if another key
-    /// has learned that the server wants to be left alone or refuses the client.
+    /// wait for it. No attempt follows if [`flight_timeout`](Self::flight_timeout) leaves no time for it, or if another
+    /// key has learned that the server wants to be left alone or refuses the client.
     ///
     /// If the claims that an API demands cannot be obtained, one more attempt follows without them, whatever the number
     /// ([`Fetch::claims`](crate::Fetch::claims)).

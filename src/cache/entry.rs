@@ -290,7 +290,7 @@ impl Entry {
         token.not_before() < self.endpoint.not_before()
     }
 
-    /// Notes that `flight`, whose delay is over, is about to ask the source.
+    /// Notes that `flight` is about to ask the source.
     pub(super) fn asks(&self, flight: &Arc<Flight>) {
         self.state.lock().asks(flight);
     }

@@ -20,7 +20,8 @@ use crate::{error::TokenError, source::TokenRequest};
 /// However many requests there are, events come only with token requests, and when the cache runs full. Each flight has
 /// a number, which is unique in the process, and is the same in the events of `tracing`. No event holds a token. The
 /// [`TokenRequest`] of an event equals the one that the program has made, so it can be used to find the tenant, for
-/// example, as can its [source](TokenRequest::own_source). It holds the values of its parameters; its `Debug` leaves them out.
+/// example, as can its [source](TokenRequest::own_source). It holds the values of its parameters; its `Debug` leaves them
+/// out.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum TokenEvent {

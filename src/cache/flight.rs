@@ -346,8 +346,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
 async fn fly(ending: &Ending, plan: Plan) -> Outcome {
     // A sleep of zero takes up to a millisecond.
-    let waits = !plan.delay.is_zero();
-    if waits {
+    if !plan.delay.is_zero() {
         time::sleep(plan.delay).await;
     }
     let deadline = plan.deadline;
@@ -356,9 +355,7 @@ async fn fly(ending: &Ending, plan: Plan) -> Outcome {
     if Now::read().monotonic >= deadline.max(starts + policy::GRACE) {
         return Outcome::Lost;
     }
-    if waits {
-        ending.entry.asks(&ending.flight);
-    }
+    ending.entry.asks(&ending.flight);
     report_if_slow(ending, attempts(ending, plan)).await
 }
 

@@ -8,8 +8,8 @@
 //!
 //! When the shared gate opens, one key probes, and the keys bound by the gate wait for its result. If the probe's
 //! failure is ambiguous, the gate from then on binds only keys that have failed. And since broken keys in high demand
-//! would win the probe every time, one key that has waited long bypasses the gate every 5 s; so it does if a probe is lost
-//! with its runtime, once the gate is open.
+//! would win the probe every time, one key that has waited long bypasses the gate every 5 s; so it does if a probe is
+//! lost with its runtime, once the gate is open.
 
 use std::time::Duration;
 
