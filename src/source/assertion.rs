@@ -760,6 +760,10 @@ mod tests {
                     .is_err()
             );
         }
+        // It is PEM all the same.
+        let encrypted = pem_text.replace("PRIVATE", "ENCRYPTED PRIVATE");
+        let problem = Key::parse(&encrypted).err().unwrap().to_string();
+        assert!(problem.contains("in PEM without encryption"), "{problem}");
         let key = Credential::from(pem_text.as_str());
         for (key, algorithm) in [
             (Some(&key), SigningAlgorithm::Rs256),

@@ -142,7 +142,7 @@ impl Credential {
                 let (text, version) = read_off_runtime(path.clone()).await?;
                 (Arc::new(text), Some(version))
             }
-            Origin::Env(name) => (Arc::new(read_env(name)?), None),
+            Origin::Env(name) => (Arc::new(of_variable(name, env::var(name))?), None),
             Origin::Function(function) => (function.get().await?, None),
         };
         Ok(CredentialValue {
@@ -355,8 +355,12 @@ fn without_line_breaks(text: &str) -> &str {
     text.trim_end_matches(['\r', '\n'])
 }
 
-fn read_env(name: &OsStr) -> Result<SecretString, TokenError> {
-    let problem = match env::var(name).map(Zeroizing::new) {
+/// The credential in an environment variable of this name and value.
+fn of_variable(
+    name: &OsStr,
+    value: Result<String, env::VarError>,
+) -> Result<SecretString, TokenError> {
+    let problem = match value.map(Zeroizing::new) {
         Ok(text) => match without_line_breaks(&text) {
             "" => "is empty",
             text => return Ok(text.into()),
@@ -478,15 +482,24 @@ mod tests {
     }
 
     #[test]
-    fn line_breaks_at_the_end_are_no_part_of_a_secret() {
-        for text in ["se cret", "se cret\n", "se cret\r\n\n"] {
-            assert_eq!(without_line_breaks(text), "se cret");
+    fn line_breaks_at_the_end_of_a_variable_are_no_part_of_the_secret() {
+        let of = |value: &str| of_variable(OsStr::new("SECRET"), Ok(value.to_owned()));
+        for (value, secret) in [
+            ("se cret", "se cret"),
+            ("se cret\n", "se cret"),
+            ("se cret\r\n\n", "se cret"),
+            ("\nse\ncret ", "\nse\ncret "),
+        ] {
+            assert_eq!(of(value).unwrap().expose_secret(), secret);
         }
-        assert_eq!(without_line_breaks("\nse\ncret "), "\nse\ncret ");
+        for empty in ["", "\n"] {
+            let error = of(empty).unwrap_err().to_string();
+            assert!(error.contains("\"SECRET\" is empty"), "{error}");
+        }
     }
 
     #[tokio::test]
-    async fn a_variable_is_read_as_it_is() {
+    async fn a_variable_is_read() {
         // Cargo sets it for every test.
         let credential = Credential::env("CARGO_PKG_NAME");
         let value = credential.get().await.unwrap();

@@ -269,6 +269,20 @@ async fn made_errors_look_like_real_ones() {
     );
 }
 
+/// Most logs show the message without its sources.
+#[test]
+fn the_message_says_what_to_mend_about_a_credential() {
+    assert_eq!(
+        errors::credentials().to_string(),
+        "the client's credentials cannot be used (the private key cannot be read)"
+    );
+    assert_eq!(
+        errors::no_credential().to_string(),
+        "the client's credential could not be obtained \
+         (the environment variable \"CLIENT_SECRET\" is not set)"
+    );
+}
+
 #[test]
 fn there_is_an_error_of_each_kind() {
     type Predicate = fn(&TokenError) -> bool;
